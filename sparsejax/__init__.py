@@ -1,0 +1,62 @@
+"""sparsejax: sparse training for JAX and Flax.
+
+Weight sparsity is an optax transformation around your optimizer: `sj.rigl`,
+`sj.adams`, `sj.sr_ste` and the others take an optax optimizer and return one. Patterns
+say what may be zero, masks are trees of bools, everything is a pure function.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from sparsejax import masks as masks
+from sparsejax import metrics as metrics
+from sparsejax import patterns as patterns
+from sparsejax import schedules as schedules
+from sparsejax import scores as scores
+from sparsejax.allocation import erdos_renyi as erdos_renyi
+from sparsejax.allocation import erdos_renyi_kernel as erdos_renyi_kernel
+from sparsejax.allocation import uniform as uniform
+from sparsejax.masks import apply_masks as apply_masks
+from sparsejax.masks import block_mask as block_mask
+from sparsejax.masks import global_topk as global_topk
+from sparsejax.masks import nm_mask as nm_mask
+from sparsejax.masks import topk_mask as topk_mask
+from sparsejax.metrics import sad as sad
+from sparsejax.metrics import sparsity_report as sparsity_report
+from sparsejax.patterns import NM as NM
+from sparsejax.patterns import Block as Block
+from sparsejax.patterns import Channel as Channel
+from sparsejax.patterns import Unstructured as Unstructured
+from sparsejax.penalties import distillation_loss as distillation_loss
+from sparsejax.transforms import adams as adams
+from sparsejax.transforms import forward_params as forward_params
+from sparsejax.transforms import is_mask_update as is_mask_update
+from sparsejax.transforms import magnitude_prune as magnitude_prune
+from sparsejax.transforms import mask_decay as mask_decay
+from sparsejax.transforms import masks_of as masks_of
+from sparsejax.transforms import prune as prune
+from sparsejax.transforms import rigl as rigl
+from sparsejax.transforms import scale_by_adams as scale_by_adams
+from sparsejax.transforms import sparse_evolution as sparse_evolution
+from sparsejax.transforms import sparse_params as sparse_params
+from sparsejax.transforms import sr_ste as sr_ste
+from sparsejax.transforms import static_sparse as static_sparse
+from sparsejax.transforms import structure_decay as structure_decay
+from sparsejax.transforms import weight_scaling as weight_scaling
+
+if TYPE_CHECKING:
+    from sparsejax import models as models
+
+__version__ = "0.1.0"
+
+_LAZY = ("models", "training")  # these load flax; `import sparsejax` does not
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"sparsejax.{name}")
+    raise AttributeError(f"module 'sparsejax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,222 @@
+"""The exact top-k of one array, of each layer of a stack, or of a whole tree.
+
+No sort: the k-th largest key is found digit by digit, counting the keys above each
+candidate. Each pass reads the scores once and reduces them to a few counts, so the
+cost is memory traffic, a sharded leaf is never gathered, and `k` may be traced.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from sparsejax.masks._check import check_scores
+from sparsejax.masks._order import ordered_keys
+from sparsejax.typing import MaskTree, ScoreTree
+
+
+def topk_mask(
+    scores: Float[Array, "*shape"], num_kept: ArrayLike
+) -> Bool[Array, "*shape"]:
+    """Keeps the `num_kept` highest scores.
+
+    Exactly `num_kept` entries are kept, also under ties: of equal scores the one with
+    the lower flat index wins. A traced `num_kept` lets a schedule run without
+    recompiling.
+
+    Args:
+      scores: importance of each weight, any float dtype; higher is kept. Under jit NaN
+        ranks below every number.
+      num_kept: number of entries to keep, in `[0, scores.size]`.
+
+    Returns:
+      A mask of `scores.shape`; True = kept.
+
+    Raises:
+      ValueError: if a concrete `num_kept` lies outside its range, or a concrete score
+        is NaN.
+
+    Example:
+      >>> topk_mask(jnp.array([0.1, 3.0, 2.0]), 2)
+      Array([False,  True,  True], dtype=bool)
+
+    References:
+      Han et al., 2015, https://arxiv.org/abs/1506.02626, section 3.
+    """
+    scores = jnp.asarray(scores)
+    check_scores(scores)
+    _check_count(num_kept, scores.size)
+    return topk_of_keys([ordered_keys(scores)], num_kept, stacked=0)[0]
+
+
+def global_topk(scores: ScoreTree, num_kept: ArrayLike) -> MaskTree:
+    """Keeps the `num_kept` highest scores of a whole tree, ranked across its leaves.
+
+    Args:
+      scores: float arrays, higher is kept; None leaves stay None. Under jit
+        NaN ranks lowest.
+      num_kept: number of entries to keep in all, in `[0, total size]`.
+
+    Returns:
+      A tree of masks, exactly `num_kept` True in all. Of equal scores the one in the
+      earlier leaf wins, then the one with the lower flat index.
+
+    Raises:
+      ValueError: if a concrete `num_kept` lies outside its range, a concrete score is
+        NaN, or the tree has 2**31 entries or more (int32 counts).
+
+    Example:
+      >>> global_topk({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 2)
+      {'a': Array([False,  True], dtype=bool), 'b': Array([ True, False], dtype=bool)}
+    """
+    check_scores(scores)
+    leaves, treedef = jax.tree.flatten(scores)
+    _check_count(num_kept, sum(leaf.size for leaf in leaves))
+    if not leaves:
+        return scores
+    dtype = jnp.result_type(*leaves)
+    keys = [ordered_keys(leaf.astype(dtype)) for leaf in leaves]
+    return treedef.unflatten(topk_of_keys(keys, num_kept, stacked=0))
+
+
+def _check_count(num_kept: ArrayLike, size: int) -> None:
+    if size >= 2**31:
+        raise ValueError(
+            f"one ranking must have fewer than 2**31 entries; got {size}. Rank leaf by "
+            "leaf, or mark the axes of stacked layers as `stacked`."
+        )
+    if isinstance(num_kept, Tracer):
+        return
+    if not 0 <= int(num_kept) <= size:  # pyright: ignore[reportArgumentType] - real
+        raise ValueError(
+            f"`num_kept` must be in [0, {size}], the number of entries; got {num_kept}."
+        )
+
+
+def topk_of_keys(
+    keys: Sequence[jax.Array], num_kept: ArrayLike, *, stacked: int
+) -> list[jax.Array]:
+    """Ranks several arrays together and keeps the `num_kept` largest keys.
+
+    Args:
+      keys: unsigned integers of one dtype from `ordered_keys`, at least one array.
+      num_kept: int32, a scalar or of the shape of the stacked axes.
+      stacked: leading axes, equal for all arrays, that are ranked each on its own.
+
+    Returns:
+      Masks of the same shapes, with exactly `num_kept` True for each stacked index.
+    """
+    num_kept = jnp.broadcast_to(
+        jnp.asarray(num_kept, jnp.int32), keys[0].shape[:stacked]
+    )
+    if all(key.size == 0 for key in keys):
+        return [jnp.zeros(key.shape, jnp.bool_) for key in keys]
+    search = functools.partial(_search, stacked=stacked)
+    return jax.lax.platform_dependent(
+        list(keys),
+        num_kept,
+        # a GPU pass costs a launch, so it settles four bits; a CPU pass costs its work
+        cuda=functools.partial(search, bits_per_pass=4, two_stage=False),
+        default=functools.partial(search, bits_per_pass=1, two_stage=True),
+    )
+
+
+def _search(
+    keys: list[jax.Array],
+    num_kept: jax.Array,
+    *,
+    stacked: int,
+    bits_per_pass: int,
+    two_stage: bool,
+) -> list[jax.Array]:
+    """Finds the `num_kept`-th largest key, then the index that splits its ties."""
+    count = functools.partial(_count, stacked=stacked, two_stage=two_stage)
+    largest = functools.partial(_largest, bits_per_pass=bits_per_pass)
+
+    def count_all(compare, value):
+        return sum(
+            (count(compare(key, _spread(value, key.ndim))) for key in keys),
+            jnp.zeros_like(num_kept),
+        )
+
+    threshold = largest(
+        lambda value: count_all(jnp.greater_equal, value) >= num_kept,
+        jnp.zeros(num_kept.shape, keys[0].dtype),
+        num_bits=keys[0].dtype.itemsize * 8,
+    )
+    wanted = num_kept - count_all(jnp.greater, threshold)
+    masks = []
+    for key in keys:  # ties: the earlier array first, in it the lower flat index
+        bound = _spread(threshold, key.ndim)
+        num_tied = count(key == bound)
+        here = jnp.minimum(wanted, num_tied)
+        wanted = wanted - here
+
+        def lowest(key, bound, here):
+            tied, index = key == bound, _flat_index(key.shape, stacked)
+            layer_size = math.prod(key.shape[stacked:])
+            end = largest(
+                lambda end: count(tied & (index < _spread(end, key.ndim))) <= here,
+                jnp.zeros(here.shape, jnp.uint32),
+                num_bits=layer_size.bit_length(),
+            )
+            return tied & (index < _spread(end, key.ndim))
+
+        first = jax.lax.cond(
+            jnp.any(here < num_tied),
+            lowest,
+            lambda key, bound, here: key == bound,
+            *(key, bound, here),
+        )
+        masks.append((key > bound) | first)
+    return masks
+
+
+def _largest(
+    feasible: Callable[[jax.Array], jax.Array],
+    zero: jax.Array,
+    *,
+    num_bits: int,
+    bits_per_pass: int,
+) -> jax.Array:
+    """The largest unsigned value that is feasible; 0 is, and smaller ones with it."""
+    num_passes = -(-num_bits // bits_per_pass)
+    digit_type = zero.dtype.type
+
+    def one_pass(i, value):
+        shift = ((num_passes - 1 - i) * bits_per_pass).astype(zero.dtype)
+        digit = jnp.zeros_like(zero)
+        for candidate in range(1, 2**bits_per_pass):
+            trial = value | (digit_type(candidate) << shift)
+            digit += feasible(trial).astype(zero.dtype)
+        return value | (digit << shift)
+
+    return jax.lax.fori_loop(0, num_passes, one_pass, zero)
+
+
+def _count(true: jax.Array, *, stacked: int, two_stage: bool) -> jax.Array:
+    """Counts True entries of each stacked index."""
+    if two_stage and true.ndim - stacked > 1:
+        # two plain reductions: XLA vectorizes and threads the first one on a CPU
+        partial = jnp.sum(true, axis=stacked, dtype=jnp.int32)
+        true = jax.lax.optimization_barrier(partial)
+    return jnp.sum(true, axis=tuple(range(stacked, true.ndim)), dtype=jnp.int32)
+
+
+def _spread(per_layer: jax.Array, ndim: int) -> jax.Array:
+    """Appends axes of size 1 up to `ndim`."""
+    return per_layer.reshape(per_layer.shape + (1,) * (ndim - per_layer.ndim))
+
+
+def _flat_index(shape: tuple[int, ...], stacked: int) -> jax.Array:
+    """Row-major index within each stacked layer, built without a reshape."""
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(stacked, len(shape)):
+        stride = math.prod(shape[axis + 1 :])
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    return index

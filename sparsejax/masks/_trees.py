@@ -1,0 +1,69 @@
+"""Trees of masks. The one place that knows what `None` in a mask tree means."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.typing import MaskTree, Params, is_none
+
+
+def map_masked(fn: Callable[..., Any], masks: MaskTree, *trees: Any) -> Any:
+    """Maps `fn(mask, *leaves)` over the governed leaves; the others pass through.
+
+    Trees align by the order of their leaves, not by their node types, so masks from an
+    `nnx.Optimizer` fit a plain dict.
+
+    Args:
+      fn: called with a mask and the leaf of each tree.
+      masks: a mask tree; where it is None, the leaf of the first tree is returned.
+      *trees: at least one tree with as many leaves as `masks`, None counted.
+
+    Returns:
+      A tree of the first tree's structure.
+
+    Raises:
+      ValueError: if the trees have different numbers of leaves.
+
+    Example:
+      >>> masks = {"a": jnp.array([True, False]), "b": None}
+      >>> params = {"a": jnp.array([1.0, 2.0]), "b": 3.0}
+      >>> map_masked(lambda m, p: jnp.where(m, p, -p), masks, params)
+      {'a': Array([ 1., -2.], dtype=float32), 'b': 3.0}
+    """
+    flat_masks = jax.tree.leaves(masks, is_leaf=is_none)
+    first, treedef = jax.tree.flatten(trees[0], is_leaf=is_none)
+    columns = [first, *(jax.tree.leaves(tree, is_leaf=is_none) for tree in trees[1:])]
+    if sizes := {len(column) for column in columns if len(column) != len(flat_masks)}:
+        raise ValueError(
+            "masks must mirror the params; got masks with "
+            f"{len(flat_masks)} leaves for a tree with {sizes.pop()}. Make both from "
+            "the same params."
+        )
+    return treedef.unflatten(
+        [
+            row[0] if mask is None or row[0] is None else fn(mask, *row)
+            for mask, *row in zip(flat_masks, *columns, strict=True)
+        ]
+    )
+
+
+def apply_masks(params: Params, masks: MaskTree) -> Params:
+    """Sets pruned weights to exactly zero.
+
+    Args:
+      params: a tree of arrays.
+      masks: its mask tree; leaves with None stay as they are.
+
+    Returns:
+      Params of the same structure, shapes and dtypes. A pruned NaN becomes 0 too.
+
+    Raises:
+      ValueError: if the trees have different numbers of leaves.
+
+    Example:
+      >>> apply_masks({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([True, False])})
+      {'a': Array([1., 0.], dtype=float32)}
+    """
+    return map_masked(lambda m, p: jnp.where(m, p, jnp.zeros_like(p)), masks, params)

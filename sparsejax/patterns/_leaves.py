@@ -1,0 +1,218 @@
+"""Which leaves of a params tree are governed, and under which pattern.
+
+`where`, `pattern` and `stacked` are resolved once, from paths and shapes alone, into
+a flat tuple with one entry a leaf. Everything below works on that tuple, so that
+trees of other node types (a dict here, an `nnx.State` there) align by order.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.patterns._patterns import NM, Pattern, Unstructured
+from sparsejax.typing import KeyPath, Params, Where, is_none, plain_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A governed leaf: static, hashable, no arrays.
+
+    Attributes:
+      name: its path in words, as `jax.tree_util.keystr` spells it.
+      shape: of the leaf, stacked axes included.
+      pattern: how its zeros may lie.
+      stacked: leading axes that are layers stacked by `scan`; each layer is pruned on
+        its own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: Pattern
+    stacked: int
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """Shape of the array of units, stacked axes included."""
+        return self.pattern.unit_shape(self.shape, self.stacked)
+
+
+def is_default_governed(path: KeyPath, leaf: Any, stacked: int = 0) -> bool:
+    """The default of `where`: matrices and kernels, but no embeddings.
+
+    True for floating leaves with at least 2 axes beyond the `stacked` ones whose last
+    name is not `bias`, `scale` or `embedding`.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
+      >>> jax.tree_util.tree_map_with_path(is_default_governed, params)
+      {'bias': False, 'kernel': True}
+    """
+    names = plain_path(path)
+    return (
+        jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        and jnp.ndim(leaf) - stacked >= 2
+        and (not names or names[-1] not in ("bias", "scale", "embedding"))
+    )
+
+
+def broadcast_prefix(prefix: Any, params: Params, *, name: str) -> list[Any]:
+    """Spreads one value, or a tree prefix of values, over the leaves of `params`.
+
+    Nodes are matched by their names, not their types: a dict is a valid prefix of an
+    `nnx.State`. `None` is a value, in `prefix` and in `params`.
+
+    Args:
+      prefix: a value, or a tree whose leaves sit at or above the leaves of `params`.
+      params: the tree to cover.
+      name: what the prefix is called in an error.
+
+    Returns:
+      One value for each leaf of `params`, in flattening order.
+
+    Raises:
+      ValueError: if a leaf of `params` is not covered, or a value covers none.
+    """
+    entries = {
+        plain_path(path): value
+        for path, value in jax.tree_util.tree_flatten_with_path(
+            prefix, is_leaf=is_none
+        )[0]
+    }
+    values, used = [], set()
+    for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]:
+        names = plain_path(path)
+        found = [names[:i] for i in range(len(names) + 1) if names[:i] in entries]
+        if not found:
+            raise ValueError(
+                f"`{name}` must be one value or a tree prefix of the params; it has "
+                f"no entry at or above {jax.tree_util.keystr(path)}. Add one (None "
+                "leaves it dense)."
+            )
+        values.append(entries[found[0]])
+        used.add(found[0])
+    if unused := [names for names in entries if names not in used]:
+        raise ValueError(
+            f"`{name}` must be one value or a tree prefix of the params; its entry at "
+            f"{'/'.join(unused[0]) or 'the root'} is above no leaf. Remove it."
+        )
+    return values
+
+
+def governed(
+    params: Params,
+    *,
+    where: Where = None,
+    pattern: Pattern | Any = Unstructured(),  # noqa: B008 - frozen
+    stacked: int | Any = 0,
+) -> tuple[Leaf | None, ...]:
+    """Resolves which leaves are governed, each with its pattern.
+
+    Args:
+      params: arrays or `ShapeDtypeStruct`s; only paths, shapes and dtypes are read.
+      where: predicate `(path, leaf) -> bool`, a tree (prefix) of bools, or None for
+        `is_default_governed`.
+      pattern: one pattern, a tree prefix of patterns, or a function of `(path, leaf)`.
+      stacked: one count of stacked axes, a tree prefix, or a function likewise.
+
+    Returns:
+      One entry for each leaf of `params` (None counts as one), None = not governed.
+
+    Raises:
+      ValueError: if no leaf is governed, or a pattern does not suit its leaf.
+      TypeError: if a governed leaf is not floating.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
+      >>> [leaf and leaf.name for leaf in governed(params)]
+      [None, "['kernel']"]
+    """
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
+    patterns = _per_leaf(pattern, params, flat, name="pattern")
+    stacks = _per_leaf(stacked, params, flat, name="stacked")
+    if where is None or callable(where):
+        rule = is_default_governed if where is None else where
+        extra = stacks if where is None else [None] * len(flat)
+        chosen = [
+            leaf is not None
+            and bool(rule(path, leaf, *([] if stack is None else [stack])))
+            for (path, leaf), stack in zip(flat, extra, strict=True)
+        ]
+    else:
+        chosen = broadcast_prefix(where, params, name="where")
+    leaves = tuple(
+        _resolve(path, leaf, leaf_pattern, stack) if keep and leaf is not None else None
+        for (path, leaf), leaf_pattern, stack, keep in zip(
+            flat, patterns, stacks, chosen, strict=True
+        )
+    )
+    if not any(leaves):
+        seen = ", ".join(
+            f"{jax.tree_util.keystr(path)} {jnp.shape(leaf)}"
+            for path, leaf in flat[:5]
+            if leaf is not None
+        )
+        raise ValueError(
+            "at least one leaf must be governed; `where` chose none of the "
+            f"{len(flat)} leaves ({seen or 'the tree is empty'}"
+            f"{', ...' if len(flat) > 5 else ''}). Pass a `where` that is true for "
+            "the weights to prune."
+        )
+    return leaves
+
+
+def _per_leaf(
+    value: Any | Callable[[KeyPath, Any], Any], params: Params, flat: list, *, name: str
+) -> list[Any]:
+    if callable(value):
+        return [None if leaf is None else value(path, leaf) for path, leaf in flat]
+    return broadcast_prefix(value, params, name=name)
+
+
+def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
+    name = jax.tree_util.keystr(path)
+    shape = jnp.shape(leaf)
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        raise TypeError(
+            f"governed leaves must be floating; got {jnp.result_type(leaf)} at {name}. "
+            "Exclude it by `where`."
+        )
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            "`pattern` must be Unstructured(), NM(...), Block(...) or Channel(...); "
+            f"got {pattern!r} at {name}."
+        )
+    if not 0 <= stacked <= len(shape):
+        raise ValueError(
+            f"`stacked` must count leading axes of the leaf; got {stacked} for shape "
+            f"{shape} at {name}."
+        )
+    own_axes = len(shape) - stacked
+    if (
+        isinstance(pattern, NM)
+        and pattern.axis == NM(1, 1).axis
+        and own_axes > 2
+        and not _is_convolution(path, own_axes)
+    ):
+        raise ValueError(
+            f"the default N:M axis {pattern.axis} is the contraction axis of a matrix "
+            f"or a convolution only; got shape {shape} with {own_axes} axes beyond the "
+            f"{stacked} stacked ones at {name}. Pass a per-leaf `pattern` that names "
+            "the axis, counted from the first, or say which axes are `stacked`."
+        )
+    try:
+        pattern.unit_shape(shape, stacked)
+    except ValueError as error:
+        raise ValueError(f"{error}; leaf {name}.") from None
+    return Leaf(name, shape, pattern, stacked)
+
+
+def _is_convolution(path: KeyPath, own_axes: int) -> bool:
+    """Kernels of 2-D and 3-D convolutions by their axes, of 1-D ones by their name.
+
+    A 3-axis leaf may as well be a DenseGeneral's `[d_in, heads, head_dim]`, whose axis
+    -2 is no contraction axis: it needs a name that says `conv`.
+    """
+    return own_axes >= 4 or any("conv" in name.lower() for name in plain_path(path))

@@ -1,0 +1,3 @@
+"""Differentiable penalties."""
+
+from sparsejax.penalties._distillation import distillation_loss as distillation_loss

@@ -1,0 +1,296 @@
+"""AdamS: the optimizer of CAST, which pulls losing weights to zero while dense."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import allocation as allocations
+from sparsejax import masks
+from sparsejax.patterns import Leaf
+from sparsejax.transforms._forward import by_magnitude, is_due
+from sparsejax.transforms._sparsity import Sparsity
+from sparsejax.transforms._state import (
+    Plain,
+    Settings,
+    SparseState,
+    loaded_masks,
+    store_masks,
+)
+from sparsejax.typing import Params, ScalarOrSchedule, Where, is_none
+
+
+def adams(
+    learning_rate: optax.ScalarOrSchedule,
+    total_steps: int,
+    l1_decay: ScalarOrSchedule,
+    *,
+    pattern,
+    mask_period: int = 10,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    alpha_schedule: Callable | None = None,
+    second_moment_of_pull: bool = True,
+    sparsity=None,
+    where: Where = None,
+    stacked=0,
+    allocation: Callable = allocations.uniform,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamS with a learning rate: `scale_by_adams`, then `-learning_rate`.
+
+    The forward stays dense for the whole run; train on `params` as they are (or on
+    `sj.weight_scaling.apply`), finish with `sj.sparse_params`. Let the learning rate
+    decay: losing weights end up oscillating at about its last value.
+
+    Args:
+      learning_rate: a number or an optax schedule.
+      total_steps: length of the run, updates; sets the ramp of the pull.
+      l1_decay: strength of the pull, of the gradients' order of magnitude; with a
+        non-zero gradient a far smaller one does nothing.
+      pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
+      mask_period: steps between refreshes of the masks.
+      b1: decay of the first moment.
+      b2: decay of the second moment; 0.95 to 0.99 for runs below about 5,000 steps.
+      eps: added to the root of the second moment; 0 is allowed.
+      alpha_schedule: as for `scale_by_adams`.
+      second_moment_of_pull: as for `scale_by_adams`.
+      sparsity: constant share of zeros for patterns other than N:M.
+      where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
+        bools, or None for matrices and kernels that are no embeddings.
+      stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or
+        a function likewise.
+      allocation: spreads a single sparsity over the leaves.
+      pack_masks: store 1 bit a weight instead of 1 byte.
+
+    Returns:
+      An optimizer of its own; it wraps no other.
+
+    Raises:
+      ValueError: as for `scale_by_adams`.
+      TypeError: as for `scale_by_adams`.
+
+    Example:
+      >>> tx = adams(optax.cosine_decay_schedule(2e-5, 7500, 0.1), 7500, 4e-7,
+      ...            pattern=sj.NM(2, 4))
+      >>> params = {"kernel": jnp.arange(8.0).reshape(4, 2)}
+      >>> state = tx.init(params)
+      >>> int((sj.sparse_params(state, params)["kernel"] != 0).sum())
+      4
+
+    References:
+      Huang et al., 2025 (CAST), https://arxiv.org/abs/2509.25996, algorithm 1.
+    """
+    return optax.chain(
+        scale_by_adams(
+            total_steps,
+            l1_decay,
+            pattern=pattern,
+            mask_period=mask_period,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            alpha_schedule=alpha_schedule,
+            second_moment_of_pull=second_moment_of_pull,
+            sparsity=sparsity,
+            where=where,
+            stacked=stacked,
+            allocation=allocation,
+            pack_masks=pack_masks,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def scale_by_adams(
+    total_steps: int,
+    l1_decay: ScalarOrSchedule,
+    *,
+    pattern,
+    mask_period: int = 10,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    alpha_schedule: Callable | None = None,
+    second_moment_of_pull: bool = True,
+    sparsity=None,
+    where: Where = None,
+    stacked=0,
+    allocation: Callable = allocations.uniform,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction, with an L1 pull on the weights that lose their group.
+
+    At update t, with `alpha = t / total_steps` and the masks of the last refresh (every
+    `mask_period` updates, before the gradient is used):
+
+        mu    = b1 mu + (1 - b1) g
+        mu~   = mu                                            kept
+              = (1 - alpha) mu + alpha l1_decay sign(w)       losing
+        nu    = b2 nu + (1 - b2) mu~^2
+        step  = mu~ / (1 - b1^(t+1)) / (sqrt(nu / (1 - b2^(t+1))) + eps)
+
+    `mu~` is never written back to `mu`. Leaves that are not governed get plain Adam.
+    Anything that rescales gradients before it changes the effective `l1_decay`.
+
+    A non-finite gradient poisons the moments of its weight, as in Adam; masks are
+    chosen from the weights, where NaN ranks lowest and the count stays exact.
+
+    Args:
+      total_steps: length of the run, updates. It sets the ramp, so it is kept in the
+        state, and going on with another value raises.
+      l1_decay: strength of the pull; a number or a schedule of the step.
+      pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
+      mask_period: updates between refreshes of the masks, at least 1.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment; with 0, 0 / 0 is 0.
+      alpha_schedule: step -> alpha in [0, 1]; None for `t / total_steps`.
+      second_moment_of_pull: False takes `nu` from the gradient, as Adam does.
+      sparsity: constant share of zeros for patterns other than N:M.
+      where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
+        bools, or None for matrices and kernels that are no embeddings.
+      stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or
+        a function likewise.
+      allocation: spreads a single sparsity over the leaves.
+      pack_masks: store 1 bit a weight instead of 1 byte.
+
+    Returns:
+      A transformation to chain before `optax.scale_by_learning_rate`; its inner state
+      is an `optax.ScaleByAdamState`.
+
+    Raises:
+      ValueError: if an argument is out of range, `total_steps` differs from that of the
+        state, or at `init` if a pattern does not suit its leaf or a weight is NaN.
+      TypeError: at `init` if a governed leaf is narrower than float32, in which the
+        pull would vanish.
+
+    Example:
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0),
+      ...                  scale_by_adams(1000, 1e-3, pattern=sj.NM(2, 4)),
+      ...                  optax.scale_by_learning_rate(1e-3))
+      >>> state = tx.init({"kernel": jnp.arange(8.0).reshape(4, 2)})
+
+    References:
+      Huang et al., 2025 (CAST), https://arxiv.org/abs/2509.25996, algorithm 1,
+      equations 6-8. Departures: t counts from 0, so that the first alpha is 0 (the
+      paper's algorithm 2 counts from 1); exactly n are kept under ties; alpha stays 1
+      after `total_steps`.
+    """
+    for name, value in (("total_steps", total_steps), ("mask_period", mask_period)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    if isinstance(l1_decay, int | float) and l1_decay < 0:
+        raise ValueError(f"`l1_decay` must be at least 0; got {l1_decay}.")
+    rule = Sparsity.constant(
+        sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
+    )
+
+    def init_fn(params: Params) -> SparseState:
+        masks.check_scores(params, "params")
+        leaves = rule.leaves(params)
+        flat = jax.tree.leaves(params, is_leaf=is_none)
+        for leaf, weight in zip(leaves, flat, strict=True):
+            if leaf is not None and jnp.finfo(weight.dtype).bits < 32:
+                raise TypeError(
+                    "AdamS needs float32 weights, in narrower ones its pull vanishes; "
+                    f"got {weight.dtype} at {leaf.name}. Keep float32 master weights "
+                    "and cast them in the forward."
+                )
+        settings = Settings(
+            "adams",
+            Plain(),
+            leaves,
+            sparsities=tuple(rule.at(params, leaves, 0)),
+            update_every=mask_period,
+            extra=(("total_steps", total_steps),),
+        )
+        found = _masks_by_magnitude(params, settings)
+        return SparseState(
+            jnp.zeros([], jnp.int32),
+            store_masks(found, params, pack_masks),
+            optax.scale_by_adam().init(params),
+            {"total_steps": jnp.asarray(total_steps, jnp.int32)},
+            settings,
+        )
+
+    def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
+        del extra
+        if params is None:
+            raise ValueError(
+                "`adams` needs `params` in `update`; got None. Call "
+                "`tx.update(grads, opt_state, params)`."
+            )
+        _check_total_steps(state, total_steps)
+        found = jax.lax.cond(
+            is_due(state),
+            lambda: _masks_by_magnitude(params, state.settings),
+            lambda: loaded_masks(state),
+        )
+        alpha = state.step / state.arrays["total_steps"]
+        if alpha_schedule is not None:
+            alpha = alpha_schedule(state.step)
+        alpha = jnp.clip(jnp.asarray(alpha, jnp.float32), 0, 1)
+        pull = l1_decay(state.step) if callable(l1_decay) else l1_decay
+
+        def pulled(mask, mu, weight):
+            losing = (1 - alpha) * mu + alpha * pull * jnp.sign(weight)
+            return jnp.where(mask, mu, losing)
+
+        moments = state.inner_state
+        count = optax.safe_increment(moments.count)
+        mu = optax.tree.update_moment(grads, moments.mu, b1, 1)
+        pulled_mu = masks.map_masked(pulled, found, mu, params)
+        squared = grads
+        if second_moment_of_pull:
+            # plain Adam where not governed: there the second moment is the gradient's
+            squared = masks.map_masked(lambda _, g, m: m, found, grads, pulled_mu)
+        nu = optax.tree.update_moment(squared, moments.nu, b2, 2)
+        scaled = jax.tree.map(
+            lambda m, v: _ratio(m, jnp.sqrt(v) + eps),
+            optax.tree.bias_correction(pulled_mu, b1, count),
+            optax.tree.bias_correction(nu, b2, count),
+        )
+        return scaled, state._replace(
+            step=optax.safe_increment(state.step),
+            masks=store_masks(found, state.masks, pack_masks),
+            inner_state=optax.ScaleByAdamState(count=count, mu=mu, nu=nu),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _masks_by_magnitude(params: Params, settings: Settings) -> list[jax.Array | None]:
+    leaves: tuple[Leaf | None, ...] = settings.leaves
+    return [
+        None if leaf is None else by_magnitude(weight, leaf, sparsity)
+        for weight, leaf, sparsity in zip(
+            jax.tree.leaves(params, is_leaf=is_none),
+            leaves,
+            settings.sparsities,
+            strict=True,
+        )
+    ]
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """0 / 0 is 0: with `eps=0` a weight without any gradient does not move."""
+    return jnp.where(
+        denominator == 0, 0, numerator / jnp.where(denominator == 0, 1, denominator)
+    )
+
+
+def _check_total_steps(state: SparseState, total_steps: int) -> None:
+    stored = [dict(state.settings.extra)["total_steps"]]
+    leaf = state.arrays["total_steps"]
+    if not isinstance(leaf, jax.core.Tracer):  # restored from a checkpoint
+        stored.append(int(leaf))
+    for found in stored:
+        if found != total_steps:
+            raise ValueError(
+                "a run of AdamS must go on with the `total_steps` it began with, "
+                f"which sets its ramp; the state has {found}, this optimizer "
+                f"{total_steps}. Pass total_steps={found}, or begin anew with `init`."
+            )

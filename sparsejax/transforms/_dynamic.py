@@ -1,0 +1,234 @@
+"""Dynamic sparse training: SET and RigL, which drop and grow at a fixed sparsity."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from sparsejax import allocation as allocations
+from sparsejax import masks, schedules, scores
+from sparsejax.patterns import Leaf, Unstructured
+from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
+from sparsejax.transforms._sparsity import Sparsity, choose_masks
+from sparsejax.typing import Params, Where, is_none
+
+
+def sparse_evolution(
+    inner: optax.GradientTransformation,
+    sparsity,
+    *,
+    update_every: int,
+    stop_step: int,
+    drop_fraction: float | Callable = 0.3,
+    key: jax.Array,
+    where: Where = None,
+    pattern=Unstructured(),
+    stacked=0,
+    allocation: Callable = allocations.uniform,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """SET: drops the smallest weights and grows random ones.
+
+    Starts from random masks. Every `update_every` steps, from step 0 to `stop_step`
+    inclusive, the optimizer steps first; then the smallest kept weights are dropped and
+    as many random ones are grown from 0, with fresh optimizer moments. A weight that is
+    grown right after it was dropped keeps its value and moments.
+
+    Non-finite gradients do not change the count of kept weights: a weight that became
+    NaN is dropped first.
+
+    Args:
+      inner: any optax optimizer.
+      sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
+        when every pattern is N:M (then groups regrow what they dropped).
+      update_every: steps between mask updates, at least 1.
+      stop_step: last step that may update the masks, at least 1.
+      drop_fraction: share of the kept weights replaced at step 0, annealed by a cosine
+        to 0 at `stop_step`; or a schedule of your own.
+      key: draws the first masks and every growth.
+      where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
+        bools, or None for matrices and kernels that are no embeddings.
+      pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
+      stacked: leading axes that are layers stacked by scan, likewise.
+      allocation: spreads a single sparsity over the leaves.
+      pack_masks: store 1 bit a weight instead of 1 byte.
+
+    Returns:
+      The wrapped optimizer.
+
+    Raises:
+      ValueError: if an argument is out of range or, at `init`, does not suit a leaf.
+
+    Example:
+      >>> tx = sparse_evolution(optax.sgd(0.1), 0.5, update_every=10, stop_step=100,
+      ...                       key=jax.random.key(0))
+      >>> int(sj.masks_of(tx.init({"kernel": jnp.ones((4, 2))}))["kernel"].sum())
+      4
+
+    References:
+      Mocanu et al., 2018, https://arxiv.org/abs/1707.04780, algorithm 2; magnitude
+      instead of the smallest positive and largest negative weights, and a cosine drop
+      fraction, as in the released code of RigL. That code breaks ties by noise; here
+      the lower index stays.
+    """
+
+    def grow_scores(read: Refresh) -> Params:
+        return scores.random(read.params, key=read.key)
+
+    return _dynamic(
+        inner,
+        "sparse_evolution",
+        Sparsity(
+            sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
+        ),
+        grow_scores,
+        update_every=update_every,
+        stop_step=stop_step,
+        drop_fraction=drop_fraction,
+        key=key,
+        steps_first=True,
+        pack_masks=pack_masks,
+    )
+
+
+def rigl(
+    inner: optax.GradientTransformation,
+    sparsity,
+    *,
+    update_every: int,
+    stop_step: int,
+    drop_fraction: float | Callable = 0.3,
+    key: jax.Array,
+    where: Where = None,
+    pattern=Unstructured(),
+    stacked=0,
+    allocation: Callable = allocations.uniform,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """RigL: drops the smallest weights and grows those with the largest gradient.
+
+    Starts from random masks. Every `update_every` steps, from step 0 to `stop_step`
+    inclusive, the smallest kept weights are dropped and as many are grown from 0 where
+    the dense gradient is largest, with fresh optimizer moments; on such a step the
+    optimizer takes no step and its state stays. The gradient must be taken at
+    `sj.forward_params(opt_state, params)`, which makes it dense.
+
+    Non-finite gradients do not change the count of kept weights: a NaN gradient grows
+    last, and a weight that became NaN is dropped first.
+
+    Args:
+      inner: any optax optimizer.
+      sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
+        when every pattern is N:M (then groups regrow what they dropped).
+      update_every: steps between mask updates, at least 1.
+      stop_step: last step that may update the masks, at least 1; the paper stops at
+        75 % of the run.
+      drop_fraction: share of the kept weights replaced at step 0, annealed by a cosine
+        to 0 at `stop_step`; or a schedule of your own.
+      key: draws the first masks.
+      where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
+        bools, or None for matrices and kernels that are no embeddings.
+      pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
+        With `Block` and `Channel` whole units are ranked by their summed scores.
+      stacked: leading axes that are layers stacked by scan, likewise.
+      allocation: spreads a single sparsity over the leaves; the paper uses
+        `sj.erdos_renyi_kernel`.
+      pack_masks: store 1 bit a weight instead of 1 byte.
+
+    Returns:
+      The wrapped optimizer.
+
+    Raises:
+      ValueError: if an argument is out of range or, at `init`, does not suit a leaf.
+
+    Example:
+      >>> tx = rigl(optax.adam(1e-3), 0.5, update_every=100, stop_step=750,
+      ...           key=jax.random.key(0), allocation=sj.erdos_renyi_kernel)
+      >>> params = {"kernel": jnp.ones((4, 2))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((4, 2))}, state, params)
+      >>> int((optax.apply_updates(params, updates)["kernel"] != 0).sum() <= 4)
+      1
+
+    References:
+      Evci et al., 2020, https://arxiv.org/abs/1911.11134, algorithm 1. The released
+      code breaks ties by noise; here the lower index stays.
+    """
+
+    def grow_scores(read: Refresh) -> Params:
+        return scores.magnitude(read.grads)
+
+    return _dynamic(
+        inner,
+        "rigl",
+        Sparsity(
+            sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
+        ),
+        grow_scores,
+        update_every=update_every,
+        stop_step=stop_step,
+        drop_fraction=drop_fraction,
+        key=key,
+        skips_step=True,
+        pack_masks=pack_masks,
+    )
+
+
+def _dynamic(
+    inner: optax.GradientTransformation,
+    method: str,
+    rule: Sparsity,
+    grow_scores: Callable[[Refresh], Params],
+    *,
+    update_every: int,
+    stop_step: int,
+    drop_fraction: float | Callable,
+    key: jax.Array,
+    pack_masks: bool,
+    steps_first: bool = False,
+    skips_step: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Random masks at first, then drop by magnitude and grow by `grow_scores`."""
+    if update_every < 1:
+        raise ValueError(f"`update_every` must be at least 1; got {update_every}.")
+    if stop_step < 1:
+        raise ValueError(f"`stop_step` must be at least 1; got {stop_step}.")
+    drops = drop_fraction
+    if not callable(drops):
+        drops = schedules.cosine_drop(drop_fraction, stop_step)
+
+    def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
+        drawn = scores.random(params, key=key)
+        return choose_masks(rule, drawn, params, leaves, across_leaves=False)
+
+    def refresh(read: Refresh, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
+        grow = jax.tree.leaves(grow_scores(read), is_leaf=is_none)
+        drop = jax.tree.leaves(scores.magnitude(read.params), is_leaf=is_none)
+        sparsities = rule.at(read.params, leaves, read.step)
+        fraction = drops(read.step)
+        return [
+            None
+            if leaf is None
+            else masks.drop_and_grow(
+                read.masks[i],
+                leaf,
+                drop_scores=drop[i],
+                grow_scores=grow[i],
+                sparsity=sparsities[i],
+                drop_fraction=fraction,
+            )
+            for i, leaf in enumerate(leaves)
+        ]
+
+    topology = Topology(
+        method,
+        rule.leaves,
+        first,
+        refresh,
+        update_every=update_every,
+        stop_step=stop_step,
+        steps_first=steps_first,
+        skips_step=skips_step,
+        key=key,
+    )
+    return hard_method(inner, topology, pack_masks=pack_masks)

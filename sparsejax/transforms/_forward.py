@@ -1,0 +1,263 @@
+"""What the rest of the loop reads from a method's state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import masks, scores
+from sparsejax.patterns import Leaf
+from sparsejax.transforms._state import (
+    Entry,
+    Framed,
+    Masked,
+    Plain,
+    Projected,
+    SparseState,
+    align,
+    array,
+    find_states,
+    is_hole,
+    leaf_mask,
+)
+from sparsejax.typing import MaskTree, Params
+
+
+def forward_params(opt_state: optax.OptState, params: Params) -> Params:
+    """The params that the forward uses: the one line a method needs in the loop.
+
+    Hard methods mask the weights and pass the gradient through to all of them; SR-STE
+    and progressive gradient flow project them; AdamS leaves them dense. Pure and
+    differentiable; call it inside the loss.
+
+    Args:
+      opt_state: of a sparsejax method, or any optax state or `nnx.Optimizer` state that
+        holds one or several.
+      params: what the state was initialised with, or a tree with the same leaves in
+        the same order (`nnx.state(model, nnx.Param)`).
+
+    Returns:
+      Params of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: if no state is found, the params do not fit it, or a leaf is governed
+        twice.
+
+    Example:
+      >>> tx = sj.static_sparse(optax.sgd(0.1), 0.5, key=jax.random.key(0))
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> opt_state = tx.init(params)
+      >>> float(forward_params(opt_state, params)["kernel"].sum())
+      2.0
+      >>> loss = lambda p: sj.forward_params(opt_state, p)["kernel"].sum()
+      >>> float(jax.grad(loss)(params)["kernel"].sum())  # dense
+      4.0
+    """
+    return _map_owned(opt_state, params, _forward_leaf)
+
+
+def sparse_params(opt_state: optax.OptState, params: Params) -> Params:
+    """The final weights: exactly sparse, exactly zero where pruned.
+
+    Hard methods apply their masks; soft methods choose the masks anew from the
+    magnitudes of `params`, under their (last) pattern.
+
+    Args:
+      opt_state: as for `forward_params`.
+      params: as for `forward_params`.
+
+    Returns:
+      Params of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: as for `forward_params`.
+
+    Example:
+      >>> tx = sj.sr_ste(optax.sgd(0.1), pattern=sj.NM(1, 2))
+      >>> params = {"kernel": jnp.array([[1.0], [-3.0]])}
+      >>> print(sparse_params(tx.init(params), params)["kernel"])
+      [[ 0.]
+       [-3.]]
+    """
+    return _map_owned(opt_state, params, _sparse_leaf)
+
+
+def masks_of(opt_state: optax.OptState) -> MaskTree:
+    """The masks that the last update used (before the first: those of `init`).
+
+    Args:
+      opt_state: as for `forward_params`.
+
+    Returns:
+      A tree like the params; bool, True = kept, None = not governed. Several states
+      are merged into one tree.
+
+    Raises:
+      ValueError: if no state is found or a leaf is governed twice.
+
+    Example:
+      >>> tx = sj.magnitude_prune(optax.sgd(0.1), pattern=sj.NM(1, 2))
+      >>> params = {"bias": jnp.ones(1), "kernel": jnp.array([[1.0], [-3.0]])}
+      >>> print(masks_of(tx.init(params)))
+      {'bias': None, 'kernel': Array([[False],
+             [ True]], dtype=bool)}
+    """
+    merged: Any = optax.MaskedNode()
+    for state in find_states(opt_state):
+        merged = _merge(merged, _bool_masks(state), ())
+    return jax.tree.map(
+        lambda m: None if isinstance(m, optax.MaskedNode) else m,
+        merged,
+        is_leaf=is_hole,
+    )
+
+
+def is_mask_update(opt_state: optax.OptState) -> jax.Array:
+    """Whether the next update may change the topology.
+
+    A growth step needs the dense gradient of the weights; a kernel that computes only
+    the kept ones asks here when to compute all. Inside `optax.MultiSteps` it holds for
+    all micro-steps of such an update.
+
+    Args:
+      opt_state: as for `forward_params`.
+
+    Returns:
+      bool scalar, traced under jit; True if any of several states is due.
+
+    Raises:
+      ValueError: if no state is found.
+
+    Example:
+      >>> tx = sj.rigl(optax.sgd(0.1), 0.5, update_every=10, stop_step=100,
+      ...              key=jax.random.key(0))
+      >>> bool(is_mask_update(tx.init({"kernel": jnp.ones((2, 2))})))
+      True
+    """
+    due = [is_due(state) for state in find_states(opt_state)]
+    return jnp.any(jnp.stack(due), axis=0)
+
+
+def is_due(state: SparseState) -> jax.Array:
+    """Whether the next update of one state may change its masks."""
+    step, settings = array(state.step), state.settings
+    if settings.update_every is None:
+        return jnp.zeros(step.shape, jnp.bool_)
+    due = step % settings.update_every == 0
+    return due if settings.stop_step is None else due & (step <= settings.stop_step)
+
+
+def project(
+    weight: jax.Array,
+    mask: jax.Array,
+    factor: jax.Array | None,
+    straight_through: bool,
+) -> jax.Array:
+    """Scales the weights outside the mask by `factor`; None zeroes them."""
+    pruned = jnp.zeros_like(weight) if factor is None else weight * factor
+    projected = jnp.where(mask, weight, pruned.astype(weight.dtype))
+    return masks.straight_through(weight, projected) if straight_through else projected
+
+
+def _map_owned(opt_state: optax.OptState, params: Params, fn) -> Params:
+    flat, owners, treedef = align(find_states(opt_state), params)
+    return treedef.unflatten(
+        [
+            weight if owner is None or weight is None else fn(weight, owner)
+            for weight, owner in zip(flat, owners, strict=True)
+        ]
+    )
+
+
+def _forward_leaf(weight: jax.Array, entry: Entry) -> jax.Array:
+    state, leaf = entry.state, _leaf(entry)
+    match state.settings.forward:
+        case Plain():
+            return weight
+        case Masked():
+            mask = leaf_mask(entry.stored, leaf)
+            return project(weight, mask, None, straight_through=True)
+        case Projected(straight_through):
+            mask = by_magnitude(weight, leaf, state.settings.sparsities[entry.index])
+            factor = state.arrays.get("factor")
+            factor = None if factor is None else array(factor)
+            return project(weight, mask, factor, straight_through)
+        case Framed(frames, straight_through):
+            sparsity = state.settings.sparsities[entry.index]
+            candidates = [_leaf_of(frame, entry.index) for frame in frames]
+            mask = frame_mask(
+                weight, candidates, array(state.arrays["frame"]), sparsity
+            )
+            return project(weight, mask, None, straight_through)
+
+
+def _sparse_leaf(weight: jax.Array, entry: Entry) -> jax.Array:
+    leaf = _leaf(entry)
+    if isinstance(entry.state.settings.forward, Masked):
+        mask = leaf_mask(entry.stored, leaf)
+    else:
+        mask = by_magnitude(weight, leaf, entry.state.settings.sparsities[entry.index])
+    return jnp.where(mask, weight, jnp.zeros_like(weight))
+
+
+def by_magnitude(weight: jax.Array, leaf: Leaf, sparsity: float | None) -> jax.Array:
+    """The mask of one leaf by magnitude."""
+    return masks.select(scores.magnitude(weight), leaf, sparsity)
+
+
+def frame_mask(
+    weight: jax.Array,
+    frames: list[Leaf],
+    frame: jax.Array,
+    sparsity: float | None,
+) -> jax.Array:
+    """The mask of the current frame, of which 0 is dense and i is `frames[i - 1]`."""
+    branches = [lambda w: jnp.ones(w.shape, jnp.bool_)]
+    branches += [
+        lambda w, leaf=leaf: by_magnitude(w, leaf, sparsity) for leaf in frames
+    ]
+    return jax.lax.switch(frame, branches, jax.lax.stop_gradient(weight))
+
+
+def _leaf(entry: Entry) -> Leaf:
+    return _leaf_of(entry.state.settings.leaves, entry.index)
+
+
+def _leaf_of(leaves: tuple[Leaf | None, ...], index: int) -> Leaf:
+    leaf = leaves[index]
+    assert leaf is not None
+    return leaf
+
+
+def _bool_masks(state: SparseState) -> MaskTree:
+    stored, treedef = jax.tree.flatten(state.masks, is_leaf=is_hole)
+    leaves = iter(state.settings.leaves)
+    found = []
+    for mask in stored:
+        if not isinstance(mask, optax.MaskedNode):
+            leaf = next(leaves)
+            mask = None if leaf is None else leaf_mask(mask, leaf)
+        found.append(mask)
+    return treedef.unflatten(found)
+
+
+def _merge(a: Any, b: Any, path: tuple) -> Any:
+    """Overlays two mask trees; a hole of one shows the other."""
+    if is_hole(a) or is_hole(b):
+        return b if is_hole(a) else a
+    children_a, treedef = jax.tree_util.tree_flatten_with_path(
+        a, is_leaf=lambda node: node is not a
+    )
+    children_b = jax.tree.leaves(b, is_leaf=lambda node: node is not b)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        raise ValueError(
+            "a leaf must be governed by one method; two govern "
+            f"{jax.tree_util.keystr(path)}. Restrict one by `where`."
+        )
+    return treedef.unflatten(
+        [
+            _merge(child, other, path + key)
+            for (key, child), other in zip(children_a, children_b, strict=True)
+        ]
+    )

@@ -1,0 +1,86 @@
+"""Gradual magnitude pruning."""
+
+from collections.abc import Callable
+
+import optax
+
+from sparsejax import allocation as allocations
+from sparsejax import masks, scores
+from sparsejax.patterns import Leaf, Unstructured
+from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
+from sparsejax.transforms._sparsity import Sparsity, choose_masks
+from sparsejax.typing import Params, Where
+
+
+def magnitude_prune(
+    inner: optax.GradientTransformation,
+    sparsity=None,
+    *,
+    update_every: int = 100,
+    where: Where = None,
+    pattern=Unstructured(),
+    stacked=0,
+    allocation: Callable = allocations.uniform,
+    across_leaves: bool = False,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes the smallest weights while `inner` trains the rest.
+
+    With a schedule such as `sj.schedules.cubic` this is gradual magnitude pruning; with
+    a number it prunes once and trains on. Every `update_every` steps, from step 0 on,
+    the masks are recomputed from the weights before the step; the optimizer steps as
+    usual. Pruned weights are 0, so they stay the lowest and the masks nest as long as
+    the sparsity does not fall.
+
+    A non-finite gradient reaches the weights but not the masks' counts: a weight that
+    became NaN ranks lowest at the next refresh.
+
+    Args:
+      inner: any optax optimizer.
+      sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
+        when every pattern is N:M.
+      update_every: steps between refreshes, at least 1.
+      where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
+        bools, or None for matrices and kernels that are no embeddings.
+      pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
+      stacked: leading axes that are layers stacked by scan, likewise.
+      allocation: spreads a single sparsity over the leaves.
+      across_leaves: rank all leaves together instead.
+      pack_masks: store 1 bit a weight instead of 1 byte.
+
+    Returns:
+      The wrapped optimizer.
+
+    Raises:
+      ValueError: if an argument is out of range, or at `init` if the patterns do not
+        suit the leaves or a weight is NaN.
+
+    Example:
+      >>> schedule = sj.schedules.cubic(0.9, begin=0, end=1000)
+      >>> tx = magnitude_prune(optax.adam(1e-3), schedule, update_every=10)
+      >>> state = tx.init({"kernel": jnp.ones((4, 2))})
+      >>> bool(sj.masks_of(state)["kernel"].all())  # nothing is pruned at step 0
+      True
+
+    References:
+      Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878.
+    """
+    if update_every < 1:
+        raise ValueError(f"`update_every` must be at least 1; got {update_every}.")
+    rule = Sparsity(
+        sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
+    )
+
+    def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
+        masks.check_scores(params, "params")
+        ranked = scores.magnitude(params)
+        return choose_masks(rule, ranked, params, leaves, across_leaves)
+
+    def refresh(read: Refresh, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
+        ranked = scores.magnitude(read.params)
+        return choose_masks(rule, ranked, read.params, leaves, across_leaves, read.step)
+
+    topology = Topology(
+        "magnitude_prune", rule.leaves, first, refresh, update_every=update_every
+    )
+    return hard_method(inner, topology, pack_masks=pack_masks)

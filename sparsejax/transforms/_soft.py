@@ -1,0 +1,117 @@
+"""The frame that soft methods share: dense weights, a projected forward.
+
+    gradient of the projected forward (+ a pull) -> inner optimizer -> dense weights
+
+The weights stay dense, the forward projects them (`forward_params`), and
+`sparse_params` is exactly sparse. The arrays that the next forward needs are written by
+`init` and `update`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import masks
+from sparsejax.patterns import Leaf
+from sparsejax.transforms._forward import by_magnitude, frame_mask
+from sparsejax.transforms._sparsity import Sparsity
+from sparsejax.transforms._state import (
+    Framed,
+    Projected,
+    Settings,
+    SparseState,
+    array,
+    store_masks,
+)
+from sparsejax.typing import Params, is_none
+
+Pull = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(gradient, mask, weight, step) -> gradient of one governed leaf."""
+
+
+def soft_method(
+    inner: optax.GradientTransformation,
+    method: str,
+    rule: Sparsity,
+    forward: Callable[[Params], Projected | Framed],
+    *,
+    arrays_at: Callable[[jax.Array], dict[str, jax.Array]] = lambda step: {},
+    pull: Pull | None = None,
+    pack_masks: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the transformation of a soft method.
+
+    Args:
+      inner: any optax optimizer.
+      method: its name.
+      rule: which leaves, at which constant sparsity.
+      forward: params -> the kind of forward.
+      arrays_at: step -> what the forward before update `step` needs.
+      pull: adds to the gradient of a governed leaf.
+      pack_masks: store 1 bit a weight.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Params) -> SparseState:
+        masks.check_scores(params, "params")
+        leaves = rule.leaves(params)
+        sparsities = tuple(rule.at(params, leaves, 0))
+        settings = Settings(method, forward(params), leaves, sparsities, update_every=1)
+        step = jnp.zeros([], jnp.int32)
+        arrays = arrays_at(step)
+        found = _current_masks(params, settings, arrays)
+        return SparseState(
+            step,
+            store_masks(found, params, pack_masks),
+            inner.init(params),
+            arrays,
+            settings,
+        )
+
+    def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
+        if params is None:
+            raise ValueError(
+                f"`{method}` needs `params` in `update`; got None. Call "
+                "`tx.update(grads, opt_state, params)`."
+            )
+        found = _current_masks(params, state.settings, state.arrays)
+        if pull is not None:
+            grads = masks.map_masked(
+                lambda mask, grad, weight: pull(grad, mask, weight, state.step),
+                found,
+                grads,
+                params,
+            )
+        updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
+        step = optax.safe_increment(state.step)
+        return updates, SparseState(
+            step,
+            store_masks(found, state.masks, pack_masks),
+            inner_state,
+            arrays_at(step),
+            state.settings,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _current_masks(
+    params: Params, settings: Settings, arrays: dict[str, Any]
+) -> list[jax.Array | None]:
+    """The masks that the forward of these params uses."""
+    flat = jax.tree.leaves(params, is_leaf=is_none)
+    found: list[jax.Array | None] = []
+    for i, (weight, leaf) in enumerate(zip(flat, settings.leaves, strict=True)):
+        if leaf is None:
+            found.append(None)
+        elif isinstance(settings.forward, Framed):
+            frames = [frame[i] for frame in settings.forward.frames]
+            candidates: list[Leaf] = [frame for frame in frames if frame is not None]
+            frame = array(arrays["frame"])
+            found.append(frame_mask(weight, candidates, frame, settings.sparsities[i]))
+        else:
+            found.append(by_magnitude(weight, leaf, settings.sparsities[i]))
+    return found

@@ -1,0 +1,189 @@
+"""The sparsity of each leaf at a step, from whatever the user passed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from sparsejax import allocation as allocations
+from sparsejax import masks
+from sparsejax.patterns import (
+    NM,
+    Leaf,
+    Unstructured,
+    broadcast_prefix,
+    check_sparsity,
+    governed,
+)
+from sparsejax.typing import Params, Where, is_none
+
+
+class Sparsity:
+    """The resolved `sparsity` argument of a method: a function of params and step.
+
+    Args:
+      value: float, schedule, tree prefix of these, or None when every pattern is N:M.
+      allocate: spreads a single value over the leaves.
+      where: passed on to `allocate` and `governed`.
+      pattern: likewise to `governed`.
+      stacked: likewise to both.
+
+    Raises:
+      ValueError: if a number is outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        value: Any,
+        *,
+        allocate: Callable[..., Any],
+        where: Where,
+        pattern: Any,
+        stacked: Any,
+    ):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+            check_sparsity(leaf, at=jax.tree_util.keystr(path))
+        self._value = value
+        self._allocate = allocate
+        self._where, self._pattern, self._stacked = where, pattern, stacked
+        self._single = jax.tree_util.all_leaves([value]) or value is None
+        if not self._single and allocate is not allocations.uniform:
+            raise ValueError(
+                "`allocation` spreads one sparsity over the leaves; got it together "
+                "with a tree of sparsities. Pass one of the two."
+            )
+
+    @classmethod
+    def constant(cls, value: Any, **kwargs: Any) -> "Sparsity":
+        """For methods whose forward projects anew: no schedules.
+
+        Raises:
+          ValueError: if a sparsity is a schedule.
+        """
+        if any(callable(leaf) for leaf in jax.tree.leaves(value)):
+            raise ValueError(
+                "this method projects to a constant `sparsity`; got a schedule."
+            )
+        return cls(value, **kwargs)
+
+    def leaves(self, params: Params) -> tuple[Leaf | None, ...]:
+        """The governed leaves; a None in a tree of sparsities leaves its leaf dense.
+
+        Raises:
+          ValueError: if a sparsity contradicts an N:M pattern, or is missing.
+        """
+        leaves = governed(
+            params, where=self._where, pattern=self._pattern, stacked=self._stacked
+        )
+        if not self._single:
+            given = broadcast_prefix(self._value, params, name="sparsity")
+            leaves = tuple(
+                leaf if leaf and (value is not None or _is_nm(leaf)) else None
+                for leaf, value in zip(leaves, given, strict=True)
+            )
+        for leaf, value in zip(leaves, self._raw(params, leaves, 0), strict=True):
+            if leaf is not None:
+                _check(leaf, value, scheduled=callable(self._value))
+        return leaves
+
+    def at(
+        self, params: Params, leaves: tuple[Leaf | None, ...], step: ArrayLike
+    ) -> list[ArrayLike | None]:
+        """One sparsity for each leaf, None where it is dense or under N:M."""
+        return [
+            None if leaf is None or _is_nm(leaf) else value
+            for leaf, value in zip(leaves, self._raw(params, leaves, step), strict=True)
+        ]
+
+    def total(self, step: ArrayLike) -> ArrayLike:
+        """The single sparsity, for a ranking across leaves."""
+        if self._value is None or not self._single:
+            raise ValueError(
+                "a ranking across leaves needs one `sparsity`, a number or a schedule; "
+                f"got {self._value!r}."
+            )
+        return _evaluate(self._value, step)
+
+    def _raw(self, params, leaves, step) -> list[Any]:
+        if self._value is None:
+            return [None] * len(leaves)
+        if not self._single:
+            given = broadcast_prefix(self._value, params, name="sparsity")
+            return [_evaluate(value, step) for value in given]
+        tree = self._allocate(
+            params,
+            _evaluate(self._value, step),
+            # exactly the governed leaves take part, whatever the node types are
+            where=_flags(params, leaves),
+            stacked=_stacks(params, leaves),
+        )
+        return jax.tree.leaves(tree, is_leaf=is_none)
+
+
+def _flags(params: Params, leaves: tuple[Leaf | None, ...]) -> Any:
+    treedef = jax.tree.structure(params, is_leaf=is_none)
+    return treedef.unflatten([leaf is not None for leaf in leaves])
+
+
+def _stacks(params: Params, leaves: tuple[Leaf | None, ...]) -> Any:
+    treedef = jax.tree.structure(params, is_leaf=is_none)
+    return treedef.unflatten([leaf.stacked if leaf else 0 for leaf in leaves])
+
+
+def _evaluate(value: Any, step: ArrayLike) -> Any:
+    return jnp.asarray(value(step), jnp.float32) if callable(value) else value
+
+
+def _is_nm(leaf: Leaf) -> bool:
+    return isinstance(leaf.pattern, NM)
+
+
+def _check(leaf: Leaf, value: Any, *, scheduled: bool) -> None:
+    if isinstance(leaf.pattern, NM):
+        wrong = scheduled or (
+            isinstance(value, int | float) and abs(value - leaf.pattern.sparsity) > 1e-6
+        )
+        if wrong:
+            raise ValueError(
+                f"under {leaf.pattern.n}:{leaf.pattern.m} the sparsity is "
+                f"{leaf.pattern.sparsity}; got "
+                f"{'a schedule' if scheduled else value} at {leaf.name}. Omit "
+                "`sparsity`, or leave this leaf out of it."
+            )
+    elif value is None:
+        raise ValueError(
+            f"`sparsity` must be given under {leaf.pattern}; got None at {leaf.name}. "
+            "Only an N:M pattern fixes it."
+        )
+
+
+def choose_masks(
+    rule: Sparsity,
+    scored: Params,
+    params: Params,
+    leaves: tuple[Leaf | None, ...],
+    across_leaves: bool,
+    step: ArrayLike = 0,
+) -> list[jax.Array | None]:
+    """The masks of the highest scores at a step, leaf by leaf or across leaves.
+
+    Raises:
+      ValueError: if a ranking across leaves meets a pattern other than Unstructured.
+    """
+    flat = jax.tree.leaves(scored, is_leaf=is_none)
+    if not across_leaves:
+        return [
+            None if leaf is None else masks.select(score, leaf, sparsity)
+            for score, leaf, sparsity in zip(
+                flat, leaves, rule.at(params, leaves, step), strict=True
+            )
+        ]
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf.pattern, Unstructured):
+            raise ValueError(
+                "a ranking across leaves needs Unstructured(), since units of other "
+                f"patterns do not compare; got {leaf.pattern} at {leaf.name}."
+            )
+    return masks.select_across(flat, leaves, rule.total(step))

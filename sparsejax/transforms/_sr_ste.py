@@ -1,0 +1,85 @@
+"""SR-STE: straight-through training with a pull on pruned weights."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from sparsejax import allocation as allocations
+from sparsejax.transforms._soft import soft_method
+from sparsejax.transforms._sparsity import Sparsity
+from sparsejax.transforms._state import Projected
+from sparsejax.typing import ScalarOrSchedule, Where
+
+
+def sr_ste(
+    inner: optax.GradientTransformation,
+    *,
+    pattern,
+    decay: ScalarOrSchedule = 2e-4,
+    sparsity=None,
+    where: Where = None,
+    stacked=0,
+    allocation: Callable = allocations.uniform,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Projects the weights on every forward, and pulls the pruned ones to zero.
+
+    The forward (`sj.forward_params`) keeps the largest weights of each group, chosen
+    anew each time; the gradient goes straight through to all weights, and
+    `decay * weight` is added for the pruned ones *before* the inner optimizer, as in
+    the paper. Under Adam the optimizer rescales that term, so its strength is then no
+    longer `decay`; it adds to any weight decay of `inner`. `decay=0` is plain STE.
+
+    A non-finite gradient reaches the weights as under `inner` alone; masks are chosen
+    from the weights, where NaN ranks lowest and the count stays exact.
+
+    Args:
+      inner: any optax optimizer; the paper uses SGD with momentum.
+      pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
+      decay: strength of the pull, at least 0, or a schedule of the step.
+      sparsity: constant share of zeros for patterns other than N:M.
+      where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
+        bools, or None for matrices and kernels that are no embeddings.
+      stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or
+        a function likewise.
+      allocation: spreads a single sparsity over the leaves.
+      pack_masks: store 1 bit a weight instead of 1 byte.
+
+    Returns:
+      The wrapped optimizer.
+
+    Raises:
+      ValueError: if `decay` is negative, or at `init` if a pattern does not suit its
+        leaf or a weight is NaN.
+
+    Example:
+      >>> tx = sr_ste(optax.sgd(0.1, momentum=0.9), pattern=sj.NM(2, 4))
+      >>> params = {"kernel": jnp.arange(8.0).reshape(4, 2)}
+      >>> print(sj.forward_params(tx.init(params), params)["kernel"])
+      [[0. 0.]
+       [0. 0.]
+       [4. 5.]
+       [6. 7.]]
+
+    References:
+      Zhou et al., 2021, https://arxiv.org/abs/2102.04010, equation 5. Ties go to the
+      lower index, where the released code leaves them to a sort.
+    """
+    if isinstance(decay, int | float) and decay < 0:
+        raise ValueError(f"`decay` must be at least 0; got {decay}.")
+
+    def pull(grad, mask, weight, step):
+        strength = decay(step) if callable(decay) else decay
+        return grad + (strength * jnp.where(mask, 0, weight)).astype(grad.dtype)
+
+    return soft_method(
+        inner,
+        "sr_ste",
+        Sparsity.constant(
+            sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
+        ),
+        lambda params: Projected(straight_through=True),
+        pull=pull,
+        pack_masks=pack_masks,
+    )

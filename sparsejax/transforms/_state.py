@@ -1,0 +1,205 @@
+"""The one state that every method keeps, and how it is found again.
+
+A method is an optax wrapper. Its state holds what the forward and the checkpoint need:
+the masks, the inner optimizer's state and a few small arrays. What is static (which
+leaves are governed, which kind of forward) rides along as `Settings`, which has no
+leaves, so that every wrapper and checkpoint carries it.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import masks
+from sparsejax.patterns import Leaf
+from sparsejax.typing import MaskTree, Params, is_none, plain_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """The forward sees the weights under the state's masks, the gradient is dense."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """The forward projects the dense weights anew: `where(mask, w, factor * w)`.
+
+    The factor is `state.arrays["factor"]`, or 0 where the state has none.
+    """
+
+    straight_through: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Framed:
+    """The forward projects under one of several patterns: `state.arrays["frame"]`.
+
+    Attributes:
+      frames: the governed leaves of each frame, like `Settings.leaves`.
+      straight_through: whether pruned weights get the gradient of kept ones.
+    """
+
+    frames: tuple[tuple[Leaf | None, ...], ...]
+    straight_through: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The forward sees the dense weights."""
+
+
+Forward: TypeAlias = Masked | Projected | Framed | Plain
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is static in a method's state.
+
+    Attributes:
+      method: its name, for messages.
+      forward: what the forward uses.
+      leaves: one entry a leaf of the params, None = not governed.
+      sparsities: of the governed leaves that a soft method projects; None under N:M
+        and for hard methods, whose masks are in the state.
+      update_every: steps between two changes of the topology; None for never.
+      stop_step: the last step that may change it; None for no end.
+      extra: what a method must find unchanged when it goes on, as (name, value).
+    """
+
+    method: str
+    forward: Forward
+    leaves: tuple[Leaf | None, ...]
+    sparsities: tuple[float | None, ...]
+    update_every: int | None = None
+    stop_step: int | None = None
+    extra: tuple[tuple[str, Any], ...] = ()
+
+
+class SparseState(NamedTuple):
+    """State of every method."""
+
+    step: jax.Array  # int32[]; updates so far
+    masks: MaskTree  # of the last update; bool, or uint8 when packed; None = dense
+    inner_state: optax.OptState
+    arrays: dict[str, jax.Array]  # small: a key, a decay factor, a frame
+    settings: Settings
+
+
+def find_states(opt_state: optax.OptState) -> list[SparseState]:
+    """Our states, wherever they sit inside other optax states or an `nnx.Optimizer`.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, SparseState))
+    states = [leaf for leaf in leaves if isinstance(leaf, SparseState)]
+    if not states:
+        raise ValueError(
+            "the optimizer state must hold the state of a sparsejax method; found none "
+            f"in {type(opt_state).__name__}. Wrap the optimizer, as in "
+            "`sj.rigl(optax.adamw(...), ...)`, and pass the state it returns."
+        )
+    return states
+
+
+def array(leaf: Any) -> jax.Array:
+    """The array in a leaf that Flax may have wrapped in a Variable."""
+    return jax.tree.leaves(leaf)[0]
+
+
+def leaf_mask(stored: Any, leaf: Leaf) -> jax.Array:
+    """One mask as bools, whether stored packed or not."""
+    stored = array(stored)
+    if stored.dtype == jnp.uint8:
+        return masks.unpack(stored, leaf.shape[-1])
+    return stored
+
+
+def store_masks(found: list[jax.Array | None], like: Params, packed: bool) -> MaskTree:
+    """A mask tree of the structure of `like`, packed if asked."""
+    treedef = jax.tree.structure(like, is_leaf=is_none)
+    return treedef.unflatten(
+        [mask if mask is None or not packed else masks.pack(mask) for mask in found]
+    )
+
+
+def loaded_masks(state: SparseState) -> list[jax.Array | None]:
+    """The masks of a state as a flat list of bools, aligned with its leaves."""
+    stored = jax.tree.leaves(state.masks, is_leaf=is_none)
+    return [
+        None if leaf is None else leaf_mask(mask, leaf)
+        for mask, leaf in zip(stored, state.settings.leaves, strict=True)
+    ]
+
+
+def is_hole(node: Any) -> bool:
+    """None, or the `MaskedNode` with which optax hides a leaf or a whole subtree."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+class Entry(NamedTuple):
+    """One governed leaf of one state."""
+
+    state: SparseState
+    index: int  # into `state.settings.leaves`
+    stored: Any  # its mask as stored
+
+
+def align(
+    states: list[SparseState], params: Params
+) -> tuple[list[Any], list[Entry | None], Any]:
+    """Says for each leaf of `params` which state governs it.
+
+    Leaves align by order; where optax hid a subtree, by its path.
+
+    Returns:
+      The leaves of params, the entry that governs each (None = dense), the treedef.
+
+    Raises:
+      ValueError: if a state was made for other params, or a leaf is governed twice.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)
+    names = [plain_path(path) for path, _ in flat]
+    owners: list[Entry | None] = [None] * len(flat)
+    for state in states:
+        for position, entry in _positions(state, names):
+            if owners[position] is not None:
+                raise ValueError(
+                    "a leaf must be governed by one method; got "
+                    f"`{owners[position].state.settings.method}` and "
+                    f"`{state.settings.method}` at "
+                    f"{jax.tree_util.keystr(flat[position][0])}. Restrict one by "
+                    "`where`."
+                )
+            owners[position] = entry
+    return [leaf for _, leaf in flat], owners, treedef
+
+
+def _positions(
+    state: SparseState, names: list[tuple[str, ...]]
+) -> Iterator[tuple[int, Entry]]:
+    """Walks a state's masks beside the params' paths."""
+    position = index = 0
+    stored = jax.tree_util.tree_flatten_with_path(state.masks, is_leaf=is_hole)[0]
+    for path, mask in stored:
+        if isinstance(mask, optax.MaskedNode):
+            hidden = plain_path(path)
+            while names[position : position + 1] and (
+                names[position][: len(hidden)] == hidden
+            ):
+                position += 1
+            continue
+        if mask is not None:
+            yield position, Entry(state, index, mask)
+        position += 1
+        index += 1
+    if position != len(names):
+        raise ValueError(
+            f"the params must be those that `{state.settings.method}` was initialised "
+            f"with; its masks cover {position} leaves, the params have {len(names)}."
+        )

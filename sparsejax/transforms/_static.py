@@ -1,0 +1,120 @@
+"""Static sparse training: masks fixed before the first step."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import allocation as allocations
+from sparsejax import scores
+from sparsejax.patterns import Leaf, Unstructured, broadcast_prefix, governed
+from sparsejax.transforms._hard import FlatMasks, Topology, hard_method
+from sparsejax.transforms._sparsity import Sparsity, choose_masks
+from sparsejax.typing import MaskTree, Params, Where, is_none
+
+
+def static_sparse(
+    inner: optax.GradientTransformation,
+    sparsity=None,
+    *,
+    masks: MaskTree | None = None,
+    key: jax.Array | None = None,
+    where: Where = None,
+    pattern=Unstructured(),
+    stacked=0,
+    allocation: Callable = allocations.uniform,
+    across_leaves: bool = False,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains under masks that never change: random ones, or those you bring.
+
+    The baseline that every other method must beat, and the way to fine-tune under the
+    masks of `sj.prune`. Pruned weights become exactly 0 with the first update.
+
+    Args:
+      inner: any optax optimizer.
+      sparsity: share of zeros of random masks: a float or a tree prefix of floats. With
+        N:M patterns it may be omitted.
+      masks: bring your own, True = kept, None = dense; instead of `sparsity`.
+      key: draws the random masks; needed without `masks`.
+      where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
+        bools, or None for matrices and kernels that are no embeddings. Of brought
+        masks, those that are not None are governed.
+      pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
+        Of brought masks it is not read.
+      stacked: leading axes that are layers stacked by scan, likewise.
+      allocation: spreads the sparsity over the leaves, such as
+        `sj.erdos_renyi_kernel`.
+      across_leaves: rank all leaves together instead.
+      pack_masks: store 1 bit a weight instead of 1 byte.
+
+    Returns:
+      The wrapped optimizer.
+
+    Raises:
+      ValueError: unless exactly one of `masks` and `key` (with `sparsity` or an N:M
+        pattern) is given, or a mask does not fit its leaf.
+
+    Example:
+      >>> tx = static_sparse(optax.adam(1e-3), 0.5, key=jax.random.key(0))
+      >>> params = {"kernel": jnp.ones((4, 2))}
+      >>> int(sj.masks_of(tx.init(params))["kernel"].sum())
+      4
+
+    References:
+      Liu et al., 2022, https://arxiv.org/abs/2202.02643. Counts are exact, where the
+      released code draws each weight on its own; masks depend on a leaf's path, not on
+      which other leaves there are.
+    """
+    if (masks is None) == (key is None) or (masks is not None and sparsity is not None):
+        raise ValueError(
+            "`static_sparse` needs exactly one of `masks` and `sparsity` with `key`; "
+            f"got masks={'None' if masks is None else 'a tree'}, sparsity={sparsity}, "
+            f"key={'None' if key is None else 'a key'}."
+        )
+    if callable(sparsity):
+        raise ValueError("static masks need a constant `sparsity`; got a schedule.")
+    if masks is not None:
+        topology = _brought(masks, stacked)
+    else:
+        rule = Sparsity(
+            sparsity,
+            allocate=allocation,
+            where=where,
+            pattern=pattern,
+            stacked=stacked,
+        )
+
+        def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
+            drawn = scores.random(params, key=key)
+            return choose_masks(rule, drawn, params, leaves, across_leaves)
+
+        topology = Topology("static_sparse", rule.leaves, first)
+    return hard_method(inner, topology, pack_masks=pack_masks)
+
+
+def _brought(masks: MaskTree, stacked) -> Topology:
+    """Masks that the user made."""
+
+    def spread(params: Params) -> list:
+        return broadcast_prefix(masks, params, name="masks")
+
+    def leaves_of(params: Params) -> tuple[Leaf | None, ...]:
+        flags = [mask is not None for mask in spread(params)]
+        treedef = jax.tree.structure(params, is_leaf=is_none)
+        return governed(params, where=treedef.unflatten(flags), stacked=stacked)
+
+    def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
+        found = spread(params)
+        for mask, leaf in zip(found, leaves, strict=True):
+            if leaf is not None and (
+                jnp.shape(mask) != leaf.shape or jnp.result_type(mask) != jnp.bool_
+            ):
+                raise ValueError(
+                    f"a mask must be bool and of its leaf's shape {leaf.shape}; got "
+                    f"{jnp.result_type(mask)} {jnp.shape(mask)} at {leaf.name}."
+                )
+        return [None if m is None else jnp.asarray(m) for m in found]
+
+    return Topology("static_sparse", leaves_of, first)
