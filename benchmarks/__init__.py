@@ -1,0 +1,1 @@
+"""Scripts that measure sparsejax: `python -m benchmarks.NAME`, one question each."""

@@ -1,0 +1,192 @@
+"""What every benchmark shares: arguments, timing, the environment, tables and JSON."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import sparsejax as sj
+
+Row = Mapping[str, Any]  # column name, with its unit, -> value
+
+
+def parse_args(
+    doc: str | None,
+    *,
+    repeats: int = 30,
+    quick_repeats: int = 3,
+    argv: Sequence[str] | None = None,
+) -> argparse.Namespace:
+    """Reads the options that every benchmark has.
+
+    Args:
+      doc: the script's docstring; its first line is the question.
+      repeats: default of `--repeats`: timed samples of a case, or seeds of a study.
+      quick_repeats: that default under `--quick`.
+      argv: the arguments; None for those of the process.
+
+    Returns:
+      `quick` (bool), `repeats` (int) and `json` (a path, or None).
+    """
+    question = (doc or "").strip().split("\n")[0]
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument("--quick", action="store_true", help="few, tiny cases, for CI")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="timed samples of each case, or seeds of a study (default: "
+        f"{repeats}; {quick_repeats} with --quick)",
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="PATH", help="write the rows here too"
+    )
+    args = parser.parse_args(argv)
+    if args.repeats is None:
+        args.repeats = quick_repeats if args.quick else repeats
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1; got {args.repeats}")
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {args.json.parent}")  # before hours
+    print(question, flush=True)
+    return args
+
+
+def time_ms(
+    fn: Callable[..., Any], *args: Any, repeats: int, sample_ms: float = 2.0
+) -> tuple[float, float]:
+    """Times one call of `fn(*args)`, results awaited.
+
+    Two calls warm up (compilation, caches). A sample is as many calls in a row as take
+    about `sample_ms`, awaited together, so that the launch of a short kernel does not
+    count as its work. `fn` must not donate `args`.
+
+    Returns:
+      The median and the interquartile range over `repeats` samples, ms per call.
+    """
+    jax.block_until_ready(fn(*args))
+
+    def sample(calls: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            out = fn(*args)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - begin) * 1e3 / calls
+
+    calls = max(1, min(1000, math.ceil(sample_ms / max(sample(1), 1e-3))))
+    low, median, high = np.percentile(
+        [sample(calls) for _ in range(repeats)], [25, 50, 75]
+    )
+    return float(median), float(high - low)
+
+
+def mean_and_error(values: Any) -> tuple[float, float]:
+    """The mean over seeds and its standard error (NaN for a single seed)."""
+    values = np.asarray(values, np.float64)
+    if values.size < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size))
+
+
+def environment(**settings: Any) -> dict[str, Any]:
+    """Where numbers were measured: versions, device, date; and `settings` as given."""
+    names = ("jax", "jaxlib", "optax", "flax", "numpy")
+    device = jax.devices()[0]
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "date": now.isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {"sparsejax": sj.__version__}
+        | {name: found for name in names if (found := _version(name))},
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "num_devices": jax.device_count(),
+        "host": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        **settings,
+    }
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text; a column for every key, in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    numeric = [
+        any(isinstance(row.get(key), int | float) for row in rows) for key in columns
+    ]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+
+
+def print_table(rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
+    """Prints the rows as aligned text, and the notes below."""
+    print(format_table(rows))
+    for note in notes:
+        print(f"- {note}")
+
+
+def write_json(
+    path: str | os.PathLike[str] | None,
+    env: Mapping[str, Any],
+    rows: Sequence[Row],
+    notes: Sequence[str] = (),
+) -> None:
+    """Writes `env`, `notes` and `rows`; nothing if `path` is None.
+
+    One row a line, so that a new result gives a readable diff. A number that is not
+    finite becomes null, as JSON has no other word for it.
+    """
+    if path is None:
+        return
+    lines = ",\n".join(f"  {_dumps(row)}" for row in rows)
+    parts = (
+        f'"env": {_dumps(env, indent=1)}',
+        f'"notes": {_dumps(list(notes), indent=1)}',
+        f'"rows": [\n{lines}\n]',
+    )
+    pathlib.Path(path).write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # flax is not needed here
+        return None
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _dumps(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """Python values that JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

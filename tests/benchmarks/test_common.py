@@ -1,0 +1,82 @@
+"""Arguments, timing, tables and JSON of the benchmarks."""
+
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import common
+
+
+def test_arguments_have_defaults_for_both_forms():
+    args = common.parse_args("Is it fast?\n\nMore.", repeats=7, argv=[])
+    assert (args.quick, args.repeats, args.json) == (False, 7, None)
+    args = common.parse_args("Is it fast?", quick_repeats=2, argv=["--quick"])
+    assert (args.quick, args.repeats) == (True, 2)
+    args = common.parse_args("Is it fast?", argv=["--quick", "--repeats", "5"])
+    assert args.repeats == 5
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--repeats", "0"], "at least 1; got 0"),
+        (["--json", "no/such/folder/x.json"], "there is no folder"),
+    ],
+)
+def test_bad_arguments_stop_before_anything_runs(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        common.parse_args("Is it fast?", argv=argv)
+    assert message in capsys.readouterr().err
+
+
+def test_time_is_that_of_one_call():
+    median, spread = common.time_ms(lambda: time.sleep(0.005), repeats=3)
+    assert 5 <= median < 50  # a busy machine sleeps longer
+    assert spread >= 0
+    fast, _ = common.time_ms(jax.jit(lambda x: x + 1), jnp.ones(8), repeats=3)
+    assert 0 < fast < 5
+
+
+def test_mean_and_error_by_hand():
+    mean, error = common.mean_and_error(jnp.array([1.0, 2.0, 3.0]))
+    assert mean == 2
+    assert error == pytest.approx(1 / math.sqrt(3))
+    mean, error = common.mean_and_error([4.0])
+    assert mean == 4 and math.isnan(error)
+
+
+def test_environment_names_device_and_versions():
+    env = common.environment(repeats=4)
+    assert env["versions"]["jax"] == jax.__version__
+    assert env["platform"] == jax.default_backend()
+    assert env["repeats"] == 4
+    assert {"date", "python", "device_kind", "cpu_count"} <= set(env)
+
+
+def test_table_aligns_and_marks_what_is_missing():
+    rows = [{"method": "dense", "ms": 1.23456}, {"method": "rigl", "note": "slow"}]
+    assert common.format_table(rows).split("\n") == [
+        "method     ms  note",
+        "dense   1.235  -",
+        "rigl        -  slow",
+    ]
+
+
+def test_json_is_strict_and_nothing_without_a_path(tmp_path):
+    path = tmp_path / "x.json"
+    rows = [{"a": np.float32(0.5), "b": math.nan}, {"a": 1, "b": "x"}]
+    common.write_json(path, common.environment(), rows, notes=["it holds"])
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert found["rows"] == [{"a": 0.5, "b": None}, {"a": 1, "b": "x"}]
+    assert found["notes"] == ["it holds"]
+    assert found["env"]["versions"]["jax"] == jax.__version__
+    common.write_json(None, {}, rows)
