@@ -1,0 +1,106 @@
+"""The one description of a decoder: sizes, numerics, and the layers it is made of."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from sparsejax.models._attention import Attention
+from sparsejax.models._ffn import GatedFFN
+
+
+class AttentionFactory(Protocol):
+    """Builds the attention of one layer; the class `Attention` is one.
+
+    What it returns maps activations `[batch, seq, d_model]` and positions
+    `[batch, seq]` to activations. `functools.partial` binds settings of its own.
+    """
+
+    def __call__(
+        self,
+        d_model: int,
+        num_heads: int,
+        /,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        rope_base: float,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]: ...
+
+
+class FFNFactory(Protocol):
+    """Builds the feed-forward part of one layer; the class `GatedFFN` is one.
+
+    What it returns maps activations `[batch, seq, d_model]` to activations.
+    `functools.partial` binds settings of its own.
+    """
+
+    def __call__(
+        self,
+        d_model: int,
+        d_ff: int,
+        /,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> Callable[[jax.Array], jax.Array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Settings of a `Decoder`; the defaults make a Llama-type model of 0.8M weights.
+
+    Attributes:
+      vocab_size: number of tokens; 256 for bytes.
+      d_model: width of the residual stream.
+      num_layers: number of blocks.
+      num_heads: query heads of a layer.
+      num_kv_heads: key and value heads; divides `num_heads`.
+      head_dim: width of a head; even.
+      d_ff: neurons of a feed-forward layer.
+      rope_base: base of the rotary angles, see `apply_rope`.
+      norm_eps: added to the mean square in RMSNorm.
+      tie_embeddings: read the logits off the embedding instead of an own kernel.
+      attention: builds the attention of each layer.
+      ffn: builds the feed-forward part of each layer.
+      dtype: of the computation; norm statistics, softmax and logits are float32.
+      param_dtype: of the weights.
+    """
+
+    vocab_size: int = 256
+    d_model: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    d_ff: int = 384
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    attention: AttentionFactory = Attention
+    ffn: FFNFactory = GatedFFN
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"`{field.name}` must be at least 1; got {value}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                "`num_kv_heads` must divide `num_heads`; got "
+                f"num_kv_heads={self.num_kv_heads} and num_heads={self.num_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"`head_dim` must be even for rotary pairs; got {self.head_dim}."
+            )

@@ -1,0 +1,168 @@
+"""The training loop: steps, metrics, checkpoints, and a clean stop on a signal."""
+
+import collections
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.training._checkpoint import restore_checkpoint, save_checkpoint
+from sparsejax.training._runs import Run
+
+
+class TrainState(NamedTuple):
+    """What training changes, and so what a checkpoint holds."""
+
+    step: jax.Array  # int32[]; steps taken so far
+    params: Any
+    opt_state: Any
+
+
+class StepFn(Protocol):
+    """One optimizer step, jitted; it may donate the state."""
+
+    def __call__(
+        self, state: TrainState, batch: Any, /
+    ) -> tuple[TrainState, Mapping[str, jax.Array]]: ...
+
+
+class Stopped(SystemExit):
+    """Raised by `fit` when a signal asked to stop, after everything is saved.
+
+    Not caught, it ends the process without a traceback, with the exit code that
+    shells give to that signal.
+    """
+
+
+def fit(
+    run: Run,
+    phase: str,
+    state: TrainState,
+    step_fn: StepFn,
+    batch_fn: Callable[[int], Any],
+    *,
+    num_steps: int,
+    evaluate: Callable[[TrainState], Mapping[str, Any]],
+    evaluate_every: int,
+    checkpoint_every: int,
+    tokens_per_step: int,
+) -> TrainState:
+    """Trains until `state.step` is `num_steps`, from the newest checkpoint if any.
+
+    The same call goes on wherever the last one ended: at a signal, in a crash, or at
+    `num_steps`, where it only reads. As a batch depends on nothing but the step, the
+    result is bit for bit that of an uninterrupted run.
+
+    On SIGINT or SIGTERM the current step is finished and saved, then `Stopped` is
+    raised; a second signal acts at once.
+
+    Args:
+      run: where metrics and checkpoints go.
+      phase: names this part of the run in both.
+      state: where training starts if there is no checkpoint. It is copied, so a
+        `step_fn` that donates leaves it usable.
+      step_fn: takes a step; the scalars it returns are logged for each step.
+      batch_fn: makes the batch of a step.
+      num_steps: the step to end at, counted as in `state.step`.
+      evaluate: computes what is logged at the start, every `evaluate_every` steps and
+        at the end.
+      evaluate_every: in steps.
+      checkpoint_every: in steps; the end is always saved.
+      tokens_per_step: for the speed shown.
+
+    Returns:
+      The state at `num_steps`.
+    """
+    folder = run.checkpoints(phase)
+    restored = restore_checkpoint(folder, state)
+    if restored is None:
+        run.rewind(phase, -1)
+        run.log({"phase": phase, "step": int(state.step), **evaluate(state)})
+        state = jax.tree.map(jnp.copy, state)
+    else:
+        run.rewind(phase, int(restored.step))
+        state = restored
+    step = int(state.step)
+    if step >= num_steps:
+        return state
+
+    unread: collections.deque[dict[str, Any]] = collections.deque()
+    seen, total = step * tokens_per_step, num_steps * tokens_per_step
+    lap_step, lap_time = step, time.perf_counter()
+    with _stop_signals() as signals, _progress_bar(phase, seen, total) as bar:
+        while step < num_steps:
+            state, metrics = step_fn(state, batch_fn(step))
+            step += 1
+            unread.append({"phase": phase, "step": step, **metrics})
+            stop = signals[0] if signals else None
+            evaluates = step % evaluate_every == 0 or step == num_steps
+            saves = step % checkpoint_every == 0 or step == num_steps or stop
+            # One row stays unread, so that the device need not wait for this loop.
+            while len(unread) > (0 if evaluates or saves else 1):
+                row = run.log(unread.popleft())
+                bar.set_postfix({name: row[name] for name in metrics}, refresh=False)
+                bar.update(tokens_per_step)
+            if evaluates:
+                seconds = time.perf_counter() - lap_time
+                speed = (step - lap_step) * tokens_per_step / seconds
+                measured = {"tokens_per_second": speed, **evaluate(state)}
+                run.log({"phase": phase, "step": step, **measured})
+                lap_step, lap_time = step, time.perf_counter()
+            if saves:
+                save_checkpoint(folder, step, state)
+            if stop:
+                bar.close()
+                print(
+                    f"stopped by {stop.name} in phase {phase!r} at step {step}; all is "
+                    "saved. Go on by --resume.",
+                    file=sys.stderr,
+                )
+                raise Stopped(128 + stop)
+    return state
+
+
+def _progress_bar(phase: str, seen: int, total: int):
+    """A bar that counts tokens; in a log file it is written less often."""
+    from tqdm import tqdm  # of the extra `examples`
+
+    return tqdm(
+        desc=phase,
+        initial=seen,
+        total=total,
+        unit="tok",
+        unit_scale=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+    """Collects SIGINT and SIGTERM in the list it yields, instead of acting on them.
+
+    Each is collected once, then has its old effect again. Outside the main thread,
+    where Python allows no handlers, the list stays empty.
+    """
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = {signum: signal.getsignal(signum) for signum in wanted}
+
+    def collect(signum: int, _: object) -> None:
+        received.append(signal.Signals(signum))
+        signal.signal(signum, before[signal.Signals(signum)])
+
+    try:
+        for signum in wanted:
+            signal.signal(signum, collect)
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,222 @@
+"""The decoder equals a NumPy loop, is causal, and takes other kinds of layers."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from flax import nnx
+
+from sparsejax import models
+from sparsejax.typing import plain_path
+
+SMALL = models.DecoderConfig(
+    vocab_size=11,
+    d_model=12,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    d_ff=20,
+)
+TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+def make(config, seed=0):
+    return models.Decoder(config, rngs=nnx.Rngs(seed))
+
+
+def weights_of(model):
+    """The weights as float64, by dotted name."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param))
+    return {".".join(plain_path(p)): np.asarray(x, np.float64) for p, x in leaves}
+
+
+def rms_norm_oracle(x, scale, eps):
+    return x / np.sqrt((x**2).mean() + eps) * scale
+
+
+def rope_oracle(x, position, base):
+    half = len(x) // 2
+    y = np.empty_like(x)
+    for i in range(half):
+        angle = position * base ** (-i / half)
+        y[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+        y[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+    return y
+
+
+def decoder_oracle(w, config, tokens):
+    """Logits of one sequence, a token and a head at a time."""
+    c, group = config, config.num_heads // config.num_kv_heads
+    x = [w["embed.embedding"][token] for token in tokens]
+    for layer in range(c.num_layers):
+        block = {
+            name.removeprefix(f"blocks.{layer}."): value
+            for name, value in w.items()
+            if name.startswith(f"blocks.{layer}.")
+        }
+        normed = [
+            rms_norm_oracle(v, block["attention_norm.scale"], c.norm_eps) for v in x
+        ]
+        heads = {
+            part: [
+                (v @ block[f"attention.{part}.kernel"]).reshape(-1, c.head_dim)
+                for v in normed
+            ]
+            for part in ("query", "key", "value")
+        }
+        for part in ("query", "key"):
+            heads[part] = [
+                np.stack([rope_oracle(head, t, c.rope_base) for head in token])
+                for t, token in enumerate(heads[part])
+            ]
+        for t in range(len(tokens)):
+            out = []
+            for head in range(c.num_heads):
+                logits = np.array(
+                    [
+                        heads["query"][t][head] @ heads["key"][s][head // group]
+                        for s in range(t + 1)
+                    ]
+                ) / np.sqrt(c.head_dim)
+                p = np.exp(logits - logits.max())
+                p /= p.sum()
+                out.append(
+                    sum(p[s] * heads["value"][s][head // group] for s in range(t + 1))
+                )
+            x[t] = x[t] + np.concatenate(out) @ block["attention.out.kernel"]
+        for t in range(len(tokens)):
+            v = rms_norm_oracle(x[t], block["ffn_norm.scale"], c.norm_eps)
+            gate = v @ block["ffn.gate.kernel"]
+            hidden = gate / (1 + np.exp(-gate)) * (v @ block["ffn.up.kernel"])
+            x[t] = x[t] + hidden @ block["ffn.down.kernel"]
+    head = w["embed.embedding"].T if c.tie_embeddings else w["head.kernel"]
+    return np.stack([rms_norm_oracle(v, w["norm.scale"], c.norm_eps) @ head for v in x])
+
+
+class DecoderTest(parameterized.TestCase):
+    @parameterized.product(num_kv_heads=[1, 2, 4], tie_embeddings=[True, False])
+    def test_equals_the_oracle(self, num_kv_heads, tie_embeddings):
+        config = dataclasses.replace(
+            SMALL, num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings
+        )
+        model = make(config)
+        got = nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS)
+        for row, tokens in zip(got, TOKENS, strict=True):
+            want = decoder_oracle(weights_of(model), config, tokens)
+            np.testing.assert_allclose(row, want, rtol=1e-4, atol=1e-5)
+
+    def test_the_past_does_not_see_the_future(self):
+        model = make(SMALL)
+        changed = TOKENS.copy()
+        changed[:, 3] = (changed[:, 3] + 1) % 11
+        before, after = model(TOKENS), model(changed)
+        np.testing.assert_array_equal(before[:, :3], after[:, :3])
+        self.assertTrue((before[:, 3:] != after[:, 3:]).any())
+
+    def test_only_distances_count(self):
+        model = make(SMALL)
+        positions = np.broadcast_to(np.arange(5), TOKENS.shape)
+        np.testing.assert_array_equal(model(TOKENS), model(TOKENS, positions))
+        shifted = model(TOKENS, positions + 100)
+        np.testing.assert_allclose(shifted, model(TOKENS), rtol=1e-4, atol=1e-4)
+        stretched = model(TOKENS, positions * 2)
+        self.assertGreater(jnp.abs(stretched - model(TOKENS)).max(), 1e-3)
+
+    @parameterized.product(dtype=[jnp.float32, jnp.bfloat16])
+    def test_gradients_are_finite_and_reach_every_leaf(self, dtype):
+        config = dataclasses.replace(SMALL, dtype=dtype, param_dtype=dtype)
+        graph, params = nnx.split(make(config), nnx.Param)
+
+        def loss(params):
+            logits = nnx.merge(graph, params)(TOKENS)
+            assert logits.dtype == jnp.float32
+            return jax.nn.logsumexp(logits, axis=-1).sum() - logits[..., 0].sum()
+
+        grads = jax.jit(jax.grad(loss))(params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+        for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+            self.assertTrue(jnp.isfinite(grad).all(), path)
+            self.assertTrue(grad.any(), path)
+
+    def test_leaves_have_the_names_that_the_methods_know(self):
+        config = dataclasses.replace(SMALL, tie_embeddings=False)
+        for name, value in weights_of(make(config)).items():
+            kind = name.split(".")[-1]
+            self.assertEqual(
+                {"kernel": 2, "embedding": 2, "scale": 1}[kind], value.ndim
+            )
+
+    def test_bfloat16_is_close_to_float32(self):
+        model = make(SMALL)
+        low = make(dataclasses.replace(SMALL, dtype=jnp.bfloat16))
+        run = nnx.jit(lambda model, tokens: model(tokens))
+        np.testing.assert_allclose(run(low, TOKENS), run(model, TOKENS), atol=0.1)
+
+    def test_other_layers_come_by_configuration(self):
+        class Silent(nnx.Module):
+            def __init__(self, *sizes, num_kv_heads, **_):
+                self.sizes, self.num_kv_heads = sizes, num_kv_heads
+
+            def __call__(self, x, positions=None):
+                return jnp.zeros_like(x)
+
+        config = dataclasses.replace(
+            SMALL,
+            attention=Silent,
+            ffn=functools.partial(models.GatedFFN, activation=jax.nn.relu),
+        )
+        model = make(config)
+        self.assertEqual(model.blocks[0].attention.sizes, (12, 4))
+        self.assertEqual(model.blocks[0].attention.num_kv_heads, 2)
+        # Without attention each token is on its own.
+        alone = model(TOKENS[:, 2:3])
+        np.testing.assert_allclose(model(TOKENS)[:, 2:3], alone, rtol=1e-5, atol=1e-5)
+
+
+class RopeTest(parameterized.TestCase):
+    @parameterized.product(shift=[1, 7, 1000])
+    def test_dot_products_depend_on_the_distance_alone(self, shift):
+        q, k = jax.random.normal(jax.random.key(0), (2, 1, 6, 1, 8))
+        positions = jnp.array([[0, 1, 2, 5, 9, 20]])
+
+        def products(positions):
+            rotate = functools.partial(models.apply_rope, base=100.0)
+            return jnp.einsum(
+                "bqhd,bkhd->bqk", rotate(q, positions), rotate(k, positions)
+            )
+
+        np.testing.assert_allclose(
+            products(positions), products(positions + shift), atol=1e-3
+        )
+
+    def test_keeps_lengths_and_position_zero(self):
+        x = jax.random.normal(jax.random.key(0), (1, 4, 2, 6))
+        y = models.apply_rope(x, jnp.array([[0, 3, 50, 999]]), base=1e4)
+        np.testing.assert_allclose(
+            jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
+        )
+        np.testing.assert_array_equal(y[:, 0], x[:, 0])
+
+    def test_keeps_bfloat16(self):
+        x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
+        positions = jnp.array([[0, 1]])
+        self.assertEqual(models.apply_rope(x, positions, base=1e4).dtype, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_layers", 0, "`num_layers` must be at least 1; got 0"),
+        ("num_kv_heads", 3, "num_kv_heads=3 and num_heads=4"),
+        ("head_dim", 5, "`head_dim` must be even"),
+    ],
+)
+def test_bad_configurations_raise(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **{field: value})

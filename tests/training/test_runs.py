@@ -1,0 +1,81 @@
+"""A run folder goes on with its own configuration only and keeps its metrics once."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax import training
+
+CONFIG = {"seed": 0, "lr": 1e-3, "text": {"bytes": 10}}
+
+
+def test_starts_then_refuses_then_resumes(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    training.open_run(folder, CONFIG, resume=False)
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"already holds a run.*--resume"):
+        training.open_run(folder, CONFIG, resume=False)
+    training.open_run(folder, CONFIG, resume=True)
+    assert (folder / "config.json").read_bytes() == before
+    assert json.loads(before)["config"] == CONFIG
+
+
+def test_resume_without_a_run_starts_it(tmp_path):
+    training.open_run(tmp_path / "a", CONFIG, resume=True)
+    training.open_run(tmp_path / "a", CONFIG, resume=True)
+
+
+def test_another_configuration_is_refused_by_field(tmp_path):
+    training.open_run(tmp_path, CONFIG, resume=False)
+    before = (tmp_path / "config.json").read_bytes()
+    other = {"seed": 1, "lr": 1e-3, "text": {"bytes": 11}, "new": "x"}
+    with pytest.raises(ValueError, match="another configuration") as caught:
+        training.open_run(tmp_path, other, resume=True)
+    message = str(caught.value)
+    assert "seed: 0 there, 1 now" in message
+    assert "text.bytes: 10 there, 11 now" in message
+    assert "new: 'absent' there, 'x' now" in message
+    assert "lr" not in message
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="neither empty nor a run"):
+            training.open_run(tmp_path, CONFIG, resume=resume)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_crash_while_starting_is_no_obstacle(tmp_path):
+    (tmp_path / "config.json.partial").write_text('{"conf')
+    training.open_run(tmp_path, CONFIG, resume=False)
+
+
+def test_metrics_are_numbers_and_rewind_by_phase(tmp_path):
+    run = training.open_run(tmp_path, CONFIG, resume=False)
+    assert run.rows() == []
+    for phase in ("dense", "sparse"):
+        for step in (1, 2, 3):
+            run.log({"phase": phase, "step": step, "loss": jnp.float32(step / 2)})
+    run.log({"phase": "sparse", "step": 3, "by_leaf": {"a": np.float64(1), "b": None}})
+    run.log({"phase": "sparse", "step": 4, "loss": jnp.nan})
+    assert run.rows()[0] == {"phase": "dense", "step": 1, "loss": 0.5}
+    assert run.rows()[-1]["loss"] is None
+    with open(run.metrics_file, "a") as file:
+        file.write('{"phase": "sparse", "st')  # a crash while writing
+    run.rewind("sparse", 2)
+    steps = [(row["phase"], row["step"]) for row in run.rows()]
+    assert steps == [("dense", s) for s in (1, 2, 3)] + [("sparse", 1), ("sparse", 2)]
+    run.log({"phase": "sparse", "step": 3})
+    assert run.rows()[-1] == {"phase": "sparse", "step": 3}
+
+
+def test_atomic_write_replaces_as_a_whole(tmp_path):
+    path = tmp_path / "file"
+    training.write_atomic(path, "one")
+    training.write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
