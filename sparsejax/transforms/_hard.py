@@ -24,6 +24,7 @@ from sparsejax.transforms._state import (
     SparseState,
     loaded_masks,
     store_masks,
+    without_weak_types,
 )
 from sparsejax.typing import Params
 
@@ -94,13 +95,15 @@ def hard_method(
             update_every=topology.update_every,
             stop_step=topology.stop_step,
         )
-        # raw key data: plain uint32 passes through every checkpoint and wrapper
-        key = topology.key
-        arrays = {} if key is None else {"key": jax.random.key_data(key)}
+        arrays = {}
+        if topology.key is not None:
+            # raw key data passes through every checkpoint and wrapper; a copy, since
+            # the state may be donated and the user's key must outlive it
+            arrays["key"] = jnp.copy(jax.random.key_data(topology.key))
         return SparseState(
             jnp.zeros([], jnp.int32),
             store_masks(found, params, pack_masks),
-            inner.init(params),
+            without_weak_types(inner.init(params)),
             arrays,
             settings,
         )
@@ -116,7 +119,10 @@ def hard_method(
 
         def step():
             masked = masks.apply_masks(grads, old)
-            return inner.update(masked, state.inner_state, params, **extra)
+            updates, inner_state = inner.update(
+                masked, state.inner_state, params, **extra
+            )
+            return updates, without_weak_types(inner_state)
 
         updates, inner_state = step()
         if topology.refresh is None:
@@ -140,7 +146,9 @@ def hard_method(
             inner_state = _where(due, state.inner_state, inner_state)
             updates = jax.tree.map(lambda u: jnp.where(due, 0, u), updates)
         regrown = _zip_masks(lambda a, b: b & ~a, old, new)
-        inner_state = reset_regrown(inner_state, inner.init(params), params, regrown)
+        # before the first update pruned weights are not 0 yet; regrown ones start there
+        fresh = inner.init(masks.apply_masks(params, old))
+        inner_state = reset_regrown(inner_state, fresh, params, regrown)
         # regrown weights start from 0, so only those kept before and after move
         both = _zip_masks(lambda a, b: a & b, old, new)
         return _prune(updates, params, both), state._replace(

@@ -25,6 +25,7 @@ from sparsejax.transforms._state import (
     SparseState,
     array,
     store_masks,
+    without_weak_types,
 )
 from sparsejax.typing import Params, is_none
 
@@ -66,7 +67,7 @@ def soft_method(
         return SparseState(
             step,
             store_masks(found, params, pack_masks),
-            inner.init(params),
+            without_weak_types(inner.init(params)),
             arrays,
             settings,
         )
@@ -90,7 +91,7 @@ def soft_method(
         return updates, SparseState(
             step,
             store_masks(found, state.masks, pack_masks),
-            inner_state,
+            without_weak_types(inner_state),
             arrays_at(step),
             state.settings,
         )

@@ -107,6 +107,22 @@ def find_states(opt_state: optax.OptState) -> list[SparseState]:
     return states
 
 
+def without_weak_types(inner_state: optax.OptState) -> optax.OptState:
+    """Gives every array of a state a settled dtype.
+
+    Some optimizers begin with weakly typed numbers and return settled ones
+    (`optax.lbfgs`), or hold Python numbers; a jitted step would be traced twice.
+    """
+
+    def settle(leaf):
+        leaf = jnp.asarray(leaf)
+        return jax.lax.convert_element_type(leaf, leaf.dtype)
+
+    return jax.tree.map(
+        lambda leaf: settle(leaf) if jax.typeof(leaf).weak_type else leaf, inner_state
+    )
+
+
 def array(leaf: Any) -> jax.Array:
     """The array in a leaf that Flax may have wrapped in a Variable."""
     return jax.tree.leaves(leaf)[0]
