@@ -34,5 +34,7 @@ def unpack(packed: UInt8[Array, "*lead bytes"], size: int) -> Bool[Array, "*lead
       >>> unpack(pack(jnp.array([True, False, True])), 3)
       Array([ True, False,  True], dtype=bool)
     """
-    bits = jnp.unpackbits(packed, axis=-1, count=size, bitorder="little")
-    return bits.astype(jnp.bool_)
+    # not `jnp.unpackbits`: it raises where another axis is empty
+    bits = (packed[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    bits = bits.reshape(*packed.shape[:-1], 8 * packed.shape[-1])
+    return bits[..., :size].astype(jnp.bool_)

@@ -93,10 +93,10 @@ def broadcast_prefix(prefix: Any, params: Params, *, name: str) -> list[Any]:
             )
         values.append(entries[found[0]])
         used.add(found[0])
-    if unused := [names for names in entries if names not in used]:
+    if unused := [names for names in entries if names and names not in used]:
         raise ValueError(
             f"`{name}` must be one value or a tree prefix of the params; its entry at "
-            f"{'/'.join(unused[0]) or 'the root'} is above no leaf. Remove it."
+            f"{'/'.join(unused[0])} is above no leaf. Remove it."
         )
     return values
 

@@ -1,0 +1,67 @@
+"""In-time over-parameterization: how many weights were ever kept."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from sparsejax import masks as masks_lib
+from sparsejax.typing import MaskTree
+
+
+def update_explored(explored: MaskTree, masks: MaskTree) -> MaskTree:
+    """Adds the weights kept now to those that were ever kept.
+
+    Start from the masks of `init`; call it after each mask update, jitted or not.
+
+    Args:
+      explored: bool arrays, True = kept at some time; None stays None.
+      masks: the masks now, aligned by the order of their leaves.
+
+    Returns:
+      A tree like `explored`.
+
+    Raises:
+      ValueError: if the trees have different numbers of leaves.
+
+    Example:
+      >>> explored = {"a": jnp.array([True, False, False])}
+      >>> update_explored(explored, {"a": jnp.array([False, False, True])})
+      {'a': Array([ True, False,  True], dtype=bool)}
+
+    References:
+      Liu et al., 2021, https://arxiv.org/abs/2102.02887.
+    """
+    return masks_lib.map_masked(
+        lambda ever, _, now: ever | now, explored, explored, masks
+    )
+
+
+def exploration_rate(explored: MaskTree) -> Float32[Array, ""]:
+    """The share of governed weights that were ever kept (ITOP rate).
+
+    It starts at the density and stays there for a static mask; dynamic sparse training
+    that explores well comes close to 1.
+
+    Args:
+      explored: bool arrays from `update_explored`; None leaves are skipped.
+
+    Returns:
+      A fraction of all governed weights, not a mean over leaves.
+
+    Raises:
+      ValueError: if there is no weight to count.
+
+    Example:
+      >>> float(exploration_rate({"a": jnp.array([True, False, True, True])}))
+      0.75
+
+    References:
+      Liu et al., 2021, https://arxiv.org/abs/2102.02887, the rate R_s.
+    """
+    leaves = jax.tree.leaves(explored)
+    size = sum(leaf.size for leaf in leaves)
+    if not size:
+        raise ValueError("`explored` must hold at least one mask with entries.")
+    # integers within a leaf, floats across leaves: these may pass 2**31
+    counts = [jnp.sum(leaf, dtype=jnp.int32).astype(jnp.float32) for leaf in leaves]
+    return sum(counts, jnp.zeros([], jnp.float32)) / size
