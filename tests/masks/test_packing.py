@@ -1,0 +1,47 @@
+"""pack and unpack: one bit a weight, and back."""
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsejax import masks
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_round_trip(data):
+    shapes = [
+        (1,),
+        (8,),
+        (9,),
+        (0,),
+        (3, 16),
+        (2, 3, 5),
+        (3, 0),
+        (0, 3),
+        (1, 2, 1, 3, 7),
+    ]
+    mask = data.draw(hnp.arrays(bool, st.sampled_from(shapes)))
+    packed = np.asarray(masks.pack(mask))
+    assert packed.dtype == np.uint8
+    assert packed.shape == (*mask.shape[:-1], -(-mask.shape[-1] // 8))
+    np.testing.assert_array_equal(masks.unpack(packed, mask.shape[-1]), mask)
+    # the slow definition: bit j of byte i is entry 8 i + j, the rest is 0
+    for index in np.ndindex(packed.shape):
+        row, first = mask[index[:-1]], 8 * index[-1]
+        want = sum(int(bit) << j for j, bit in enumerate(row[first : first + 8]))
+        assert packed[index] == want
+
+
+class PackingTest(parameterized.TestCase):
+    def test_under_jit_and_vmap(self):
+        mask = jax.random.bernoulli(jax.random.key(0), 0.5, (4, 3, 21))
+        packed = jax.jit(jax.vmap(masks.pack))(mask)
+        self.assertEqual(packed.shape, (4, 3, 3))
+        got = jax.jit(jax.vmap(lambda p: masks.unpack(p, 21)))(packed)
+        self.assertEqual(got.dtype, jnp.bool_)
+        np.testing.assert_array_equal(got, mask)
