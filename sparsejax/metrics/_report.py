@@ -148,7 +148,7 @@ def sparsity_report(
 
     Raises:
       ValueError: if no leaf is governed, or masks and params do not fit.
-      TypeError: if masks and other arrays are mixed.
+      TypeError: if `params` is given and the first argument holds no masks.
 
     Example:
       >>> masks = {"bias": None, "kernel": jnp.arange(8).reshape(4, 2) < 2}
@@ -200,8 +200,7 @@ def sparsity_report(
 
 
 def _are_masks(tree: Any) -> bool:
-    kinds = {jnp.result_type(leaf) == jnp.bool_ for leaf in jax.tree.leaves(tree)}
-    return kinds != {False} and (kinds == {True} or not kinds)
+    return all(jnp.result_type(leaf) == jnp.bool_ for leaf in jax.tree.leaves(tree))
 
 
 def _zeros_as_masks(params: Params) -> MaskTree:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax import allocation
@@ -88,7 +88,6 @@ SHAPES = st.lists(
 )
 
 
-@settings(max_examples=100)
 @given(shapes=SHAPES, sparsity=st.floats(0, 0.999), kernel=st.booleans())
 def test_equals_the_published_iteration(shapes, sparsity, kernel):
     allocate = allocation.erdos_renyi_kernel if kernel else allocation.erdos_renyi
@@ -102,7 +101,6 @@ def test_equals_the_published_iteration(shapes, sparsity, kernel):
     assert abs(np.dot(got, sizes) / sum(sizes) - (1 - sparsity)) < 1e-9
 
 
-@settings(max_examples=50)
 @given(shapes=SHAPES, sparsity=st.floats(0, 0.999), seed=st.integers(0, 99))
 def test_a_permutation_of_the_leaves_permutes_the_densities(shapes, sparsity, seed):
     order = np.random.default_rng(seed).permutation(len(shapes))

@@ -5,13 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax import masks
 
 
-@settings(max_examples=30)
 @given(data=st.data())
 def test_round_trip(data):
     shapes = [
