@@ -15,6 +15,7 @@ from sparsejax.transforms._state import (
     Plain,
     Settings,
     SparseState,
+    checked_params,
     loaded_masks,
     store_masks,
 )
@@ -218,11 +219,7 @@ def scale_by_adams(
 
     def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
         del extra
-        if params is None:
-            raise ValueError(
-                "`adams` needs `params` in `update`; got None. Call "
-                "`tx.update(grads, opt_state, params)`."
-            )
+        params = checked_params(params, state.settings)
         _check_total_steps(state, total_steps)
         found = jax.lax.cond(
             is_due(state),

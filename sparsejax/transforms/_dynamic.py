@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocations
@@ -156,6 +157,7 @@ def rigl(
     """
 
     def grow_scores(read: Refresh) -> Params:
+        _check_shapes(read.grads, read.params)
         return scores.magnitude(read.grads)
 
     return _dynamic(
@@ -232,3 +234,15 @@ def _dynamic(
         key=key,
     )
     return hard_method(inner, topology, pack_masks=pack_masks)
+
+
+def _check_shapes(grads: Params, params: Params) -> None:
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    for (path, weight), grad in zip(flat, jax.tree.leaves(grads), strict=True):
+        if jnp.shape(grad) != jnp.shape(weight):
+            raise ValueError(
+                "RigL grows by the gradient of each weight; got a gradient of shape "
+                f"{jnp.shape(grad)} for a weight of {jnp.shape(weight)} at "
+                f"{jax.tree_util.keystr(path)}. Average the gradients of examples, or "
+                "use `sj.sparse_evolution`, which grows at random."
+            )

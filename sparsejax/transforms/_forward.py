@@ -162,12 +162,31 @@ def project(
 
 def _map_owned(opt_state: optax.OptState, params: Params, fn) -> Params:
     flat, owners, treedef = align(find_states(opt_state), params)
+    for weight, owner in zip(flat, owners, strict=True):
+        if owner is not None:
+            _check_shape(weight, owner)
     return treedef.unflatten(
         [
             weight if owner is None or weight is None else fn(weight, owner)
             for weight, owner in zip(flat, owners, strict=True)
         ]
     )
+
+
+def _check_shape(weight: Any, entry: Entry) -> None:
+    """Masks may have mapped axes in front; a projection must see one run at a time."""
+    leaf, settings = _leaf(entry), entry.state.settings
+    shape = () if weight is None else jnp.shape(weight)
+    own = shape
+    if isinstance(settings.forward, Masked):
+        own = shape[max(len(shape) - len(leaf.shape), 0) :]
+    if own != leaf.shape:
+        raise ValueError(
+            f"the params must be those that `{settings.method}` was initialised with; "
+            f"got {'None' if weight is None else f'shape {shape}'} where it has "
+            f"{leaf.shape} at {leaf.name}. Under `jax.vmap`, call this inside the "
+            "mapped function."
+        )
 
 
 def _forward_leaf(weight: jax.Array, entry: Entry) -> jax.Array:

@@ -22,6 +22,7 @@ from sparsejax.transforms._state import (
     Masked,
     Settings,
     SparseState,
+    checked_params,
     loaded_masks,
     store_masks,
     without_weak_types,
@@ -109,11 +110,7 @@ def hard_method(
         )
 
     def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
-        if params is None:
-            raise ValueError(
-                f"`{topology.method}` needs `params` in `update`; got None. Call "
-                "`tx.update(grads, opt_state, params)`."
-            )
+        params = checked_params(params, state.settings)
         old = loaded_masks(state)
         due = is_due(state)
 

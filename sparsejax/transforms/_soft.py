@@ -24,6 +24,7 @@ from sparsejax.transforms._state import (
     Settings,
     SparseState,
     array,
+    checked_params,
     store_masks,
     without_weak_types,
 )
@@ -73,11 +74,7 @@ def soft_method(
         )
 
     def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
-        if params is None:
-            raise ValueError(
-                f"`{method}` needs `params` in `update`; got None. Call "
-                "`tx.update(grads, opt_state, params)`."
-            )
+        params = checked_params(params, state.settings)
         found = _current_masks(params, state.settings, state.arrays)
         if pull is not None:
             grads = masks.map_masked(
