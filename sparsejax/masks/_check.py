@@ -7,6 +7,12 @@ from jax.core import Tracer
 from sparsejax.typing import ScoreTree
 
 
+def check_floating(scores: jax.Array) -> None:
+    """Raises a TypeError unless scores are floating: the search reads their bits."""
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(f"`scores` must be floating; got {scores.dtype}. Convert them.")
+
+
 def check_scores(scores: ScoreTree, name: str = "scores") -> None:
     """Raises if a concrete score is NaN; traced scores pass and rank NaN lowest.
 

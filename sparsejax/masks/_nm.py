@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.masks._check import check_scores
+from sparsejax.masks._check import check_floating, check_scores
 
 
 def nm_mask(
@@ -28,6 +28,7 @@ def nm_mask(
     Raises:
       ValueError: if `n`, `m` or `axis` is out of range, `m` does not divide the axis,
         or a concrete score is NaN.
+      TypeError: if the scores are not floating.
 
     Example:
       >>> nm_mask(jnp.array([1.0, 1.0, 3.0, 0.0]), 2, 4, axis=0)
@@ -50,6 +51,7 @@ def nm_mask(
             f"`m` must divide the pruned axis; got m={m} for axis {axis} of shape "
             f"{scores.shape}. Pad it or choose another axis."
         )
+    check_floating(scores)
     check_scores(scores)
     return nm_select(scores, n, n, m, axis)
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from sparsejax.masks._check import check_floating
+
 EXCLUDED = 0
 """The key of an entry that must not be chosen; below the key of NaN, which is 1."""
 
@@ -18,6 +20,7 @@ def ordered_keys(scores: jax.Array, among: jax.Array | None = None) -> jax.Array
       Unsigned integers of the scores' shape and width.
     """
     scores = jnp.asarray(scores)
+    check_floating(scores)
     width = scores.dtype.itemsize * 8
     unsigned = jnp.dtype(f"uint{width}")
     sign = unsigned.type(1 << (width - 1))

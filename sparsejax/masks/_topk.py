@@ -40,6 +40,7 @@ def topk_mask(
     Raises:
       ValueError: if a concrete `num_kept` lies outside its range, or a concrete score
         is NaN.
+      TypeError: if the scores are not floating.
 
     Example:
       >>> topk_mask(jnp.array([0.1, 3.0, 2.0]), 2)
@@ -69,6 +70,7 @@ def global_topk(scores: ScoreTree, num_kept: ArrayLike) -> MaskTree:
     Raises:
       ValueError: if a concrete `num_kept` lies outside its range, a concrete score is
         NaN, or the tree has 2**31 entries or more (int32 counts).
+      TypeError: if the scores are not floating.
 
     Example:
       >>> global_topk({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 2)

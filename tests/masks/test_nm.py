@@ -106,6 +106,10 @@ class NMTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, match):
             masks.nm_mask(jnp.ones(shape), n, m, axis)
 
+    def test_integers_are_refused(self):
+        with self.assertRaisesRegex(TypeError, "must be floating; got int32"):
+            masks.nm_mask(jnp.ones((4, 2), jnp.int32), 2, 4)
+
     def test_nan(self):
         scores = jnp.ones((4, 2)).at[0, 0].set(jnp.nan)
         with self.assertRaisesRegex(ValueError, "`scores` must not be NaN; got 1 of 8"):

@@ -121,6 +121,12 @@ class TopKTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, rf"in \[0, 6\].*got {num_kept}"):
             masks.topk_mask(jnp.arange(6.0), num_kept)
 
+    def test_integers_are_refused(self):
+        # negative ones would rank by their bits, the wrong way round
+        for fn in (masks.topk_mask, masks.global_topk):
+            with self.assertRaisesRegex(TypeError, "must be floating; got int32"):
+                fn(jnp.arange(-3, 3), 2)
+
     def test_nan(self):
         scores = jnp.array([[1.0, jnp.nan], [jnp.nan, 0.0]])
         with self.assertRaisesRegex(ValueError, "`scores` must not be NaN; got 2 of 4"):

@@ -99,7 +99,7 @@ class DecayTest(parameterized.TestCase):
         self.assertAlmostEqual(float(schedule(625)), 0.5, delta=1e-6)
         self.assertGreater(float(schedule(1249)), 0)
         for step in (1250, 1251, 10**6):
-            self.assertAlmostEqual(float(schedule(step)), 0, delta=1e-7)
+            self.assertEqual(float(schedule(step)), 0)
 
     @parameterized.product(
         decay=[schedules.linear_decay, schedules.exponential_decay],
