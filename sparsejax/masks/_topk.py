@@ -87,11 +87,6 @@ def global_topk(scores: ScoreTree, num_kept: ArrayLike) -> MaskTree:
 
 
 def _check_count(num_kept: ArrayLike, size: int) -> None:
-    if size >= 2**31:
-        raise ValueError(
-            f"one ranking must have fewer than 2**31 entries; got {size}. Rank leaf by "
-            "leaf, or mark the axes of stacked layers as `stacked`."
-        )
     if isinstance(num_kept, Tracer):
         return
     if not 0 <= int(num_kept) <= size:  # pyright: ignore[reportArgumentType] - real
@@ -112,7 +107,16 @@ def topk_of_keys(
 
     Returns:
       Masks of the same shapes, with exactly `num_kept` True for each stacked index.
+
+    Raises:
+      ValueError: if a ranking has 2**31 entries or more: counts are int32.
     """
+    size = sum(math.prod(key.shape[stacked:]) for key in keys)
+    if size >= 2**31:
+        raise ValueError(
+            f"one ranking must have fewer than 2**31 entries; got {size}. Rank leaf by "
+            "leaf, or mark the axes of stacked layers as `stacked`."
+        )
     num_kept = jnp.broadcast_to(
         jnp.asarray(num_kept, jnp.int32), keys[0].shape[:stacked]
     )

@@ -190,6 +190,20 @@ class SelectAcrossTest(parameterized.TestCase):
             want = oracle.topk(flat, count_oracle(sparsity, flat.size))
             np.testing.assert_array_equal(got, want)
 
+    def test_too_many_weights_for_one_ranking(self):
+        large = jax.ShapeDtypeStruct((4, 2**14, 2**15), jnp.float32)
+
+        def select(scores, stacked):
+            leaf = leaf_of(Unstructured(), scores.shape, stacked)
+            return masks.select(scores, leaf, 0.5)
+
+        by_layer = jax.eval_shape(lambda s: select(s, 1), large)
+        self.assertEqual(by_layer.shape, large.shape)
+        across = lambda *s: masks.select_across(s, governed(s), 0.5)  # noqa: E731
+        for fn in (lambda s: select(s, 0), across, lambda s: masks.topk_mask(s, 5)):
+            with self.assertRaisesRegex(ValueError, r"fewer than 2\*\*31 entries"):
+                jax.eval_shape(fn, large)
+
 
 class DropAndGrowTest(parameterized.TestCase):
     @parameterized.product(case=sorted(CASES))
