@@ -1,0 +1,441 @@
+"""Trains a sparse transformer on real text: dense first, then sparse from its weights.
+
+    python examples/train_lm.py              # CAST to exact 2:4, about three minutes
+    python examples/train_lm.py --resume     # after Ctrl-C, a crash or kill -9
+    python examples/train_lm.py --name rigl --method rigl \
+        --pattern unstructured --sparsity 0.8
+
+A small decoder learns the source of Python's standard library, byte by byte. At the
+fork it goes on in two ways, on the same batches: dense, and by one of the library's
+methods. The table at the end compares both, and one-shot pruning. `runs/NAME/` gets the
+metrics, a picture, the checkpoints and the sparse weights.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import sparsejax as sj
+from sparsejax import models, training
+
+# --- One step, for every method ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train. Most methods need nothing but the defaults of the library."""
+
+    tx: optax.GradientTransformationExtraArgs
+    start: Callable = lambda weights: weights  # -> params: what is trained
+    forward: Callable = sj.forward_params  # (opt_state, params) -> weights in the loss
+    finish: Callable = sj.sparse_params  # (opt_state, params) -> exactly sparse weights
+    masks: Callable = sj.masks_of  # opt_state -> masks of the weights
+    eta: float = 0.0  # share of the dense teacher in the loss
+
+
+def begin(method, weights, step=0):
+    params = method.start(weights)
+    return training.TrainState(jnp.int32(step), params, method.tx.init(params))
+
+
+def train_step(method, apply, state, batch, teacher):
+    inputs, labels = batch[:, :-1], batch[:, 1:]
+
+    def loss_fn(params):
+        weights = method.forward(state.opt_state, params)
+        logits = apply(weights, inputs)
+        nats = cross_entropy(logits, labels)
+        if not method.eta:
+            return nats, nats
+        teacher_logits = apply(teacher, inputs)
+        loss = sj.distillation_loss(logits, teacher_logits, labels, eta=method.eta)
+        return loss, nats
+
+    (loss, nats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = method.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    before, after = method.masks(state.opt_state), method.masks(opt_state)
+    metrics = {
+        "loss": loss,
+        "bits_per_byte": nats / math.log(2),
+        "sparsity": training.mask_sparsity(after),
+        "mask_changes": sj.sad(before, after),
+    }
+    return training.TrainState(state.step + 1, params, opt_state), metrics
+
+
+def cross_entropy(logits, labels):
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.mean(losses)
+
+
+# --- The run ---
+
+
+def main(argv=None) -> list[dict]:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:  # what is wrong with the input shows here, before anything is written
+        text = read_text(args)
+        sizes = model_sizes(args)
+        model = models.Decoder(models.DecoderConfig(**sizes), rngs=nnx.Rngs(args.seed))
+        graph, weights = nnx.split(model, nnx.Param)
+        methods = {"dense": dense(args), args.method: METHODS[args.method](args)}
+        for method in methods.values():
+            jax.eval_shape(functools.partial(begin, method), weights)
+        config = run_config(args, text, sizes)
+        run = training.open_run(args.runs / args.name, config, resume=args.resume)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(
+        f"{sum(x.size for x in jax.tree.leaves(weights)):,} weights learn "
+        f"{text.train.size:,} bytes of the {text.name}; results go to {run.folder}"
+    )
+
+    shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
+    validation = training.validation_batches(text.validation, num_batches=128, **shape)
+
+    def apply(weights, tokens):
+        return nnx.merge(graph, weights)(tokens)
+
+    @jax.jit
+    def bits_per_byte(weights, batches):
+        def nats(batch):
+            return cross_entropy(apply(weights, batch[:, :-1]), batch[:, 1:])
+
+        return jnp.mean(jax.lax.map(nats, batches)) / math.log(2)
+
+    def train(phase, method, state, num_steps, teacher=None):
+        step_fn = jax.jit(
+            functools.partial(train_step, method, apply), donate_argnums=0
+        )
+
+        def evaluate(state):
+            weights = method.forward(state.opt_state, state.params)
+            loss = bits_per_byte(weights, validation[::8])
+            leaves = training.leaf_metrics(method.masks(state.opt_state), weights)
+            return {"validation_bits_per_byte": loss, **leaves}
+
+        return training.fit(
+            run,
+            phase,
+            state,
+            lambda state, batch: step_fn(state, batch, teacher),
+            lambda step: training.sample_batch(
+                text.train, seed=args.seed, step=step, **shape
+            ),
+            num_steps=num_steps,
+            evaluate=evaluate,
+            evaluate_every=args.evaluate_every,
+            checkpoint_every=args.checkpoint_every,
+            tokens_per_step=args.batch_size * args.seq_len,
+        )
+
+    # Each call goes on from its own newest checkpoint: a resumed run passes through the
+    # parts that are done and does the rest.
+    fork_step, last_step = args.dense_steps, args.dense_steps + args.steps
+    state = begin(methods["dense"], weights)
+    fork = train("dense", methods["dense"], state, fork_step)
+    dense_on = train("dense-continued", methods["dense"], fork, last_step)
+
+    one_shot = sj.prune(dense_on.params, args.sparsity, pattern=args.pattern)
+    final = sj.apply_masks(dense_on.params, one_shot)
+    compared = [
+        ("dense at the fork", fork_step, fork.params),
+        ("dense, trained on", last_step, dense_on.params),
+        ("... pruned in one shot", last_step, final),
+    ]
+    if args.method != "dense":
+        method = methods[args.method]
+        state = begin(method, fork.params, fork_step)
+        state = train(args.method, method, state, last_step, teacher=fork.params)
+        before = method.forward(state.opt_state, state.params)
+        final = method.finish(state.opt_state, state.params)
+        compared += [
+            (f"{args.method}, before the hard prune", last_step, before),
+            (f"{args.method}, after the hard prune", last_step, final),
+        ]
+    rows = [
+        {
+            "model": name,
+            "steps": steps,
+            "sparsity": sj.sparsity_report(weights).sparsity,
+            "bits per byte": float(bits_per_byte(weights, validation)),
+        }
+        for name, steps, weights in compared
+    ]
+    for row in rows:
+        row["to dense, %"] = 100 * (row["bits per byte"] / rows[1]["bits per byte"] - 1)
+    finish(run, rows, final, config)
+    return rows
+
+
+def finish(run, rows, final, config) -> None:
+    """Prints the table; writes it, the picture and the sparse weights."""
+    table = training.markdown_table(rows)
+    print(f"\n{table}\n")
+    training.write_atomic(run.folder / "table.md", table + "\n")
+    training.write_atomic(run.folder / "table.json", json.dumps(rows, indent=2))
+    training.save_weights(
+        run.folder / "sparse.safetensors", final, {"config": json.dumps(config)}
+    )
+    kernel = final["blocks"][0]["attention"]["query"]["kernel"][...]
+    training.draw_report(
+        run.folder / "report.png",
+        run.rows(),
+        title=f"{run.folder.name}: {config['method']}, {config['pattern']}",
+        mask=kernel != 0,
+        mask_name="blocks.0.attention.query",
+    )
+    print(f"{run.folder}: report.png, table.md, metrics.jsonl, sparse.safetensors")
+
+
+# --- The methods ---
+
+
+def cosine(args, peak):
+    """From `peak` to a tenth of it over the steps after the fork."""
+    return optax.cosine_decay_schedule(peak, max(args.steps, 1), 0.1)
+
+
+def clipped_adam(learning_rate):
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(learning_rate, b2=0.99)
+    )
+
+
+def dense(args) -> Method:
+    """The learning rate warms up, is constant until the fork, then falls."""
+    constant = optax.warmup_constant_schedule(0.0, args.lr, 30)
+    falling = cosine(args, args.lr)
+    return Method(
+        clipped_adam(optax.join_schedules([constant, falling], [args.dense_steps])),
+        forward=lambda opt_state, params: params,
+        finish=lambda opt_state, params: params,
+        masks=lambda opt_state: {},
+    )
+
+
+def cast(args) -> Method:
+    """CAST: AdamS pulls the weights to prune to zero while the forward stays dense.
+
+    Learned scales repair the magnitude that is lost; the dense model teaches. The
+    published run is far longer and starts from a converged model, hence differences:
+    shorter memories (`b1`, `b2`); a pull well above the gradients, so that weights go
+    early and the others have time to adapt; and a teacher that counts a tenth, not a
+    third, for the student soon overtakes it.
+    """
+    rules = {"sparsity": args.sparsity, "pattern": args.pattern}
+
+    def where(path, leaf):  # the scales are left to plain Adam
+        return path[0].key == "weights" and sj.patterns.is_default_governed(path, leaf)
+
+    def start(weights):
+        return {"weights": weights, "scales": sj.weight_scaling.init(weights)}
+
+    def forward(opt_state, params):
+        params = sj.forward_params(opt_state, params)
+        return sj.weight_scaling.apply(params["weights"], params["scales"])
+
+    def finish(opt_state, params):
+        masks = sj.prune(params["weights"], **rules)  # of the final weights
+        return sj.weight_scaling.fold(params["weights"], params["scales"], masks)
+
+    def masks(opt_state):
+        return sj.masks_of(opt_state)["weights"]
+
+    adams = sj.adams(
+        cosine(args, args.cast_lr),
+        max(args.steps, 1),
+        args.l1_decay,
+        b1=0.8,
+        b2=0.95,
+        where=where,
+        **rules,
+    )
+    tx = optax.chain(optax.clip_by_global_norm(1.0), adams)
+    return Method(tx, start, forward, finish, masks, eta=args.eta)
+
+
+def sr_ste(args) -> Method:
+    inner = clipped_adam(cosine(args, args.lr))
+    return Method(sj.sr_ste(inner, sparsity=args.sparsity, pattern=args.pattern))
+
+
+def mask_decay(args) -> Method:
+    """The factor of the pruned weights is 1 % at 60 % of the steps, 0 from 90 % on."""
+    inner = clipped_adam(cosine(args, args.lr))
+    steps = max(args.steps, 1)
+    decay = sj.schedules.exponential_decay(
+        4.6 / (0.6 * steps), hard_after=steps * 9 // 10
+    )
+    return Method(
+        sj.mask_decay(inner, decay, sparsity=args.sparsity, pattern=args.pattern)
+    )
+
+
+def structure_decay(args) -> Method:
+    """Patterns that keep fewer and fewer of `m`; the last holds for half of the run."""
+    if not isinstance(args.pattern, sj.NM):
+        raise ValueError(
+            f"structure_decay needs an N:M pattern; got {args.pattern}. Pass --pattern."
+        )
+    inner = clipped_adam(cosine(args, args.lr))
+    frames = sj.patterns.stepwise_frames(args.pattern)
+    starts = sj.schedules.frame_boundaries(
+        len(frames), args.steps, hard_steps=args.steps // 3
+    )
+    return Method(sj.structure_decay(inner, frames, starts))
+
+
+def magnitude(args) -> Method:
+    """Gradual: a cubic ramp over half of the steps. N:M is pruned at once."""
+    inner = clipped_adam(cosine(args, args.lr))
+    sparsity = args.sparsity
+    if sparsity is not None:
+        sparsity = sj.schedules.cubic(sparsity, begin=0, end=max(args.steps // 2, 1))
+    return Method(
+        sj.magnitude_prune(inner, sparsity, pattern=args.pattern, update_every=10)
+    )
+
+
+def static(args) -> Method:
+    """Random masks from the start; give `--dense-steps 0`, as for SET and RigL."""
+    inner = clipped_adam(cosine(args, args.lr))
+    key = jax.random.key(args.seed)
+    return Method(sj.static_sparse(inner, args.sparsity, pattern=args.pattern, key=key))
+
+
+def dynamic(args, method) -> Method:
+    """About twenty mask updates in the first three quarters of the steps."""
+    return Method(
+        method(
+            clipped_adam(cosine(args, args.lr)),
+            args.sparsity,
+            update_every=max(1, args.steps // 27),
+            stop_step=args.steps * 3 // 4,
+            pattern=args.pattern,
+            key=jax.random.key(args.seed),
+        )
+    )
+
+
+METHODS = {
+    "cast": cast,
+    "sr_ste": sr_ste,
+    "mask_decay": mask_decay,
+    "structure_decay": structure_decay,
+    "magnitude": magnitude,
+    "static": static,
+    "set": functools.partial(dynamic, method=sj.sparse_evolution),
+    "rigl": functools.partial(dynamic, method=sj.rigl),
+    "dense": dense,
+}
+
+
+# --- The command line ---
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--name", default="train_lm", help="the run's folder is RUNS/NAME")
+    add("--runs", type=Path, default=Path("runs"))
+    add("--resume", action="store_true", help="go on with the run NAME")
+    add(
+        "--text", type=Path, nargs="+", metavar="FILE", help="learn these files instead"
+    )
+    add("--method", choices=METHODS, default="cast")
+    add(
+        "--pattern",
+        type=parse_pattern,
+        default=sj.NM(2, 4),
+        help="N:M, unstructured, block:HEIGHTxWIDTH or channel (default: 2:4)",
+    )
+    add("--sparsity", type=float, help="share of zeros; N:M has its own, else 0.5")
+    add("--seed", type=int, default=0)
+    add("--dense-steps", type=count, default=1000, help="steps before the fork")
+    add("--steps", type=count, default=600, help="steps after it, on each way")
+    add("--batch-size", type=count, default=4)
+    add("--seq-len", type=count, default=128)
+    add("--d-model", type=count, default=128)
+    add("--num-layers", type=count, default=4)
+    add("--num-heads", type=count, default=4)
+    add("--lr", type=float, default=2e-3, help="peak learning rate")
+    add(
+        "--cast-lr",
+        type=float,
+        default=8e-4,
+        help="that of AdamS, whose steps are longer",
+    )
+    add("--l1-decay", type=float, default=1e-2, help="pull of AdamS")
+    add("--eta", type=float, default=0.1, help="share of the teacher in CAST's loss")
+    add("--evaluate-every", type=count, default=100, metavar="STEPS")
+    add("--checkpoint-every", type=count, default=200, metavar="STEPS")
+    return parser
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative; got {value}")
+    return value
+
+
+def parse_pattern(text: str):
+    try:
+        if found := re.fullmatch(r"(\d+):(\d+)", text):
+            return sj.NM(int(found[1]), int(found[2]))
+        if found := re.fullmatch(r"block:(\d+)x(\d+)", text):
+            return sj.Block((int(found[1]), int(found[2])))
+        return {"unstructured": sj.Unstructured(), "channel": sj.Channel(-1)}[text]
+    except KeyError:
+        known = "N:M, unstructured, block:HEIGHTxWIDTH or channel"
+        raise argparse.ArgumentTypeError(f"must be {known}; got {text!r}") from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def read_text(args) -> training.ByteText:
+    if args.text:
+        text = training.text_from_files(args.text)
+    else:
+        text = training.standard_library_text()
+    training.require_length(text, batch_size=args.batch_size, seq_len=args.seq_len)
+    return text
+
+
+def model_sizes(args) -> dict[str, int]:
+    return {
+        "d_model": args.d_model,
+        "num_layers": args.num_layers,
+        "num_heads": args.num_heads,
+        "num_kv_heads": max(1, args.num_heads // 2),
+        "head_dim": args.d_model // args.num_heads,
+        "d_ff": 3 * args.d_model,
+    }
+
+
+def run_config(args, text, sizes) -> dict:
+    """What determines the result: a run is resumed with the same or not at all."""
+    free = {"name", "runs", "resume", "checkpoint_every"}
+    chosen = {name: value for name, value in vars(args).items() if name not in free}
+    chosen |= {"pattern": str(args.pattern), "text": text.describe()}
+    return chosen | {"model": sizes}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""What a loop logs about masks, whichever method they come from."""
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.typing import MaskTree, Params, is_none, plain_path
+
+
+def mask_sparsity(masks: MaskTree) -> jax.Array:
+    """Share of zeros over all masks, traced or not; 0 where there is no mask.
+
+    Example:
+      >>> float(mask_sparsity({"a": jnp.array([True, False]), "b": None}))
+      0.5
+    """
+    leaves = jax.tree.leaves(masks)
+    pruned = [jnp.sum(~mask, dtype=jnp.float32) for mask in leaves]
+    size = sum(mask.size for mask in leaves)
+    return sum(pruned, jnp.zeros([], jnp.float32)) / max(size, 1)
+
+
+def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, dict[str, float]]:
+    """What `draw_report` shows of each governed leaf.
+
+    Args:
+      masks: True = kept, None = not governed; or a tree without leaves.
+      weights: those of the forward, with the same leaves in the same order.
+
+    Returns:
+      By the dotted name of the leaf, `leaf_sparsity`: the share of zeros in the mask,
+      and `leaf_pruned_magnitude`: the share of the weights' L1 norm that lies outside
+      the mask, which a soft method has to bring to 0 before the hard prune.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_none)
+    leaves = jax.tree.leaves(weights, is_leaf=is_none) if flat else []
+    sparsity, magnitude = {}, {}
+    for (path, mask), weight in zip(flat, leaves, strict=True):
+        if mask is not None:
+            name = ".".join(plain_path(path))
+            sparsity[name] = float(1 - jnp.mean(mask, dtype=jnp.float32))
+            norm = jnp.sum(jnp.abs(weight))
+            outside = jnp.sum(jnp.abs(weight), where=~mask)
+            magnitude[name] = float(jnp.where(norm > 0, outside / norm, 0))
+    return {"leaf_sparsity": sparsity, "leaf_pruned_magnitude": magnitude}
