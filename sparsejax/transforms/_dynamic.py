@@ -58,7 +58,8 @@ def sparse_evolution(
       The wrapped optimizer.
 
     Raises:
-      ValueError: if an argument is out of range or, at `init`, does not suit a leaf.
+      ValueError: if an argument is out of range or, at `init`, does not suit a leaf or
+        a weight is NaN.
 
     Example:
       >>> tx = sparse_evolution(optax.sgd(0.1), 0.5, update_every=10, stop_step=100,
@@ -140,7 +141,8 @@ def rigl(
       The wrapped optimizer.
 
     Raises:
-      ValueError: if an argument is out of range or, at `init`, does not suit a leaf.
+      ValueError: if an argument is out of range or, at `init`, does not suit a leaf or
+        a weight is NaN.
 
     Example:
       >>> tx = rigl(optax.adam(1e-3), 0.5, update_every=100, stop_step=750,

@@ -87,6 +87,7 @@ def hard_method(
 
     def init_fn(params: Params) -> SparseState:
         leaves = topology.leaves(params)
+        masks.check_scores(params, "params")
         found = topology.first(params, leaves)
         settings = Settings(
             topology.method,

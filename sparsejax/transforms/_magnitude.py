@@ -5,7 +5,7 @@ from collections.abc import Callable
 import optax
 
 from sparsejax import allocation as allocations
-from sparsejax import masks, scores
+from sparsejax import scores
 from sparsejax.patterns import Leaf, Unstructured
 from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
@@ -72,7 +72,6 @@ def magnitude_prune(
     )
 
     def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
-        masks.check_scores(params, "params")
         ranked = scores.magnitude(params)
         return choose_masks(rule, ranked, params, leaves, across_leaves)
 

@@ -213,7 +213,8 @@ def align(
     names = [plain_path(path) for path, _ in flat]
     owners: list[Entry | None] = [None] * len(flat)
     for state in states:
-        for position, entry in _positions(state, names):
+        # as a list: it checks the number of leaves before any is looked up
+        for position, entry in list(_positions(state, names)):
             if owners[position] is not None:
                 raise ValueError(
                     "a leaf must be governed by one method; got "
