@@ -24,8 +24,8 @@ from sparsejax.transforms._state import (
     SparseState,
     checked_params,
     loaded_masks,
+    settled,
     store_masks,
-    without_weak_types,
 )
 from sparsejax.typing import Params
 
@@ -105,7 +105,7 @@ def hard_method(
         return SparseState(
             jnp.zeros([], jnp.int32),
             store_masks(found, params, pack_masks),
-            without_weak_types(inner.init(params)),
+            settled(inner.init(params)),
             arrays,
             settings,
         )
@@ -120,7 +120,7 @@ def hard_method(
             updates, inner_state = inner.update(
                 masked, state.inner_state, params, **extra
             )
-            return updates, without_weak_types(inner_state)
+            return updates, settled(inner_state, state.inner_state)
 
         updates, inner_state = step()
         if topology.refresh is None:

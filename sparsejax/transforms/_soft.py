@@ -25,8 +25,8 @@ from sparsejax.transforms._state import (
     SparseState,
     array,
     checked_params,
+    settled,
     store_masks,
-    without_weak_types,
 )
 from sparsejax.typing import Params, is_none
 
@@ -68,7 +68,7 @@ def soft_method(
         return SparseState(
             step,
             store_masks(found, params, pack_masks),
-            without_weak_types(inner.init(params)),
+            settled(inner.init(params)),
             arrays,
             settings,
         )
@@ -88,7 +88,7 @@ def soft_method(
         return updates, SparseState(
             step,
             store_masks(found, state.masks, pack_masks),
-            without_weak_types(inner_state),
+            settled(inner_state, state.inner_state),
             arrays_at(step),
             state.settings,
         )

@@ -137,20 +137,23 @@ def checked_params(params: Params | None, settings: Settings) -> Params:
     return params
 
 
-def without_weak_types(inner_state: optax.OptState) -> optax.OptState:
-    """Gives every array of a state a settled dtype.
+def settled(
+    inner_state: optax.OptState, before: optax.OptState | None = None
+) -> optax.OptState:
+    """Gives every array of a state the dtype that it began with.
 
     Some optimizers begin with weakly typed numbers and return settled ones
-    (`optax.lbfgs`), or hold Python numbers; a jitted step would be traced twice.
+    (`optax.lbfgs`), or widen bfloat16 moments (`inject_hyperparams`): a jitted step
+    would be traced twice and a scan would fail.
     """
 
-    def settle(leaf):
-        leaf = jnp.asarray(leaf)
-        return jax.lax.convert_element_type(leaf, leaf.dtype)
+    def settle(leaf, like):
+        dtype = jax.typeof(like).dtype
+        if jax.typeof(leaf).dtype == dtype and not jax.typeof(leaf).weak_type:
+            return leaf
+        return jax.lax.convert_element_type(leaf, dtype)
 
-    return jax.tree.map(
-        lambda leaf: settle(leaf) if jax.typeof(leaf).weak_type else leaf, inner_state
-    )
+    return jax.tree.map(settle, inner_state, inner_state if before is None else before)
 
 
 def array(leaf: Any) -> jax.Array:
