@@ -117,9 +117,20 @@ def environment(**settings: Any) -> dict[str, Any]:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text; a column for every key, in order of appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
+    """The rows as aligned text; a column for every key, in order of appearance.
+
+    A column `x_se` is shown beside `x`, as its error.
+    """
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    errors = {key: f"{key}_se" for key in keys if f"{key}_se" in keys}
+    columns = [key for key in keys if key not in errors.values()]
+    cells = [
+        columns,
+        *(
+            [_cell(row.get(key), row.get(errors.get(key))) for key in columns]
+            for row in rows
+        ),
+    ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     numeric = [
         any(isinstance(row.get(key), int | float) for row in rows) for key in columns
@@ -169,10 +180,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, error: Any = None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if error is None else f"{text} ± {error:.1g}"
 
 
 def _dumps(value: Any, indent: int | None = None) -> str:

@@ -67,6 +67,15 @@ def test_table_aligns_and_marks_what_is_missing():
     ]
 
 
+def test_table_shows_errors_beside_their_means():
+    rows = [{"acc": 0.75, "acc_se": 0.01234}, {"acc": 1, "acc_se": 0.0}]
+    assert common.format_table(rows).split("\n") == [
+        "        acc",
+        "0.75 ± 0.01",
+        "      1 ± 0",
+    ]
+
+
 def test_json_is_strict_and_nothing_without_a_path(tmp_path):
     path = tmp_path / "x.json"
     rows = [{"a": np.float32(0.5), "b": math.nan}, {"a": 1, "b": "x"}]

@@ -1,0 +1,207 @@
+"""Do RigL and SET beat static random masks, and does ERK beat uniform sparsity?
+
+A teacher 16-32-10 reads 16 of 64 normal inputs and labels them; an MLP 64-128-128-10
+learns them at 90 and 95 % sparsity of all kernels. Which inputs matter is for the
+method to find. Every method has the same seeds, steps, batches and first masks, Adam
+with a cosine to 0, and its learning rate is chosen from one grid by the validation
+loss. First weights are He-normal for the density of their kernel (fan-in times
+density), so that sparse layers keep their signal. SET and RigL replace 30 % of the kept
+weights at first, every 20 steps, annealed to 0 at 75 % of the steps. Beside them: the
+dense MLP, and a dense one of as many kernel weights as the sparse ones keep. Where
+scikit-learn is installed, its 1,797 digits of 8x8 pixels are a second task (1,197 to
+train on, 300 to choose the learning rate, 300 to test; another split for each seed).
+
+    python -m benchmarks.dynamic_sparsity --json PATH
+
+Papers: https://arxiv.org/abs/1707.04780 (SET), https://arxiv.org/abs/1911.11134 (RigL).
+"""
+
+import dataclasses
+import functools
+import gzip
+import importlib.util
+import itertools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sparsejax as sj
+from benchmarks import common, toy
+
+WIDTHS = (64, 128, 128, 10)
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)
+BATCH_SIZE = 128
+UPDATE_EVERY = 20
+NUM_DIGITS = 1797
+METHODS = ("static", "set", "rigl")
+ALLOCATIONS = {"erk": sj.erdos_renyi_kernel, "uniform": sj.uniform}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    task: str
+    sparsity: float
+    method: str  # one of METHODS, "dense", or "small dense"
+    allocation: str = "-"
+
+
+def teacher(key: jax.Array) -> toy.Task:
+    return toy.teacher_task(
+        key,
+        num_inputs=WIDTHS[0],
+        num_hidden=32,
+        num_classes=WIDTHS[-1],
+        num_relevant=16,
+        batch_size=BATCH_SIZE,
+    )
+
+
+def digits(key: jax.Array) -> toy.Task:
+    """The digits of scikit-learn, shuffled by the key; batches with replacement."""
+    rows = jnp.asarray(read_digits())[jax.random.permutation(key, NUM_DIGITS)]
+    x, labels = rows[:, :-1] / 8 - 1, rows[:, -1].astype(jnp.int32)
+
+    def sample(key: jax.Array) -> toy.Batch:
+        picked = jax.random.randint(key, (BATCH_SIZE,), 600, NUM_DIGITS)
+        return x[picked], labels[picked]
+
+    return toy.Task(sample, (x[:300], labels[:300]), (x[300:600], labels[300:600]))
+
+
+@functools.cache
+def read_digits() -> np.ndarray:
+    """float32[1797, 65], a label last; read without importing scikit-learn."""
+    root = pathlib.Path(importlib.util.find_spec("sklearn").origin).parent
+    with gzip.open(root / "datasets/data/digits.csv.gz", "rt") as file:
+        return np.loadtxt(file, delimiter=",", dtype=np.float32)
+
+
+TASKS: dict[str, Callable[[jax.Array], toy.Task]] = {"teacher": teacher}
+if importlib.util.find_spec("sklearn"):
+    TASKS["digits"] = digits
+
+
+def small_widths(sparsity: float) -> tuple[int, ...]:
+    """Two equal hidden widths, with at least the kernel weights that are kept."""
+    num_kept = (1 - sparsity) * sum(a * b for a, b in itertools.pairwise(WIDTHS))
+    hidden = 1
+    while hidden * (WIDTHS[0] + hidden + WIDTHS[-1]) < num_kept:
+        hidden += 1
+    return (WIDTHS[0], hidden, hidden, WIDTHS[-1])
+
+
+def scaled_to_density(params, sparsities):
+    """He-normal for the inputs that a sparse unit really has."""
+    return {
+        name: layer
+        | {"kernel": layer["kernel"] / (1 - sparsities[name]["kernel"]) ** 0.5}
+        for name, layer in params.items()
+    }
+
+
+def run(case: Case, num_steps: int, key: jax.Array, lr: jax.Array) -> toy.Metrics:
+    """One seed at one learning rate."""
+    task_key, init_key, batch_key, mask_key = jax.random.split(key, 4)
+    task = TASKS[case.task](task_key)
+    is_small = case.method == "small dense"
+    widths = small_widths(case.sparsity) if is_small else WIDTHS
+    params = toy.init_mlp(init_key, widths)
+    inner = toy.cosine_adam(lr, num_steps)
+    tx, is_sparse = inner, case.method in METHODS
+    if is_sparse:
+        allocation = ALLOCATIONS[case.allocation]
+        params = scaled_to_density(params, allocation(params, case.sparsity))
+        common_options = dict(allocation=allocation, key=mask_key)
+        updates = dict(update_every=UPDATE_EVERY, stop_step=int(0.75 * num_steps))
+        match case.method:
+            case "static":
+                tx = sj.static_sparse(inner, case.sparsity, **common_options)
+            case "set":
+                tx = sj.sparse_evolution(
+                    inner, case.sparsity, **updates, **common_options
+                )
+            case "rigl":
+                tx = sj.rigl(inner, case.sparsity, **updates, **common_options)
+    params, opt_state, losses = toy.train(
+        tx, params, task.sample, num_steps=num_steps, key=batch_key, sparse=is_sparse
+    )
+    kernels = [layer["kernel"] for layer in params.values()]
+    # of the masks: a kept weight may be 0, such as one grown into a dead unit
+    masks = (
+        sj.masks_of(opt_state) if is_sparse else jax.tree.map(jnp.ones_like, kernels)
+    )
+    kept = sum(mask.sum() for mask in jax.tree.leaves(masks))
+    return toy.judge(params, task, losses) | {"kernel_weights": kept}
+
+
+def measure(case: Case, num_steps: int, num_seeds: int) -> toy.Outcome:
+    return toy.tune(
+        functools.partial(run, case, num_steps),
+        LEARNING_RATES,
+        num_seeds,
+        **dataclasses.asdict(case),
+    )
+
+
+def conclusions(outcomes: dict[Case, toy.Outcome]) -> list[str]:
+    """The claims, on test and train loss, with differences paired by seed."""
+    notes = []
+
+    def claim(better: Case, worse: Case, words: str) -> None:
+        if {better, worse} <= outcomes.keys():
+            for metric in ("test_loss", "train_loss"):
+                found = outcomes[better], outcomes[worse]
+                notes.append(toy.compare(words, *found, metric, lower=True))
+
+    for task, sparsity in dict.fromkeys((c.task, c.sparsity) for c in outcomes):
+        if sparsity == 0:
+            continue
+        at = functools.partial(Case, task, sparsity)
+        where = f"{task} {sparsity:.0%}"
+        for better, worse in (("rigl", "set"), ("set", "static")):
+            for name in ALLOCATIONS:
+                words = f"{where}, {name}: {better} >= {worse}"
+                claim(at(better, name), at(worse, name), words)
+        for method in METHODS:
+            words = f"{where}, {method}: erk >= uniform"
+            claim(at(method, "erk"), at(method, "uniform"), words)
+    return notes
+
+
+def all_cases(quick: bool) -> list[Case]:
+    if quick:
+        return [Case("teacher", 0.9, method, "erk") for method in ("set", "rigl")]
+    cases = []
+    for task in TASKS:
+        cases.append(Case(task, 0.0, "dense"))
+        for sparsity in (0.9, 0.95):
+            cases.append(Case(task, sparsity, "small dense"))
+            cases += [
+                Case(task, sparsity, method, allocation)
+                for allocation in ALLOCATIONS
+                for method in METHODS
+            ]
+    return cases
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = common.parse_args(__doc__, repeats=8, quick_repeats=2, argv=argv)
+    num_steps = 40 if args.quick else 1500
+    cases = all_cases(args.quick)
+    found = toy.in_parallel(
+        functools.partial(measure, num_steps=num_steps, num_seeds=args.repeats), cases
+    )
+    rows = [outcome.row for outcome in found]
+    notes = conclusions(dict(zip(cases, found, strict=True)))
+    if "digits" not in TASKS:
+        notes.append("digits: left out, as scikit-learn is not installed")
+    common.print_table(rows, notes)
+    env = common.environment(repeats=args.repeats, num_steps=num_steps)
+    common.write_json(args.json, env, rows, notes)
+
+
+if __name__ == "__main__":
+    main()

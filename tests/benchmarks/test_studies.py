@@ -1,0 +1,40 @@
+"""Every study runs in its quick form, and writes what it prints."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import cast_toy, dynamic_sparsity, progressive_gradient_flow
+
+
+pytestmark = pytest.mark.slow  # compiling takes seconds for each method
+
+
+@pytest.fixture(autouse=True)
+def _compile_fast():
+    """Nearly all of a tiny run is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize(
+    "study, columns, num_rows",
+    [
+        (cast_toy, {"method", "l1_decay", "mse_after_prune_se"}, 24),
+        (dynamic_sparsity, {"method", "allocation", "lr", "test_loss"}, 2),
+        (progressive_gradient_flow, {"method", "pattern", "test_acc_percent"}, 2),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_study_runs_in_its_quick_form(study, columns, num_rows, tmp_path, capsys):
+    path = tmp_path / "study.json"
+    study.main(["--quick", "--json", str(path)])
+    printed = capsys.readouterr().out
+    assert printed.startswith(study.__doc__.split("\n")[0])  # the question
+    found = json.loads(path.read_text())
+    assert len(found["rows"]) == num_rows
+    assert columns <= found["rows"][0].keys()
+    assert found["env"]["repeats"] == 2
+    assert found["notes"] and all(note in printed for note in found["notes"])
