@@ -141,7 +141,8 @@ def scale_by_adams(
 
     Args:
       total_steps: length of the run, updates. It sets the ramp, so it is kept in the
-        state, and going on with another value raises.
+        state, and going on with another value raises; so does restoring a checkpoint
+        into the state of another value.
       l1_decay: strength of the pull; a number or a schedule of the step.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
       mask_period: updates between refreshes of the masks, at least 1.
@@ -206,14 +207,15 @@ def scale_by_adams(
             leaves,
             sparsities=tuple(rule.at(params, leaves, 0)),
             update_every=mask_period,
-            extra=(("total_steps", total_steps),),
         )
         found = _masks_by_magnitude(params, settings)
         return SparseState(
             jnp.zeros([], jnp.int32),
             store_masks(found, params, pack_masks),
             optax.scale_by_adam().init(params),
-            {"total_steps": jnp.asarray(total_steps, jnp.int32)},
+            # the value stands in the name too: a jitted update and a checkpoint that is
+            # restored into another template see names before values
+            {_total_steps_key(total_steps): jnp.asarray(total_steps, jnp.int32)},
             settings,
         )
 
@@ -226,7 +228,7 @@ def scale_by_adams(
             lambda: _masks_by_magnitude(params, state.settings),
             lambda: loaded_masks(state),
         )
-        alpha = state.step / state.arrays["total_steps"]
+        alpha = state.step / state.arrays[_total_steps_key(total_steps)]
         if alpha_schedule is not None:
             alpha = alpha_schedule(state.step)
         alpha = jnp.clip(jnp.asarray(alpha, jnp.float32), 0, 1)
@@ -279,15 +281,16 @@ def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     )
 
 
+def _total_steps_key(total_steps: int | str) -> str:
+    return f"total_steps={total_steps}"
+
+
 def _check_total_steps(state: SparseState, total_steps: int) -> None:
-    stored = [dict(state.settings.extra)["total_steps"]]
-    leaf = state.arrays["total_steps"]
-    if not isinstance(leaf, jax.core.Tracer):  # restored from a checkpoint
-        stored.append(int(leaf))
-    for found in stored:
-        if found != total_steps:
-            raise ValueError(
-                "a run of AdamS must go on with the `total_steps` it began with, "
-                f"which sets its ramp; the state has {found}, this optimizer "
-                f"{total_steps}. Pass total_steps={found}, or begin anew with `init`."
-            )
+    (stored,) = state.arrays
+    if stored != _total_steps_key(total_steps):
+        found = stored.removeprefix(_total_steps_key(""))
+        raise ValueError(
+            "a run of AdamS must go on with the `total_steps` it began with, which "
+            f"sets its ramp; the state has {found}, this optimizer {total_steps}. Pass "
+            f"total_steps={found}, or begin anew with `init`."
+        )

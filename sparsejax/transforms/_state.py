@@ -68,7 +68,6 @@ class Settings:
         and for hard methods, whose masks are in the state.
       update_every: steps between two changes of the topology; None for never.
       stop_step: the last step that may change it; None for no end.
-      extra: what a method must find unchanged when it goes on, as (name, value).
     """
 
     method: str
@@ -77,7 +76,6 @@ class Settings:
     sparsities: tuple[float | None, ...]
     update_every: int | None = None
     stop_step: int | None = None
-    extra: tuple[tuple[str, Any], ...] = ()
 
 
 class SparseState(NamedTuple):
