@@ -227,16 +227,36 @@ def dense(args) -> Method:
     )
 
 
-def cast(args) -> Method:
-    """CAST: AdamS pulls the weights to prune to zero while the forward stays dense.
+def adams(args) -> Method:
+    """AdamS alone, which pulls the weights to prune to zero; the forward is dense."""
+    return Method(adams_for(args, where=None))
 
-    Learned scales repair the magnitude that is lost; the dense model teaches. The
-    published run is far longer and starts from a converged model, hence differences:
-    shorter memories (`b1`, `b2`); a pull well above the gradients, so that weights go
-    early and the others have time to adapt; and a teacher that counts a tenth, not a
-    third, for the student soon overtakes it.
+
+def adams_for(args, where):
+    """The published run is far longer and starts from a converged model.
+
+    Hence shorter memories, `b1` and `b2`, and a pull well above the gradients: weights
+    go early, and the others have time to adapt.
     """
-    rules = {"sparsity": args.sparsity, "pattern": args.pattern}
+    adams = sj.adams(
+        cosine(args, args.cast_lr),
+        max(args.steps, 1),
+        args.l1_decay,
+        sparsity=args.sparsity,
+        pattern=args.pattern,
+        where=where,
+        b1=0.8,
+        b2=0.95,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), adams)
+
+
+def cast(args) -> Method:
+    """CAST: AdamS, and scales that repair lost magnitude, and the dense model teaches.
+
+    The teacher counts a tenth and not the paper's third: it is the model at the fork,
+    which the student soon overtakes.
+    """
 
     def where(path, leaf):  # the scales are left to plain Adam
         return path[0].key == "weights" and sj.patterns.is_default_governed(path, leaf)
@@ -249,22 +269,14 @@ def cast(args) -> Method:
         return sj.weight_scaling.apply(params["weights"], params["scales"])
 
     def finish(opt_state, params):
-        masks = sj.prune(params["weights"], **rules)  # of the final weights
-        return sj.weight_scaling.fold(params["weights"], params["scales"], masks)
+        weights, scales = params["weights"], params["scales"]
+        masks = sj.prune(weights, args.sparsity, pattern=args.pattern)
+        return sj.weight_scaling.fold(weights, scales, masks)
 
     def masks(opt_state):
         return sj.masks_of(opt_state)["weights"]
 
-    adams = sj.adams(
-        cosine(args, args.cast_lr),
-        max(args.steps, 1),
-        args.l1_decay,
-        b1=0.8,
-        b2=0.95,
-        where=where,
-        **rules,
-    )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), adams)
+    tx = adams_for(args, where)
     return Method(tx, start, forward, finish, masks, eta=args.eta)
 
 
@@ -333,6 +345,7 @@ def dynamic(args, method) -> Method:
 
 METHODS = {
     "cast": cast,
+    "adams": adams,
     "sr_ste": sr_ste,
     "mask_decay": mask_decay,
     "structure_decay": structure_decay,
@@ -365,34 +378,36 @@ def make_parser() -> argparse.ArgumentParser:
         default=sj.NM(2, 4),
         help="N:M, unstructured, block:HEIGHTxWIDTH or channel (default: 2:4)",
     )
-    add("--sparsity", type=float, help="share of zeros; N:M has its own, else 0.5")
+    add("--sparsity", type=float, help="share of zeros; an N:M pattern has its own")
     add("--seed", type=int, default=0)
     add("--dense-steps", type=count, default=1000, help="steps before the fork")
     add("--steps", type=count, default=600, help="steps after it, on each way")
-    add("--batch-size", type=count, default=4)
-    add("--seq-len", type=count, default=128)
-    add("--d-model", type=count, default=128)
-    add("--num-layers", type=count, default=4)
-    add("--num-heads", type=count, default=4)
+    add("--batch-size", type=positive, default=4)
+    add("--seq-len", type=positive, default=128)
+    add("--d-model", type=positive, default=128)
+    add("--num-layers", type=positive, default=4)
+    add("--num-heads", type=positive, default=4)
     add("--lr", type=float, default=2e-3, help="peak learning rate")
     add(
         "--cast-lr",
         type=float,
         default=8e-4,
-        help="that of AdamS, whose steps are longer",
+        help="that of AdamS: its steps are longer",
     )
     add("--l1-decay", type=float, default=1e-2, help="pull of AdamS")
     add("--eta", type=float, default=0.1, help="share of the teacher in CAST's loss")
-    add("--evaluate-every", type=count, default=100, metavar="STEPS")
-    add("--checkpoint-every", type=count, default=200, metavar="STEPS")
+    add("--evaluate-every", type=positive, default=100, metavar="STEPS")
+    add("--checkpoint-every", type=positive, default=200, metavar="STEPS")
     return parser
 
 
-def count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative; got {value}")
-    return value
+def count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more; got {text!r}")
+    return int(text)
+
+
+positive = functools.partial(count, least=1)
 
 
 def parse_pattern(text: str):

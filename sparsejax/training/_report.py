@@ -80,9 +80,10 @@ def draw_report(
         _draw_leaves(sparsity, of_phase)
         _draw_drift(drift, of_phase, label=phase, color=f"C{index}")
     loss.set(title="bits per byte (dots: validation)", xlabel="step")
+    loss.set_ylim(*_interesting(_series(rows, "validation_bits_per_byte")[1]))
     loss.legend()
     sparsity.set(
-        title="sparsity of each leaf (dashed: share of its magnitude that is pruned)",
+        title="sparsity of each leaf, blue to red; dashed: pruned share of its L1 norm",
         xlabel="step",
         ylim=(0, 1),
     )
@@ -91,6 +92,14 @@ def draw_report(
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     write_atomic(path, png.getvalue())
+
+
+def _interesting(values: np.ndarray) -> tuple[float | None, float | None]:
+    """Limits that leave room for the end of training; its first steps run out."""
+    if not values.size:
+        return None, None
+    low, high = values.min(), values.max()
+    return 0.95 * low, min(1.02 * high, 1.6 * low)
 
 
 def _draw_loss(axes: Any, rows: Sequence[Row], *, label: str, color: str) -> None:

@@ -1,0 +1,151 @@
+"""The main job end to end, tiny: every method, every pattern, and what is refused."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+
+import sparsejax as sj
+from examples import train_lm
+from sparsejax import models, training
+
+TINY = [
+    *("--dense-steps", "6", "--steps", "12", "--evaluate-every", "6"),
+    *("--d-model", "32", "--num-layers", "1", "--num-heads", "2"),
+    *("--batch-size", "2", "--seq-len", "16"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _compile_fast():
+    """Nearly all of a tiny run is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Text that a model can learn in a few steps, large enough for the table."""
+    path = tmp_path / "text.txt"
+    path.write_text("sparse is more, " * 6000)
+    return path
+
+
+def run(tmp_path, text, *options):
+    everything = ["--runs", str(tmp_path / "runs"), "--text", str(text)]
+    return train_lm.main([*everything, *TINY, *options])
+
+
+def test_cast_ends_at_exact_2_4(tmp_path, text, capsys):
+    rows = run(tmp_path, text)
+    assert [row["sparsity"] for row in rows] == [0, 0, 0.5, 0, 0.5]
+    assert [row["steps"] for row in rows] == [6, 18, 18, 18, 18]
+    assert rows[1]["to dense, %"] == 0
+    losses = [row["bits per byte"] for row in rows]
+    assert losses[0] > losses[1]
+    folder = tmp_path / "runs" / "train_lm"
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "table.md").read_text() in capsys.readouterr().out + "\n"
+    assert json.loads((folder / "table.json").read_text()) == rows
+
+    # The file alone makes the model again, and every group of four has two zeros.
+    path = folder / "sparse.safetensors"
+    with safe_open(path, framework="numpy") as file:
+        config = json.loads(file.metadata()["config"])
+    config = models.DecoderConfig(**config["model"])
+    graph, like = nnx.split(models.Decoder(config, rngs=nnx.Rngs(9)), nnx.Param)
+    weights, _ = training.load_weights(path, like)
+    kernels = [
+        np.asarray(leaf)
+        for key, leaf in jax.tree_util.tree_leaves_with_path(weights)
+        if sj.typing.plain_path(key)[-1] == "kernel"
+    ]
+    assert len(kernels) == 7
+    for kernel in kernels:
+        groups = kernel.reshape(-1, 4, kernel.shape[1])
+        assert ((groups != 0).sum(axis=1) == 2).all()
+    tokens = np.array([[115, 112, 97]])
+    assert np.isfinite(nnx.merge(graph, weights)(tokens)).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sparsity"),
+    [
+        ("adams", (), 0.5),
+        ("sr_ste", ("--pattern", "1:16"), 15 / 16),
+        ("mask_decay", ("--pattern", "1:4"), 0.75),
+        ("structure_decay", ("--pattern", "1:4"), 0.75),
+        ("magnitude", ("--pattern", "channel", "--sparsity", "0.5"), 0.5),
+        ("static", ("--pattern", "block:16x16", "--sparsity", "0.5"), 0.5),
+        ("set", ("--pattern", "unstructured", "--sparsity", "0.75"), 0.75),
+        ("rigl", ("--dense-steps", "0"), 0.5),
+        ("dense", (), 0.5),
+    ],
+)
+def test_every_method_runs(tmp_path, text, method, options, sparsity):
+    rows = run(tmp_path, text, "--method", method, *options)
+    assert all(np.isfinite(row["bits per byte"]) for row in rows)
+    # A weight that was regrown and got no gradient since is a zero that is kept.
+    assert [row["sparsity"] for row in rows[2:3]] == [pytest.approx(sparsity)]
+    assert rows[-1]["sparsity"] == pytest.approx(sparsity, abs=0.01)
+    logged = training.Run(tmp_path / "runs" / "train_lm").rows()
+    if method != "dense":
+        steps = [row for row in logged if row["phase"] == method and "loss" in row]
+        assert len(steps) == 12
+        assert steps[-1]["sparsity"] == pytest.approx(sparsity)
+
+
+def test_resume_reads_and_repeats_the_table(tmp_path, text):
+    rows = run(tmp_path, text, "--method", "sr_ste")
+    assert run(tmp_path, text, "--method", "sr_ste", "--resume") == rows
+
+
+def refused(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        train_lm.main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_bad_input_is_named_before_anything_is_written(tmp_path, text, capsys):
+    runs = ("--runs", tmp_path / "runs", *TINY)
+    short = tmp_path / "short.txt"
+    short.write_text("short")
+    missing = tmp_path / "missing.txt"
+    for options, message in [
+        (("--text", missing), f"cannot read the text {missing}"),
+        (("--text", short), r"train part .* 34 bytes; got 5 bytes from .*short.txt"),
+        (("--pattern", "2:5"), r"divide.*got.*5.*\(32, "),
+        (("--pattern", "4:2"), "0 < n <= m"),
+        (("--pattern", "twofour"), "must be N:M, unstructured.*'twofour'"),
+        (("--pattern", "block:24x24", "--sparsity", "0.5"), r"24.*\['blocks'\]\[0\]"),
+        (("--pattern", "unstructured"), "`sparsity` must be given"),
+        (("--pattern", "unstructured", "--sparsity", "1.5"), "1.5"),
+        (("--method", "structure_decay", "--pattern", "channel"), "needs an N:M"),
+        (("--sparsity", "0.9"), "0.9"),
+        (("--steps=-1",), "must be 0 or more; got '-1'"),
+        (("--evaluate-every", "0"), "must be 1 or more; got '0'"),
+        (("--num-heads", "32"), "`head_dim` must be even"),
+    ]:
+        said = refused(capsys, *runs, *options)
+        assert re.search(message, said, re.DOTALL), (options, said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_never_overwritten(tmp_path, text, capsys):
+    runs = ("--runs", tmp_path / "runs", "--text", text, *TINY)
+    train_lm.main([*map(str, runs), "--method", "dense"])
+    folder = tmp_path / "runs" / "train_lm"
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert "already holds a run" in refused(capsys, *runs, "--method", "dense")
+    said = refused(capsys, *runs, "--method", "dense", "--seed", 1, "--resume")
+    assert "seed: 0 there, 1 now" in said
+    text.write_text("another text, " * 6000)
+    said = refused(capsys, *runs, "--method", "dense", "--resume")
+    assert "text.sha256" in said
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

@@ -1,0 +1,15 @@
+"""Kill -9 at random moments, resume: the same bits. Twenty kills: the benchmark."""
+
+from benchmarks import kill_resume
+
+JOB = (
+    *("--dense-steps", "8", "--steps", "8", "--checkpoint-every", "3"),
+    *("--evaluate-every", "5", "--d-model", "32", "--num-layers", "1"),
+)
+
+
+def test_two_kills_leave_no_trace(tmp_path):
+    rows = kill_resume.study(tmp_path, num_kills=2, options=JOB)
+    assert sum(row["kills"] for row in rows) >= 2
+    assert [row["differences"] for row in rows] == [""] * len(rows)
+    assert rows[0]["arrays_compared"] > 50
