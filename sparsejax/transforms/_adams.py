@@ -286,9 +286,11 @@ def _total_steps_key(total_steps: int | str) -> str:
 
 
 def _check_total_steps(state: SparseState, total_steps: int) -> None:
-    (stored,) = state.arrays
-    if stored != _total_steps_key(total_steps):
-        found = stored.removeprefix(_total_steps_key(""))
+    ((name, leaf),) = state.arrays.items()
+    found = name.removeprefix(_total_steps_key(""))
+    if found == str(total_steps) and not isinstance(leaf, jax.core.Tracer):
+        found = str(int(leaf))  # its leaves may be restored without their names
+    if found != str(total_steps):
         raise ValueError(
             "a run of AdamS must go on with the `total_steps` it began with, which "
             f"sets its ramp; the state has {found}, this optimizer {total_steps}. Pass "

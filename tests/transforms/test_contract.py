@@ -1,0 +1,239 @@
+"""What holds for every method: counts under bad numbers, packing, one trace."""
+
+import dataclasses
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+
+import sparsejax as sj
+from tests.transforms import _oracles as oracle
+
+KEY = jax.random.key(21)
+STACKED = oracle.Problem.STACKED
+NAMES = ("dense/kernel", "stack/kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How to make one, around `inner` (which AdamS has not)."""
+
+    make: Callable
+    pattern: object = sj.Unstructured()
+    sparsity: float | None = 0.5
+    hard: bool = True
+
+
+def adamw():
+    return optax.adamw(0.05)
+
+
+def dynamic(method, pattern=sj.Unstructured(), sparsity=0.5):  # noqa: B008
+    def make(inner, **kwargs):
+        return method(
+            inner,
+            sparsity,
+            update_every=2,
+            stop_step=12,
+            drop_fraction=0.5,
+            key=KEY,
+            pattern=pattern,
+            **kwargs,
+        )
+
+    return Method(make, pattern, sparsity)
+
+
+METHODS = {
+    "static": Method(
+        lambda inner, **kwargs: sj.static_sparse(inner, 0.5, key=KEY, **kwargs)
+    ),
+    "magnitude": Method(
+        lambda inner, **kwargs: sj.magnitude_prune(
+            inner, pattern=sj.NM(2, 4), update_every=2, **kwargs
+        ),
+        sj.NM(2, 4),
+        None,
+    ),
+    "magnitude block": Method(
+        lambda inner, **kwargs: sj.magnitude_prune(
+            inner, 0.5, pattern=sj.Block((4, 2)), update_every=1, **kwargs
+        ),
+        sj.Block((4, 2)),
+    ),
+    "set": dynamic(sj.sparse_evolution),
+    "set nm": dynamic(sj.sparse_evolution, sj.NM(1, 4), None),
+    "rigl": dynamic(sj.rigl),
+    "rigl channel": dynamic(sj.rigl, sj.Channel(-1)),
+    "sr_ste": Method(
+        lambda inner, **kwargs: sj.sr_ste(
+            inner, pattern=sj.NM(2, 4), decay=0.5, **kwargs
+        ),
+        sj.NM(2, 4),
+        None,
+        hard=False,
+    ),
+    "mask_decay": Method(
+        lambda inner, **kwargs: sj.mask_decay(
+            inner,
+            sj.schedules.linear_decay(0.125),
+            pattern=sj.Channel(-1),
+            sparsity=0.5,
+            **kwargs,
+        ),
+        sj.Channel(-1),
+        hard=False,
+    ),
+    "structure_decay": Method(
+        lambda inner, **kwargs: sj.structure_decay(
+            inner, (sj.NM(2, 4), sj.NM(1, 4)), (0, 3), straight_through=True, **kwargs
+        ),
+        sj.NM(1, 4),
+        None,
+        hard=False,
+    ),
+    "adams": Method(
+        lambda inner, **kwargs: sj.adams(
+            0.05, 20, 0.3, pattern=sj.NM(2, 4), mask_period=3, **kwargs
+        ),
+        sj.NM(2, 4),
+        None,
+        hard=False,
+    ),
+}
+ONE_EACH = [name for name in METHODS if " " not in name]
+
+
+def update_all(tx, params, gradients):
+    """Feeds given gradients; returns each step's params and masks."""
+
+    def body(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        forward = sj.forward_params(state, params)
+        return (params, state), (params, forward, sj.masks_of(state))
+
+    run = oracle.jit(lambda p, g: jax.lax.scan(body, (p, tx.init(p)), g)[1])
+    return run(params, gradients)
+
+
+class NonFiniteTest(parameterized.TestCase):
+    @parameterized.product(method=list(METHODS))
+    def test_bad_gradients_never_corrupt_masks(self, method):
+        method, steps = METHODS[method], 14
+        problem = oracle.Problem(steps=steps)
+        rng = np.random.default_rng(0)
+        gradients = problem.stream[1]
+        for leaf in jax.tree.leaves(gradients):
+            for step, value in ((4, np.nan), (5, np.inf), (7, -np.inf), (8, np.nan)):
+                leaf[step][rng.random(leaf[step].shape) < 0.2] = value
+            leaf[10] = np.nan  # all of them
+        tx = method.make(adamw(), stacked=STACKED)
+        params, forward, masks = update_all(tx, problem.params, gradients)
+        forward, masks = oracle.flat(forward), oracle.flat(masks)
+        assert any(np.isnan(p).any() for p in oracle.flat(params).values())
+        for name, spec in problem.specs(method.pattern).items():
+            for step in range(steps):
+                mask = masks[name][step]
+                if step >= 3:  # structure_decay begins with another pattern
+                    oracle.assert_pattern(mask, spec, method.sparsity)
+                if method.hard:
+                    assert (forward[name][step][~mask] == 0).all()
+
+    @parameterized.product(method=["static", "magnitude", "set", "rigl"])
+    def test_bad_gradients_of_pruned_weights_reach_nothing(self, method):
+        tx = METHODS[method].make(adamw())
+        params = {
+            "kernel": jnp.asarray(np.random.default_rng(0).standard_normal((8, 4)))
+        }
+        params = jax.tree.map(jnp.float32, params)
+
+        @oracle.jit
+        def run(params):
+            state = tx.init(params)
+            for _ in range(2):  # a mask update, then a step without one
+                mask = sj.masks_of(state)["kernel"]
+                grads = {"kernel": jnp.where(mask, 0.1, jnp.nan)}
+                updates, state = tx.update(grads, state, params)
+                params = optax.apply_updates(params, updates)
+            return params, state
+
+        params, state = run(params)
+        assert np.isfinite(params["kernel"]).all()
+        for leaf in jax.tree.leaves(state.inner_state):
+            assert np.isfinite(leaf).all()
+
+    @parameterized.product(method=ONE_EACH)
+    def test_init_raises_on_nan_weights_eagerly_only(self, method):
+        method = METHODS[method]
+        tx = method.make(adamw())
+        weights = np.ones((8, 4), np.float32)
+        weights[2, 1] = np.nan
+        params = {"a": {"kernel": np.ones((8, 4), "f")}, "b": {"kernel": weights}}
+        with pytest.raises(ValueError, match=r"got 1 of 32 NaN at \['b'\]\['kernel'\]"):
+            tx.init(params)
+        masks = oracle.first_masks(tx, params)
+        for mask in masks.values():
+            if method.make is not METHODS["structure_decay"].make:  # begins with 2:4
+                oracle.assert_pattern(
+                    mask, oracle.Spec(method.pattern), method.sparsity
+                )
+
+
+class PackedTest(parameterized.TestCase):
+    @parameterized.product(method=ONE_EACH)
+    def test_packed_masks_give_the_same_run(self, method):
+        # exact arithmetic, so that two programs cannot differ by how XLA fuses them
+        problem, inner = oracle.Problem(steps=8, ties=True), optax.sgd(0.25)
+        # rows of 6 and of 4 weights do not fill a byte
+        plain, packed = (
+            update_all(
+                METHODS[method].make(inner, stacked=STACKED, pack_masks=pack),
+                problem.params,
+                problem.stream[1],
+            )
+            for pack in (False, True)
+        )
+        chex.assert_trees_all_equal(plain[2], packed[2])  # masks
+        if method == "adams":  # has its own, inexact arithmetic
+            chex.assert_trees_all_close(plain, packed, rtol=1e-6)
+        else:
+            chex.assert_trees_all_equal(plain, packed)
+
+    @parameterized.product(method=["static", "rigl", "sr_ste", "adams"])
+    def test_packed_masks_take_one_bit_a_weight(self, method):
+        params = {"kernel": jnp.ones((64, 40)), "bias": jnp.ones(40)}
+
+        def num_bytes(pack):
+            tx = METHODS[method].make(adamw(), pack_masks=pack)
+            masks = optax.tree.get(jax.eval_shape(tx.init, params), "masks")
+            return sum(m.size * m.dtype.itemsize for m in jax.tree.leaves(masks))
+
+        assert num_bytes(True) == 64 * 40 // 8
+        assert num_bytes(False) == 64 * 40
+
+
+class StateTest(parameterized.TestCase):
+    @parameterized.product(method=list(METHODS), pack=[False, True])
+    def test_types_of_the_state_are_stable(self, method, pack):
+        tx = METHODS[method].make(adamw(), stacked=STACKED, pack_masks=pack)
+        params = jax.tree.map(jnp.asarray, oracle.Problem(steps=1).params)
+        state = jax.eval_shape(tx.init, params)
+        _, after = jax.eval_shape(tx.update, params, state, params)
+        chex.assert_trees_all_equal(state, after)  # weak types too: one trace
+
+    @parameterized.product(method=ONE_EACH)
+    def test_update_takes_extra_arguments_and_needs_params(self, method):
+        tx = METHODS[method].make(adamw())
+        params = {"kernel": jnp.ones((8, 4))}
+        state = oracle.init(tx, params)
+        update = lambda g, s, p: tx.update(g, s, p, value=1.0, odd=None)  # noqa: E731
+        jax.eval_shape(update, params, state, params)
+        with pytest.raises(ValueError, match="needs `params`"):
+            tx.update(params, state)
