@@ -35,11 +35,8 @@ JOB = (
 
 
 def command(runs: pathlib.Path, name: str, options: Sequence[str]) -> list[str]:
-    script = ROOT / "examples" / "train_lm.py"
-    return [
-        *(sys.executable, str(script), "--runs", str(runs), "--name", name),
-        *("--resume", *options),
-    ]
+    script = (sys.executable, "-m", "examples.train_lm")  # from ROOT, installed or not
+    return [*script, "--runs", str(runs), "--name", name, "--resume", *options]
 
 
 def finish(runs: pathlib.Path, name: str, options: Sequence[str]) -> None:

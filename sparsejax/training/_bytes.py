@@ -124,8 +124,8 @@ def sample_batch(
     Example:
       >>> data = np.arange(100, dtype=np.uint8)
       >>> sample_batch(data, seed=0, step=7, batch_size=2, seq_len=3)
-      array([[70, 71, 72, 73],
-             [70, 71, 72, 73]], dtype=int32)
+      array([[77, 78, 79, 80],
+             [ 3,  4,  5,  6]], dtype=int32)
     """
     rng = np.random.default_rng((seed, step))
     starts = rng.integers(0, data.size - seq_len, size=batch_size)
