@@ -17,7 +17,7 @@ import optax
 from sparsejax import masks
 from sparsejax.patterns import Leaf
 from sparsejax.transforms._forward import is_due
-from sparsejax.transforms._regrown import reset_regrown
+from sparsejax.transforms._regrown import regrown_resets
 from sparsejax.transforms._state import (
     Masked,
     Settings,
@@ -27,7 +27,8 @@ from sparsejax.transforms._state import (
     settled,
     store_masks,
 )
-from sparsejax.typing import Params
+from sparsejax.transforms._write_through import Edit, update_from_edited_state
+from sparsejax.typing import MaskTree, Params
 
 FlatMasks = list[jax.Array | None]
 """One mask a leaf of the params; None = not governed."""
@@ -112,50 +113,108 @@ def hard_method(
 
     def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
         params = checked_params(params, state.settings)
-        old = loaded_masks(state)
-        due = is_due(state)
 
-        def step():
+        def step(old):
             masked = masks.apply_masks(grads, old)
             updates, inner_state = inner.update(
                 masked, state.inner_state, params, **extra
             )
             return updates, settled(inner_state, state.inner_state)
 
-        updates, inner_state = step()
         if topology.refresh is None:
-            return _prune(updates, params, old), state._replace(
+            kept = loaded_masks(state)
+            updates, inner_state = step(kept)
+            return _prune(updates, params, kept), state._replace(
                 step=optax.safe_increment(state.step), inner_state=inner_state
             )
 
-        def refreshed():
-            weights = params
-            if topology.steps_first:
-                # taken again inside the branch: between refreshes the step then stays
-                # one fused pass over memory
-                weights = optax.apply_updates(params, step()[0])
-                weights = masks.apply_masks(weights, old)
-            key = _step_key(topology.key, state)
-            read = Refresh(weights, grads, old, state.step, key)
-            return topology.refresh(read, state.settings.leaves)
-
-        new = jax.lax.cond(due, refreshed, lambda: old)
-        if topology.skips_step:
-            inner_state = _where(due, state.inner_state, inner_state)
-            updates = jax.tree.map(lambda u: jnp.where(due, 0, u), updates)
-        regrown = _zip_masks(lambda a, b: b & ~a, old, new)
+        due = is_due(state)
+        flipped = jax.lax.cond(
+            due,
+            lambda: _flips_of_refresh(topology, state, grads, params, step),
+            lambda: _no_flips(state),
+        )
+        # The stored masks are read once, here, and flipped in place: between refreshes
+        # a copy of them would cost more than all else that a method adds.
+        new_state = _flip_stored(state, flipped)
+        new = loaded_masks(state._replace(masks=new_state))
+        flips = _unpacked(flipped, state)
+        old = _zip_masks(lambda m, flip: m ^ flip, new, flips)
+        regrown = _zip_masks(lambda m, flip: m & flip, new, flips)
         # before the first update pruned weights are not 0 yet; regrown ones start there
         fresh = inner.init(masks.apply_masks(params, old))
-        inner_state = reset_regrown(inner_state, fresh, params, regrown)
+
+        def edits(inner_shapes):
+            resets = regrown_resets(inner_shapes, fresh, params, regrown)
+            if not topology.skips_step:
+                return resets
+            return [
+                _skip(due, before, reset)
+                for before, reset in zip(
+                    jax.tree.leaves(state.inner_state), resets, strict=True
+                )
+            ]
+
+        updates, inner_state = update_from_edited_state(lambda: step(old), edits)
+        if topology.skips_step:
+            updates = jax.tree.map(lambda u: jnp.where(due, 0, u), updates)
         # regrown weights start from 0, so only those kept before and after move
-        both = _zip_masks(lambda a, b: a & b, old, new)
-        return _prune(updates, params, both), state._replace(
+        stayed = _zip_masks(lambda m, flip: m & ~flip, new, flips)
+        return _prune(updates, params, stayed), state._replace(
             step=optax.safe_increment(state.step),
-            masks=store_masks(new, state.masks, pack_masks),
+            masks=new_state,
             inner_state=inner_state,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _flips_of_refresh(
+    topology: Topology,
+    state: SparseState,
+    grads: Any,
+    params: Params,
+    step: Callable[[FlatMasks], tuple[Any, Any]],
+) -> list[jax.Array | None]:
+    """Which bits of the masks a refresh changes, packed."""
+    old = loaded_masks(state)
+    weights = params
+    if topology.steps_first:
+        # taken again inside the branch: between refreshes the step then stays one
+        # fused pass over memory
+        weights = masks.apply_masks(optax.apply_updates(params, step(old)[0]), old)
+    key = _step_key(topology.key, state)
+    assert topology.refresh is not None
+    read = Refresh(weights, grads, old, state.step, key)
+    new = topology.refresh(read, state.settings.leaves)
+    return [
+        None if bits is None else masks.pack(bits)
+        for bits in _zip_masks(lambda a, b: a ^ b, old, new)
+    ]
+
+
+def _flip_stored(state: SparseState, flipped: list[jax.Array | None]) -> MaskTree:
+    """The masks as stored, packed or not, with the given bits flipped."""
+
+    def flip(bits, stored):
+        packed = stored.dtype == jnp.uint8
+        return stored ^ (bits if packed else masks.unpack(bits, stored.shape[-1]))
+
+    return masks.map_masked(flip, flipped, state.masks)
+
+
+def _no_flips(state: SparseState) -> list[jax.Array | None]:
+    return [
+        None if leaf is None else jnp.zeros(masks.packed_shape(leaf.shape), jnp.uint8)
+        for leaf in state.settings.leaves
+    ]
+
+
+def _unpacked(packed: list[jax.Array | None], state: SparseState) -> FlatMasks:
+    return [
+        None if leaf is None else masks.unpack(bits, leaf.shape[-1])
+        for bits, leaf in zip(packed, state.settings.leaves, strict=True)
+    ]
 
 
 def _prune(updates: Any, params: Params, kept: FlatMasks) -> Any:
@@ -173,8 +232,14 @@ def _zip_masks(fn, old: FlatMasks, new: FlatMasks) -> FlatMasks:
     return [None if a is None else fn(a, b) for a, b in zip(old, new, strict=True)]
 
 
-def _where(condition: jax.Array, a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+def _skip(due: jax.Array, before: jax.Array, reset: Edit | None) -> Edit:
+    """On a refresh the leaf stays as it was before the step, but for the regrown."""
+
+    def edit(after):
+        kept = jnp.where(due, before, after)
+        return kept if reset is None else reset(kept)
+
+    return edit
 
 
 def _step_key(key: jax.Array | None, state: SparseState) -> jax.Array | None:

@@ -116,6 +116,7 @@ def _brought(masks: MaskTree, stacked) -> Topology:
                     f"a mask must be bool and of its leaf's shape {leaf.shape}; got "
                     f"{jnp.result_type(mask)} {jnp.shape(mask)} at {leaf.name}."
                 )
-        return [None if m is None else jnp.asarray(m) for m in found]
+        # copies: the state may be donated, the user's masks must outlive it
+        return [None if m is None else jnp.array(m, copy=True) for m in found]
 
     return Topology("static_sparse", leaves_of, first)

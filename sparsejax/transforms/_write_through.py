@@ -1,0 +1,76 @@
+"""Edits an optimizer's new state before the optimizer computes its updates from it.
+
+A refresh of the masks edits moments: those of regrown weights go back to their first
+value, RigL takes no step at all. Done behind `inner.update`, each such edit would leave
+two versions of every moment, the one that the updates were computed from and the one
+that is kept, and XLA would copy both between refreshes too. Here the edit happens where
+the new moment is defined, so that there is only one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+Edit = Callable[[jax.Array], jax.Array]
+
+
+def update_from_edited_state(
+    update: Callable[[], tuple[Any, Any]],
+    edits: Callable[[Any], Sequence[Edit | None]],
+) -> tuple[Any, Any]:
+    """Evaluates `update()` with its new state edited before it is used.
+
+    Between refreshes every edit is the identity. On a refresh the updates of weights
+    whose moments are edited are replaced by the caller, and an optimizer that mixes the
+    moments of several weights (Muon) sees the edited ones.
+
+    Args:
+      update: returns `(updates, state)`; traced once.
+      edits: given the new state's abstract values, one edit for each of its leaves, or
+        None for a leaf that stays.
+
+    Returns:
+      The updates and the edited state.
+    """
+    closed, shapes = jax.make_jaxpr(update, return_shape=True)()
+    jaxpr = closed.jaxpr
+    updates_tree, state_tree = (jax.tree.structure(shape) for shape in shapes)
+    num_updates = updates_tree.num_leaves
+    edited = dict(enumerate(edits(shapes[1]), start=num_updates))
+    # a value that is two outputs, or no output of an equation, is edited at the end
+    positions: dict[Any, int | None] = {}
+    for position, var in enumerate(jaxpr.outvars):
+        if not _is_literal(var):
+            positions[var] = None if var in positions else position
+    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    done = set()
+
+    def read(var):
+        return var.val if _is_literal(var) else values[var]
+
+    for eqn in jaxpr.eqns:
+        params = eqn.primitive.get_bind_params(eqn.params)
+        with eqn.ctx.manager:
+            found = eqn.primitive.bind(*map(read, eqn.invars), **params)
+        outs = found if eqn.primitive.multiple_results else [found]
+        for var, value in zip(eqn.outvars, outs, strict=True):
+            position = positions.get(var)
+            edit = None if position is None else edited.get(position)
+            if edit is not None:
+                value = edit(value)
+                done.add(position)
+            values[var] = value
+    outs = [read(var) for var in jaxpr.outvars]
+    for position, edit in edited.items():
+        if edit is not None and position not in done:
+            outs[position] = edit(outs[position])
+    return (
+        updates_tree.unflatten(outs[:num_updates]),
+        state_tree.unflatten(outs[num_updates:]),
+    )
+
+
+def _is_literal(var: Any) -> bool:
+    """Whether an operand is a constant; asking `jax.extend` would load pallas."""
+    return hasattr(var, "val")
