@@ -7,7 +7,8 @@ with a cosine to 0, and its learning rate is chosen from one grid by the validat
 loss. First weights are He-normal for the density of their kernel (fan-in times
 density), so that sparse layers keep their signal. SET and RigL replace 30 % of the kept
 weights at first, every 20 steps, annealed to 0 at 75 % of the steps. Beside them: the
-dense MLP, and a dense one of as many kernel weights as the sparse ones keep. Where
+dense MLP, and a dense one of as many kernel weights as the sparse ones keep.
+`live_weights` are those kept that lie on a path from an input to an output. Where
 scikit-learn is installed, its 1,797 digits of 8x8 pixels are a second task (1,197 to
 train on, 300 to choose the learning rate, 300 to test; another split for each seed).
 
@@ -32,7 +33,7 @@ import sparsejax as sj
 from benchmarks import common, toy
 
 WIDTHS = (64, 128, 128, 10)
-LEARNING_RATES = (3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 BATCH_SIZE = 128
 UPDATE_EVERY = 20
 NUM_DIGITS = 1797
@@ -102,6 +103,19 @@ def scaled_to_density(params, sparsities):
     }
 
 
+def live(masks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Those kept weights `[d_in, d_out]` that lie on a path from input to output."""
+    fed = [jnp.ones(masks[0].shape[0], bool)]  # units that an input reaches
+    for mask in masks:
+        fed.append((mask & fed[-1][:, None]).any(0))
+    heard = [jnp.ones(masks[-1].shape[1], bool)]  # units that reach an output
+    for mask in reversed(masks):
+        heard.insert(0, (mask & heard[0][None, :]).any(1))
+    return [
+        mask & fed[i][:, None] & heard[i + 1][None, :] for i, mask in enumerate(masks)
+    ]
+
+
 def run(case: Case, num_steps: int, key: jax.Array, lr: jax.Array) -> toy.Metrics:
     """One seed at one learning rate."""
     task_key, init_key, batch_key, mask_key = jax.random.split(key, 4)
@@ -114,27 +128,26 @@ def run(case: Case, num_steps: int, key: jax.Array, lr: jax.Array) -> toy.Metric
     if is_sparse:
         allocation = ALLOCATIONS[case.allocation]
         params = scaled_to_density(params, allocation(params, case.sparsity))
-        common_options = dict(allocation=allocation, key=mask_key)
+        options = dict(allocation=allocation, key=mask_key)
         updates = dict(update_every=UPDATE_EVERY, stop_step=int(0.75 * num_steps))
         match case.method:
             case "static":
-                tx = sj.static_sparse(inner, case.sparsity, **common_options)
+                tx = sj.static_sparse(inner, case.sparsity, **options)
             case "set":
-                tx = sj.sparse_evolution(
-                    inner, case.sparsity, **updates, **common_options
-                )
+                tx = sj.sparse_evolution(inner, case.sparsity, **updates, **options)
             case "rigl":
-                tx = sj.rigl(inner, case.sparsity, **updates, **common_options)
+                tx = sj.rigl(inner, case.sparsity, **updates, **options)
     params, opt_state, losses = toy.train(
         tx, params, task.sample, num_steps=num_steps, key=batch_key, sparse=is_sparse
     )
-    kernels = [layer["kernel"] for layer in params.values()]
     # of the masks: a kept weight may be 0, such as one grown into a dead unit
-    masks = (
-        sj.masks_of(opt_state) if is_sparse else jax.tree.map(jnp.ones_like, kernels)
-    )
-    kept = sum(mask.sum() for mask in jax.tree.leaves(masks))
-    return toy.judge(params, task, losses) | {"kernel_weights": kept}
+    ones = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    masks = sj.masks_of(opt_state) if is_sparse else ones
+    kept = [masks[name]["kernel"] for name in sorted(params)]
+    return toy.judge(params, task, losses) | {
+        "kept_weights": sum(mask.sum() for mask in kept),
+        "live_weights": sum(mask.sum() for mask in live(kept)),
+    }
 
 
 def measure(case: Case, num_steps: int, num_seeds: int) -> toy.Outcome:

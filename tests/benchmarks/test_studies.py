@@ -3,22 +3,22 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import cast_toy, dynamic_sparsity, progressive_gradient_flow
 
 
-pytestmark = pytest.mark.slow  # compiling takes seconds for each method
-
-
-@pytest.fixture(autouse=True)
-def _compile_fast():
+@pytest.fixture
+def compile_fast():
     """Nearly all of a tiny run is compilation."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize(
     "study, columns, num_rows",
     [
@@ -38,3 +38,12 @@ def test_study_runs_in_its_quick_form(study, columns, num_rows, tmp_path, capsys
     assert columns <= found["rows"][0].keys()
     assert found["env"]["repeats"] == 2
     assert found["notes"] and all(note in printed for note in found["notes"])
+
+
+def test_live_weights_lie_on_a_path_from_input_to_output():
+    # unit 0 of the middle has no input, unit 1 no output, unit 2 both
+    first = jnp.array([[False, True, True], [False, False, False]])
+    last = jnp.array([[True], [False], [True]])
+    found = dynamic_sparsity.live([first, last])
+    assert [mask.sum().item() for mask in found] == [1, 1]
+    assert found[0][0, 2] and found[1][2, 0]
