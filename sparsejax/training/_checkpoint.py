@@ -1,5 +1,6 @@
 """Checkpoints: saved whole or not at all, the newest sound one restored."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import TypeVar
@@ -26,8 +27,8 @@ def save_checkpoint(folder: Path, step: int, tree: object, *, keep: int = 2) -> 
 def restore_checkpoint(folder: Path, like: Tree) -> Tree | None:
     """Restores the newest checkpoint in `folder` that is sound.
 
-    If that is not the newest one there, a warning says so, and the damaged ones are
-    deleted to make room for the steps to come.
+    If that is not the newest one there, a warning says so, and each damaged one is
+    renamed `damaged-STEP`, out of the way of the steps to come.
 
     Args:
       folder: where `save_checkpoint` wrote.
@@ -37,7 +38,7 @@ def restore_checkpoint(folder: Path, like: Tree) -> Tree | None:
       The tree, or None if there is no checkpoint.
 
     Raises:
-      ValueError: no checkpoint there can be read as `like`; nothing is deleted.
+      ValueError: no checkpoint there can be read as `like`; nothing is renamed.
     """
     if not folder.is_dir():
         return None
@@ -54,12 +55,14 @@ def restore_checkpoint(folder: Path, like: Tree) -> Tree | None:
                 damaged[step] = error
                 continue
             for bad_step, error in damaged.items():
+                path, aside = folder / str(bad_step), folder / f"damaged-{bad_step}"
                 warnings.warn(
-                    f"the checkpoint {folder / str(bad_step)} cannot be read and was "
-                    f"deleted; going on from step {step}. The cause: {error}",
+                    f"the checkpoint {path} cannot be read and is now {aside.name}; "
+                    f"going on from step {step}. The cause: {error}",
                     stacklevel=2,
                 )
-                manager.delete(bad_step)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
             return saved["tree"]
     if damaged:
         step, error = next(iter(damaged.items()))

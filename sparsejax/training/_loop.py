@@ -57,7 +57,8 @@ def fit(
 
     The same call goes on wherever the last one ended: at a signal, in a crash, or at
     `num_steps`, where it only reads. As a batch depends on nothing but the step, the
-    result is bit for bit that of an uninterrupted run.
+    result is bit for bit that of an uninterrupted run. (On GPUs give XLA the flag
+    `--xla_gpu_deterministic_ops=true`; without it sums there depend on chance.)
 
     On SIGINT or SIGTERM the current step is finished and saved, then `Stopped` is
     raised; a second signal acts at once.

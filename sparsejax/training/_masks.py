@@ -14,9 +14,9 @@ def mask_sparsity(masks: MaskTree) -> jax.Array:
       0.5
     """
     leaves = jax.tree.leaves(masks)
-    pruned = [jnp.sum(~mask, dtype=jnp.float32) for mask in leaves]
-    size = sum(mask.size for mask in leaves)
-    return sum(pruned, jnp.zeros([], jnp.float32)) / max(size, 1)
+    pruned = [jnp.sum(~mask, dtype=jnp.int32) for mask in leaves]
+    total = sum((n.astype(jnp.float32) for n in pruned), jnp.zeros([], jnp.float32))
+    return total / max(sum(mask.size for mask in leaves), 1)
 
 
 def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, dict[str, float]]:

@@ -88,13 +88,17 @@ def test_a_damaged_checkpoint_is_stepped_over(tmp_path, damage):
     for step in (1, 2):
         training.save_checkpoint(tmp_path, step, make_state(step))
     damage(tmp_path / "2")
-    with pytest.warns(UserWarning, match=r"2 cannot be read .* going on from step 1"):
+    with pytest.warns(
+        UserWarning, match=r"2 cannot be read .*damaged-2; going on from step 1"
+    ):
         restored = training.restore_checkpoint(tmp_path, make_state(0))
         gc.collect()  # Orbax, where it fails, drops a coroutine: warns in here
     chex.assert_trees_all_equal(data(restored), data(make_state(1)))
     # There is room for the step again.
     training.save_checkpoint(tmp_path, 2, make_state(2))
     assert training.restore_checkpoint(tmp_path, make_state(0)).step == 2
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["1", "2", "damaged-2"]
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
@@ -108,7 +112,7 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-def test_another_structure_raises_and_deletes_nothing(tmp_path):
+def test_another_structure_raises_and_renames_nothing(tmp_path):
     training.save_checkpoint(tmp_path, 1, {"a": np.zeros(3)})
     with pytest.raises(ValueError, match="none of the 1 checkpoints in"):
         training.restore_checkpoint(tmp_path, {"b": np.zeros(4)})
