@@ -126,9 +126,10 @@ def topk_of_keys(
     return jax.lax.platform_dependent(
         list(keys),
         num_kept,
-        # a GPU pass costs a launch, so it settles four bits; a CPU pass costs its work
-        cuda=functools.partial(search, bits_per_pass=4, two_stage=False),
-        default=functools.partial(search, bits_per_pass=1, two_stage=True),
+        # a GPU pass costs a launch, so it settles four bits, and a loop would wait for
+        # the host on each; a CPU pass costs its work
+        cuda=functools.partial(search, bits_per_pass=4, unroll=True, two_stage=False),
+        default=functools.partial(search, bits_per_pass=1, unroll=1, two_stage=True),
     )
 
 
@@ -138,40 +139,46 @@ def _search(
     *,
     stacked: int,
     bits_per_pass: int,
+    unroll: int | bool,
     two_stage: bool,
 ) -> list[jax.Array]:
     """Finds the `num_kept`-th largest key, then the index that splits its ties."""
     count = functools.partial(_count, stacked=stacked, two_stage=two_stage)
-    largest = functools.partial(_largest, bits_per_pass=bits_per_pass)
+    largest = functools.partial(_largest, bits_per_pass=bits_per_pass, unroll=unroll)
 
-    def count_all(compare, value):
+    def count_all(compare, values):
         return sum(
-            (count(compare(key, _spread(value, key.ndim))) for key in keys),
-            jnp.zeros_like(num_kept),
+            (count(compare(key[..., None], _spread(values, key.ndim))) for key in keys),
+            jnp.zeros(values.shape, jnp.int32),
         )
 
     threshold = largest(
-        lambda value: count_all(jnp.greater_equal, value) >= num_kept,
+        lambda values: count_all(jnp.greater_equal, values) >= num_kept[..., None],
         jnp.zeros(num_kept.shape, keys[0].dtype),
         num_bits=keys[0].dtype.itemsize * 8,
     )
-    wanted = num_kept - count_all(jnp.greater, threshold)
+    wanted = num_kept - count_all(jnp.greater, threshold[..., None])[..., 0]
     masks = []
     for key in keys:  # ties: the earlier array first, in it the lower flat index
-        bound = _spread(threshold, key.ndim)
-        num_tied = count(key == bound)
+        bound = _spread(threshold[..., None], key.ndim)[..., 0]
+        num_tied = count((key == bound)[..., None])[..., 0]
         here = jnp.minimum(wanted, num_tied)
         wanted = wanted - here
 
         def lowest(key, bound, here):
             tied, index = key == bound, _flat_index(key.shape, stacked)
+
+            def few_enough(ends):
+                before = index[..., None] < _spread(ends, key.ndim)
+                return count(tied[..., None] & before) <= here[..., None]
+
             layer_size = math.prod(key.shape[stacked:])
             end = largest(
-                lambda end: count(tied & (index < _spread(end, key.ndim))) <= here,
+                few_enough,
                 jnp.zeros(here.shape, jnp.uint32),
                 num_bits=layer_size.bit_length(),
             )
-            return tied & (index < _spread(end, key.ndim))
+            return tied & (index < _spread(end[..., None], key.ndim)[..., 0])
 
         first = jax.lax.cond(
             jnp.any(here < num_tied),
@@ -189,34 +196,43 @@ def _largest(
     *,
     num_bits: int,
     bits_per_pass: int,
+    unroll: int | bool,
 ) -> jax.Array:
-    """The largest unsigned value that is feasible; 0 is, and smaller ones with it."""
+    """The largest unsigned value that is feasible; 0 is, and smaller ones with it.
+
+    Args:
+      feasible: says it of several candidates, which lie along the last axis.
+      zero: 0 for each search that runs side by side.
+      num_bits: no larger value is considered.
+      bits_per_pass: bits settled at a time, by `2**bits_per_pass - 1` candidates.
+      unroll: as in `jax.lax.fori_loop`.
+    """
     num_passes = -(-num_bits // bits_per_pass)
-    digit_type = zero.dtype.type
+    digits = jnp.arange(1, 2**bits_per_pass).astype(zero.dtype)
 
     def one_pass(i, value):
-        shift = ((num_passes - 1 - i) * bits_per_pass).astype(zero.dtype)
-        digit = jnp.zeros_like(zero)
-        for candidate in range(1, 2**bits_per_pass):
-            trial = value | (digit_type(candidate) << shift)
-            digit += feasible(trial).astype(zero.dtype)
+        shift = jnp.asarray((num_passes - 1 - i) * bits_per_pass).astype(zero.dtype)
+        candidates = value[..., None] | (digits << shift)
+        digit = jnp.sum(feasible(candidates), axis=-1, dtype=zero.dtype)
         return value | (digit << shift)
 
-    return jax.lax.fori_loop(0, num_passes, one_pass, zero)
+    return jax.lax.fori_loop(0, num_passes, one_pass, zero, unroll=unroll)
 
 
 def _count(true: jax.Array, *, stacked: int, two_stage: bool) -> jax.Array:
-    """Counts True entries of each stacked index."""
-    if two_stage and true.ndim - stacked > 1:
+    """Counts True entries of each stacked index, for each candidate (last axis)."""
+    if two_stage and true.ndim - stacked > 2:
         # two plain reductions: XLA vectorizes and threads the first one on a CPU
         partial = jnp.sum(true, axis=stacked, dtype=jnp.int32)
         true = jax.lax.optimization_barrier(partial)
-    return jnp.sum(true, axis=tuple(range(stacked, true.ndim)), dtype=jnp.int32)
+    axes = tuple(range(stacked, true.ndim - 1))
+    return jnp.sum(true, axis=axes, dtype=jnp.int32)
 
 
-def _spread(per_layer: jax.Array, ndim: int) -> jax.Array:
-    """Appends axes of size 1 up to `ndim`."""
-    return per_layer.reshape(per_layer.shape + (1,) * (ndim - per_layer.ndim))
+def _spread(values: jax.Array, ndim: int) -> jax.Array:
+    """Inserts axes of size 1 before the last, to stand beside `ndim` axes and it."""
+    *lead, candidates = values.shape
+    return values.reshape(*lead, *(1,) * (ndim - len(lead)), candidates)
 
 
 def _flat_index(shape: tuple[int, ...], stacked: int) -> jax.Array:
