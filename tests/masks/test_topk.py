@@ -97,7 +97,7 @@ class TopKTest(parameterized.TestCase):
         # four bits a pass; chosen at lowering, so a CPU can only call it by its name
         search = jax.jit(
             functools.partial(
-                _topk._search, stacked=1, bits_per_pass=4, two_stage=False
+                _topk._search, stacked=1, bits_per_pass=4, unroll=True, two_stage=False
             )
         )
         for few in (False, True):

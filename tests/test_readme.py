@@ -1,0 +1,23 @@
+"""The README's examples run as they stand, and its tables name files that exist."""
+
+import pathlib
+import re
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def test_python_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), {})
+        *_, expected = re.findall(r"# (\S+)\n", block)
+        assert capsys.readouterr().out.strip() == expected
+
+
+def test_named_files_exist():
+    names = re.findall(r"`((?:benchmarks|examples|tests)/[\w/.]+)`", README.read_text())
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README.read_text())
+    assert names or links
+    for name in [*names, *links]:
+        assert (README.parent / name).exists(), name
