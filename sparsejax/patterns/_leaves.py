@@ -6,11 +6,13 @@ trees of other node types (a dict here, an `nnx.State` there) align by order.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax.patterns._patterns import NM, Pattern, Unstructured
 from sparsejax.typing import KeyPath, Params, Where, is_none, plain_path
@@ -122,7 +124,8 @@ def governed(
 
     Raises:
       ValueError: if no leaf is governed, or a pattern does not suit its leaf.
-      TypeError: if a governed leaf is not floating.
+      TypeError: if a governed leaf is not floating, or an argument holds values of
+        another kind.
 
     Example:
       >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
@@ -132,6 +135,12 @@ def governed(
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
     patterns = _per_leaf(pattern, params, flat, name="pattern")
     stacks = _per_leaf(stacked, params, flat, name="stacked")
+    for (path, _), stack in zip(flat, stacks, strict=True):
+        if stack is not None and not isinstance(stack, numbers.Integral):
+            raise TypeError(
+                "`stacked` must be a whole number of axes; got "
+                f"{stack!r} at {jax.tree_util.keystr(path)}."
+            )
     if where is None or callable(where):
         rule = is_default_governed if where is None else where
         extra = stacks if where is None else [None] * len(flat)
@@ -142,6 +151,12 @@ def governed(
         ]
     else:
         chosen = broadcast_prefix(where, params, name="where")
+        for (path, _), keep in zip(flat, chosen, strict=True):
+            if keep is not None and not isinstance(keep, bool | np.bool_):
+                raise TypeError(
+                    "`where` must be a predicate `(path, leaf) -> bool`, a tree prefix "
+                    f"of bools, or None; got {keep!r} at {jax.tree_util.keystr(path)}."
+                )
     leaves = tuple(
         _resolve(path, leaf, leaf_pattern, stack) if keep and leaf is not None else None
         for (path, leaf), leaf_pattern, stack, keep in zip(

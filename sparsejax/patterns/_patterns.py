@@ -6,6 +6,8 @@ blocks or channels. N:M differs: its units are single weights too, but each grou
 """
 
 import dataclasses
+import numbers
+from collections.abc import Iterable
 from typing import TypeAlias
 
 
@@ -40,6 +42,7 @@ class NM:
 
     Raises:
       ValueError: unless `0 < n <= m`.
+      TypeError: if one is no whole number.
 
     Example:
       >>> NM(2, 4).sparsity
@@ -54,6 +57,9 @@ class NM:
     axis: int = -2
 
     def __post_init__(self):
+        _check_whole("n", self.n)
+        _check_whole("m", self.m)
+        _check_whole("axis", self.axis)
         if not 0 < self.n <= self.m:
             raise ValueError(f"N:M needs 0 < n <= m; got n={self.n}, m={self.m}.")
 
@@ -96,7 +102,14 @@ class Block:
     shape: tuple[int, ...]
 
     def __post_init__(self):
+        if not isinstance(self.shape, Iterable):
+            raise TypeError(
+                "`shape` must hold one size an axis, as in Block((32, 32)); got "
+                f"{self.shape!r}."
+            )
         object.__setattr__(self, "shape", tuple(self.shape))
+        for size in self.shape:
+            _check_whole("shape", size)
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"`shape` must hold positive sizes; got {self.shape}.")
 
@@ -140,6 +153,9 @@ class Channel:
 
     axis: int = -1
 
+    def __post_init__(self):
+        _check_whole("axis", self.axis)
+
     def unit_shape(self, shape: tuple[int, ...], stacked: int) -> tuple[int, ...]:
         """The shape of the array of channels: size 1 on every pooled axis.
 
@@ -153,6 +169,11 @@ class Channel:
 
 
 Pattern: TypeAlias = Unstructured | NM | Block | Channel
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must hold whole numbers; got {value!r}.")
 
 
 def _own_axis(axis: int, shape: tuple[int, ...], stacked: int) -> int:

@@ -3,23 +3,37 @@
 import numbers
 from typing import Any
 
+import jax
+import numpy as np
+
 
 def check_sparsity(sparsity: Any, *, at: str = "") -> None:
     """Raises unless a number lies in [0, 1); schedules and traced values pass.
 
     Args:
-      sparsity: share of zeros.
+      sparsity: share of zeros: a number, or an array of one.
       at: the leaf it belongs to, for the message.
 
     Raises:
+      TypeError: if it is no number.
       ValueError: if it is a number outside [0, 1), or NaN.
 
     Example:
       >>> check_sparsity(0.9)
     """
-    if isinstance(sparsity, numbers.Real) and not 0 <= float(sparsity) < 1:
+    if callable(sparsity) or isinstance(sparsity, jax.core.Tracer):
+        return
+    at = f" at {at}" if at else ""
+    is_array = isinstance(sparsity, np.ndarray | jax.Array) and np.ndim(sparsity) == 0
+    if not isinstance(sparsity, numbers.Real) and not is_array:
+        raise TypeError(
+            "`sparsity` must be a number in [0, 1), a schedule of the step, or a tree "
+            f"prefix of these; got {sparsity!r}{at}."
+        )
+    value = float(sparsity)  # pyright: ignore[reportArgumentType] - real
+    if not 0 <= value < 1:
         raise ValueError(
             "`sparsity` must be the share of zeros, a fraction in [0, 1); got "
-            f"{sparsity}{f' at {at}' if at else ''}."
-            + (" Percentages: divide by 100." if 1 < float(sparsity) <= 100 else "")
+            f"{sparsity}{at}."
+            + (" Percentages: divide by 100." if 1 < value <= 100 else "")
         )

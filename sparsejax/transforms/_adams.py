@@ -9,13 +9,13 @@ import optax
 from sparsejax import allocation as allocations
 from sparsejax import masks
 from sparsejax.patterns import Leaf
+from sparsejax.transforms._arguments import check_count, check_update
 from sparsejax.transforms._forward import by_magnitude, is_due
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
     Plain,
     Settings,
     SparseState,
-    checked_params,
     loaded_masks,
     store_masks,
 )
@@ -181,9 +181,8 @@ def scale_by_adams(
       paper's algorithm 2 counts from 1); exactly n are kept under ties; alpha stays 1
       after `total_steps`.
     """
-    for name, value in (("total_steps", total_steps), ("mask_period", mask_period)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    check_count("total_steps", total_steps)
+    check_count("mask_period", mask_period)
     if isinstance(l1_decay, int | float) and l1_decay < 0:
         raise ValueError(f"`l1_decay` must be at least 0; got {l1_decay}.")
     rule = Sparsity.constant(
@@ -221,7 +220,7 @@ def scale_by_adams(
 
     def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
         del extra
-        params = checked_params(params, state.settings)
+        params = check_update("adams", grads, state, params)
         _check_total_steps(state, total_steps)
         found = jax.lax.cond(
             is_due(state),

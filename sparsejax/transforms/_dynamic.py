@@ -9,6 +9,7 @@ import optax
 from sparsejax import allocation as allocations
 from sparsejax import masks, schedules, scores
 from sparsejax.patterns import Leaf, Unstructured
+from sparsejax.transforms._arguments import check_count, check_key
 from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
 from sparsejax.typing import Params, Where, is_none
@@ -193,10 +194,9 @@ def _dynamic(
     skips_step: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Random masks at first, then drop by magnitude and grow by `grow_scores`."""
-    if update_every < 1:
-        raise ValueError(f"`update_every` must be at least 1; got {update_every}.")
-    if stop_step < 1:
-        raise ValueError(f"`stop_step` must be at least 1; got {stop_step}.")
+    check_count("update_every", update_every)
+    check_count("stop_step", stop_step)
+    check_key(key)
     drops = drop_fraction
     if not callable(drops):
         drops = schedules.cosine_drop(drop_fraction, stop_step)

@@ -16,13 +16,13 @@ import optax
 
 from sparsejax import masks
 from sparsejax.patterns import Leaf
+from sparsejax.transforms._arguments import check_update, optimizer
 from sparsejax.transforms._forward import is_due
 from sparsejax.transforms._regrown import regrown_resets
 from sparsejax.transforms._state import (
     Masked,
     Settings,
     SparseState,
-    checked_params,
     loaded_masks,
     settled,
     store_masks,
@@ -84,7 +84,7 @@ def hard_method(
     inner: optax.GradientTransformation, topology: Topology, *, pack_masks: bool
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation of a hard method."""
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer(inner)
 
     def init_fn(params: Params) -> SparseState:
         leaves = topology.leaves(params)
@@ -112,7 +112,7 @@ def hard_method(
         )
 
     def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
-        params = checked_params(params, state.settings)
+        params = check_update(topology.method, grads, state, params)
 
         def step(old):
             masked = masks.apply_masks(grads, old)

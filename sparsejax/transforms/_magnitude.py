@@ -7,6 +7,7 @@ import optax
 from sparsejax import allocation as allocations
 from sparsejax import scores
 from sparsejax.patterns import Leaf, Unstructured
+from sparsejax.transforms._arguments import check_count
 from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
 from sparsejax.typing import Params, Where
@@ -65,8 +66,7 @@ def magnitude_prune(
     References:
       Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878.
     """
-    if update_every < 1:
-        raise ValueError(f"`update_every` must be at least 1; got {update_every}.")
+    check_count("update_every", update_every)
     rule = Sparsity(
         sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
     )

@@ -16,6 +16,7 @@ import optax
 
 from sparsejax import masks
 from sparsejax.patterns import Leaf
+from sparsejax.transforms._arguments import check_update, optimizer
 from sparsejax.transforms._forward import by_magnitude, frame_mask
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
@@ -24,7 +25,6 @@ from sparsejax.transforms._state import (
     Settings,
     SparseState,
     array,
-    checked_params,
     settled,
     store_masks,
 )
@@ -55,7 +55,7 @@ def soft_method(
       pull: adds to the gradient of a governed leaf.
       pack_masks: store 1 bit a weight.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer(inner)
 
     def init_fn(params: Params) -> SparseState:
         masks.check_scores(params, "params")
@@ -74,7 +74,7 @@ def soft_method(
         )
 
     def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
-        params = checked_params(params, state.settings)
+        params = check_update(method, grads, state, params)
         found = _current_masks(params, state.settings, state.arrays)
         if pull is not None:
             grads = masks.map_masked(

@@ -17,7 +17,7 @@ from sparsejax.patterns import (
     check_sparsity,
     governed,
 )
-from sparsejax.typing import Params, Where, is_none
+from sparsejax.typing import KeyPath, Params, Where, is_none
 
 
 class Sparsity:
@@ -45,6 +45,11 @@ class Sparsity:
     ):
         for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
             check_sparsity(leaf, at=jax.tree_util.keystr(path))
+        if not callable(allocate):
+            raise TypeError(
+                "`allocation` must be a function such as `sj.erdos_renyi_kernel`; got "
+                f"{allocate!r}."
+            )
         self._value = value
         self._allocate = allocate
         self._where, self._pattern, self._stacked = where, pattern, stacked
@@ -83,9 +88,14 @@ class Sparsity:
                 leaf if leaf and (value is not None or _is_nm(leaf)) else None
                 for leaf, value in zip(leaves, given, strict=True)
             )
+            if not any(leaves):
+                raise ValueError(
+                    "at least one leaf must be governed; `sparsity` is None at every "
+                    "leaf that `where` chose. Give one a number."
+                )
         for leaf, value in zip(leaves, self._raw(params, leaves, 0), strict=True):
             if leaf is not None:
-                _check(leaf, value, scheduled=callable(self._value))
+                _check(leaf, value, scheduled=self._single and callable(self._value))
         return leaves
 
     def at(
@@ -115,21 +125,19 @@ class Sparsity:
         tree = self._allocate(
             params,
             _evaluate(self._value, step),
-            # exactly the governed leaves take part, whatever the node types are
-            where=_flags(params, leaves),
-            stacked=_stacks(params, leaves),
+            # exactly the governed leaves take part, whatever the node types are (a
+            # tree of flags would not do: Equinox modules are trees and callable)
+            where=by_path(params, [leaf is not None for leaf in leaves]),
+            stacked=by_path(params, [leaf.stacked if leaf else 0 for leaf in leaves]),
         )
         return jax.tree.leaves(tree, is_leaf=is_none)
 
 
-def _flags(params: Params, leaves: tuple[Leaf | None, ...]) -> Any:
-    treedef = jax.tree.structure(params, is_leaf=is_none)
-    return treedef.unflatten([leaf is not None for leaf in leaves])
-
-
-def _stacks(params: Params, leaves: tuple[Leaf | None, ...]) -> Any:
-    treedef = jax.tree.structure(params, is_leaf=is_none)
-    return treedef.unflatten([leaf.stacked if leaf else 0 for leaf in leaves])
+def by_path(params: Params, values: list[Any]) -> Callable[[KeyPath, Any], Any]:
+    """A function of `(path, leaf)` that returns the value of each leaf of `params`."""
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
+    table = {path: value for (path, _), value in zip(flat, values, strict=True)}
+    return lambda path, leaf: table[path]
 
 
 def _evaluate(value: Any, step: ArrayLike) -> Any:
@@ -157,6 +165,8 @@ def _check(leaf: Leaf, value: Any, *, scheduled: bool) -> None:
             f"`sparsity` must be given under {leaf.pattern}; got None at {leaf.name}. "
             "Only an N:M pattern fixes it."
         )
+    else:
+        check_sparsity(value, at=leaf.name)  # of a schedule, at step 0
 
 
 def choose_masks(

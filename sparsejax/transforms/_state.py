@@ -94,8 +94,7 @@ def find_states(opt_state: optax.OptState) -> list[SparseState]:
     Raises:
       ValueError: if there is none.
     """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, SparseState))
-    states = [leaf for leaf in leaves if isinstance(leaf, SparseState)]
+    states = _states_in(opt_state)
     if not states:
         raise ValueError(
             "the optimizer state must hold the state of a sparsejax method; found none "
@@ -105,34 +104,11 @@ def find_states(opt_state: optax.OptState) -> list[SparseState]:
     return states
 
 
-def checked_params(params: Params | None, settings: Settings) -> Params:
-    """The params given to `update`, if they fit the state.
-
-    Raises:
-      ValueError: if there are none, or other ones than at `init`.
-    """
-    method = settings.method
-    if params is None:
-        raise ValueError(
-            f"`{method}` needs `params` in `update`; got None. Call "
-            "`tx.update(grads, opt_state, params)`."
-        )
-    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
-    if len(flat) != len(settings.leaves):
-        raise ValueError(
-            f"the params must be those that `{method}` was initialised with, of "
-            f"{len(settings.leaves)} leaves; got {len(flat)} leaves. Make a new state "
-            "by `init`."
-        )
-    for (path, weight), leaf in zip(flat, settings.leaves, strict=True):
-        if leaf is not None and (weight is None or jnp.shape(weight) != leaf.shape):
-            got = "None" if weight is None else f"shape {jnp.shape(weight)}"
-            raise ValueError(
-                f"the params must be those that `{method}` was initialised with; got "
-                f"{got} at {jax.tree_util.keystr(path)}, where it has {leaf.shape} at "
-                f"{leaf.name}. Make a new state by `init`."
-            )
-    return params
+def _states_in(opt_state: optax.OptState) -> list[SparseState]:
+    """A state first, then those in its own inner state."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, SparseState))
+    found = [leaf for leaf in leaves if isinstance(leaf, SparseState)]
+    return [s for state in found for s in (state, *_states_in(state.inner_state))]
 
 
 def settled(

@@ -9,9 +9,10 @@ import optax
 from sparsejax import allocation as allocations
 from sparsejax import scores
 from sparsejax.patterns import Leaf, Unstructured, broadcast_prefix, governed
+from sparsejax.transforms._arguments import check_key
 from sparsejax.transforms._hard import FlatMasks, Topology, hard_method
-from sparsejax.transforms._sparsity import Sparsity, choose_masks
-from sparsejax.typing import MaskTree, Params, Where, is_none
+from sparsejax.transforms._sparsity import Sparsity, by_path, choose_masks
+from sparsejax.typing import MaskTree, Params, Where
 
 
 def static_sparse(
@@ -79,6 +80,7 @@ def static_sparse(
     if masks is not None:
         topology = _brought(masks, stacked)
     else:
+        check_key(key)
         rule = Sparsity(
             sparsity,
             allocate=allocation,
@@ -103,8 +105,7 @@ def _brought(masks: MaskTree, stacked) -> Topology:
 
     def leaves_of(params: Params) -> tuple[Leaf | None, ...]:
         flags = [mask is not None for mask in spread(params)]
-        treedef = jax.tree.structure(params, is_leaf=is_none)
-        return governed(params, where=treedef.unflatten(flags), stacked=stacked)
+        return governed(params, where=by_path(params, flags), stacked=stacked)
 
     def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
         found = spread(params)

@@ -1,0 +1,115 @@
+"""Checks of what a method is given, before anything is computed."""
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax.transforms._state import SparseState
+from sparsejax.typing import Params, is_none
+
+
+def optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer, which then takes any extra arguments.
+
+    Raises:
+      TypeError: if it is none.
+    """
+    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            "`inner` must be an optax optimizer, such as `optax.adam(1e-3)`; got "
+            f"{_words(inner)}."
+        )
+    return optax.with_extra_args_support(inner)
+
+
+def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
+    """Raises unless a number of steps is a whole Python number.
+
+    Raises:
+      TypeError: if it is none: a float, or a value that `inject_hyperparams` traces.
+      ValueError: if it is too small.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(
+            f"`{name}` must be a whole number of steps; got {_words(value)}. Under "
+            "`optax.inject_hyperparams`, name it in `static_args`."
+        )
+    if int(value) < at_least:
+        raise ValueError(f"`{name}` must be at least {at_least}; got {value}.")
+
+
+def check_key(key: Any) -> None:
+    """Raises unless it is one random key, new style or raw.
+
+    Raises:
+      TypeError: if it is anything else.
+    """
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    ndim = 0 if typed else 1
+    if dtype is None or not (typed or dtype == jnp.uint32) or jnp.ndim(key) != ndim:
+        raise TypeError(
+            "`key` must be one random key, such as `jax.random.key(0)`; got "
+            f"{_words(key)}."
+        )
+
+
+def check_update(method: str, grads: Any, state: Any, params: Params | None) -> Params:
+    """The params given to `update`, if they, the gradients and the state fit.
+
+    Raises:
+      TypeError: if the state is none of a method.
+      ValueError: if it is another method's, or the params or gradients are missing or
+        of other shapes than at `init`. Axes in front of a gradient (of examples, for
+        `optax.contrib.dpsgd`) pass.
+    """
+    if not isinstance(state, SparseState):
+        raise TypeError(
+            f"`{method}` needs the state that its `init` returned; got "
+            f"{_words(state)}. Call `tx.update(grads, opt_state, params)`."
+        )
+    settings = state.settings
+    if settings.method != method:
+        raise ValueError(
+            f"`{method}` needs the state that its `init` returned; got that of "
+            f"`{settings.method}`. Make a new state by `init`."
+        )
+    if params is None:
+        raise ValueError(
+            f"`{method}` needs `params` in `update`; got None. Call "
+            "`tx.update(grads, opt_state, params)`."
+        )
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
+    flat_grads = jax.tree.leaves(grads, is_leaf=is_none)
+    for name, found in (("params", flat), ("gradients", flat_grads)):
+        if len(found) != len(settings.leaves):
+            raise ValueError(
+                f"the {name} must mirror the params that `{method}` was initialised "
+                f"with, of {len(settings.leaves)} leaves; got {len(found)} leaves. "
+                "Make a new state by `init`."
+            )
+    for (path, weight), grad, leaf in zip(
+        flat, flat_grads, settings.leaves, strict=True
+    ):
+        if leaf is None:
+            continue
+        shape = None if weight is None else jnp.shape(weight)
+        grad_shape = leaf.shape if grad is None else jnp.shape(grad)
+        in_front = max(len(grad_shape) - len(leaf.shape), 0)
+        if shape != leaf.shape or grad_shape[in_front:] != leaf.shape:
+            raise ValueError(
+                f"`{method}` was initialised with shape {leaf.shape} at {leaf.name}; "
+                f"got a weight of shape {shape} and a gradient of shape {grad_shape} "
+                f"at {jax.tree_util.keystr(path)}. Make a new state by `init`."
+            )
+    return params
+
+
+def _words(value: Any) -> str:
+    """A value for a message: its type, and itself where that is short."""
+    text = repr(value)
+    kind = type(value).__name__
+    return f"{text} ({kind})" if len(text) <= 40 else f"a value of type {kind}"
