@@ -222,30 +222,38 @@ def scale_by_adams(
         del extra
         params = check_update("adams", grads, state, params)
         _check_total_steps(state, total_steps)
-        found = jax.lax.cond(
+        stored = jax.lax.cond(
             is_due(state),
-            lambda: _masks_by_magnitude(params, state.settings),
-            lambda: loaded_masks(state),
+            lambda: store_masks(
+                _masks_by_magnitude(params, state.settings), state.masks, pack_masks
+            ),
+            lambda: state.masks,
         )
+        found = loaded_masks(state._replace(masks=stored))
         alpha = state.step / state.arrays[_total_steps_key(total_steps)]
         if alpha_schedule is not None:
             alpha = alpha_schedule(state.step)
         alpha = jnp.clip(jnp.asarray(alpha, jnp.float32), 0, 1)
         pull = l1_decay(state.step) if callable(l1_decay) else l1_decay
 
-        def pulled(mask, mu, weight):
-            losing = (1 - alpha) * mu + alpha * pull * jnp.sign(weight)
-            return jnp.where(mask, mu, losing)
+        def pulled(alpha):
+            def pulled_leaf(mask, mu, weight):
+                losing = (1 - alpha) * mu + alpha * pull * jnp.sign(weight)
+                return jnp.where(mask, mu, losing)
+
+            return masks.map_masked(pulled_leaf, found, mu, params)
 
         moments = state.inner_state
         count = optax.safe_increment(moments.count)
         mu = optax.tree.update_moment(grads, moments.mu, b1, 1)
-        pulled_mu = masks.map_masked(pulled, found, mu, params)
         squared = grads
         if second_moment_of_pull:
             # plain Adam where not governed: there the second moment is the gradient's
-            squared = masks.map_masked(lambda _, g, m: m, found, grads, pulled_mu)
+            squared = masks.map_masked(lambda _, g, m: m, found, grads, pulled(alpha))
         nu = optax.tree.update_moment(squared, moments.nu, b2, 2)
+        # computed once more, from what XLA cannot know to be the same alpha: shared by
+        # the second moment and the step it would be written to memory and read twice
+        pulled_mu = pulled(jax.lax.optimization_barrier(alpha))
         scaled = jax.tree.map(
             lambda m, v: _ratio(m, jnp.sqrt(v) + eps),
             optax.tree.bias_correction(pulled_mu, b1, count),
@@ -253,7 +261,7 @@ def scale_by_adams(
         )
         return scaled, state._replace(
             step=optax.safe_increment(state.step),
-            masks=store_masks(found, state.masks, pack_masks),
+            masks=stored,
             inner_state=optax.ScaleByAdamState(count=count, mu=mu, nu=nu),
         )
 

@@ -144,20 +144,24 @@ def hard_method(
         # before the first update pruned weights are not 0 yet; regrown ones start there
         fresh = inner.init(masks.apply_masks(params, old))
 
-        def edits(inner_shapes):
-            resets = regrown_resets(inner_shapes, fresh, params, regrown)
-            if not topology.skips_step:
-                return resets
-            return [
-                _skip(due, before, reset)
-                for before, reset in zip(
-                    jax.tree.leaves(state.inner_state), resets, strict=True
-                )
-            ]
+        def resets(inner_state):
+            return regrown_resets(inner_state, fresh, params, regrown)
 
-        updates, inner_state = update_from_edited_state(lambda: step(old), edits)
         if topology.skips_step:
+            updates, inner_state = update_from_edited_state(
+                lambda: step(old),
+                lambda shapes: _skips(due, state.inner_state, resets(shapes)),
+            )
             updates = jax.tree.map(lambda u: jnp.where(due, 0, u), updates)
+        else:  # the step is a real one: it must see the moments before the reset
+            updates, inner_state = step(old)
+            leaves, treedef = jax.tree.flatten(inner_state)
+            inner_state = treedef.unflatten(
+                [
+                    leaf if reset is None else reset(leaf)
+                    for leaf, reset in zip(leaves, resets(inner_state), strict=True)
+                ]
+            )
         # regrown weights start from 0, so only those kept before and after move
         stayed = _zip_masks(lambda m, flip: m & ~flip, new, flips)
         return _prune(updates, params, stayed), state._replace(
@@ -232,14 +236,20 @@ def _zip_masks(fn, old: FlatMasks, new: FlatMasks) -> FlatMasks:
     return [None if a is None else fn(a, b) for a, b in zip(old, new, strict=True)]
 
 
-def _skip(due: jax.Array, before: jax.Array, reset: Edit | None) -> Edit:
-    """On a refresh the leaf stays as it was before the step, but for the regrown."""
+def _skips(
+    due: jax.Array, inner_state: optax.OptState, resets: list[Edit | None]
+) -> list[Edit]:
+    """On a refresh each leaf stays as it was before the step, but for the regrown."""
 
-    def edit(after):
-        kept = jnp.where(due, before, after)
-        return kept if reset is None else reset(kept)
+    def skip(before, reset) -> Edit:
+        def edit(after):
+            kept = jnp.where(due, before, after)
+            return kept if reset is None else reset(kept)
 
-    return edit
+        return edit
+
+    befores = jax.tree.leaves(inner_state)
+    return [skip(*pair) for pair in zip(befores, resets, strict=True)]
 
 
 def _step_key(key: jax.Array | None, state: SparseState) -> jax.Array | None:

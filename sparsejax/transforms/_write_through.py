@@ -1,10 +1,11 @@
 """Edits an optimizer's new state before the optimizer computes its updates from it.
 
-A refresh of the masks edits moments: those of regrown weights go back to their first
-value, RigL takes no step at all. Done behind `inner.update`, each such edit would leave
-two versions of every moment, the one that the updates were computed from and the one
-that is kept, and XLA would copy both between refreshes too. Here the edit happens where
-the new moment is defined, so that there is only one.
+RigL takes no step when it refreshes its masks: the inner state stays as it was, and the
+updates are dropped. Selected behind `inner.update`, that would leave two versions of
+every moment, the one that the updates were computed from and the one that is kept, and
+XLA on a CPU would copy the moments between refreshes too. Here the selection happens
+where a new moment is defined, so that there is only one. It must not change updates
+that are used: between refreshes every edit is the identity, on a refresh none are used.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +21,6 @@ def update_from_edited_state(
     edits: Callable[[Any], Sequence[Edit | None]],
 ) -> tuple[Any, Any]:
     """Evaluates `update()` with its new state edited before it is used.
-
-    Between refreshes every edit is the identity. On a refresh the updates of weights
-    whose moments are edited are replaced by the caller, and an optimizer that mixes the
-    moments of several weights (Muon) sees the edited ones.
 
     Args:
       update: returns `(updates, state)`; traced once.
