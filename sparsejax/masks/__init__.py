@@ -3,8 +3,8 @@
 from sparsejax.masks._block import block_mask as block_mask
 from sparsejax.masks._check import check_scores as check_scores
 from sparsejax.masks._nm import nm_mask as nm_mask
+from sparsejax.masks._packing import is_packable as is_packable
 from sparsejax.masks._packing import pack as pack
-from sparsejax.masks._packing import packed_shape as packed_shape
 from sparsejax.masks._packing import unpack as unpack
 from sparsejax.masks._select import drop_and_grow as drop_and_grow
 from sparsejax.masks._select import num_kept as num_kept

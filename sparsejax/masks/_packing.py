@@ -1,5 +1,9 @@
 """Masks stored as bits: one bit a weight along the last axis."""
 
+import functools
+import math
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt8
 
@@ -20,20 +24,26 @@ def pack(mask: Bool[Array, "*lead d"]) -> UInt8[Array, "*lead bytes"]:
     mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 8)])
     # eight strided slices, not `jnp.packbits`: its reduction over a short last axis is
     # hundreds of times slower on a GPU
-    packed = jnp.zeros(packed_shape(mask.shape), jnp.uint8)
-    for bit in range(8):
-        packed |= mask[..., bit::8].astype(jnp.uint8) << bit
-    return packed
+    bits = (mask[..., bit::8].astype(jnp.uint8) << bit for bit in range(8))
+    return functools.reduce(jnp.bitwise_or, bits)
 
 
-def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a packed mask.
+def is_packable(mask: Bool[Array, "*lead d"]) -> bool:
+    """Whether each device packs its own part, as far as the types tell.
+
+    Under an explicit mesh that shards the last axis, each part must hold whole bytes.
 
     Example:
-      >>> packed_shape((4, 20))
-      (4, 3)
+      >>> is_packable(jnp.ones((4, 20), jnp.bool_))
+      True
     """
-    return (*shape[:-1], -(-shape[-1] // 8))
+    sharding = jax.typeof(mask).sharding
+    axes = sharding.spec[-1]
+    if axes is None:
+        return True
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    return mask.shape[-1] % (8 * parts) == 0
 
 
 def unpack(packed: UInt8[Array, "*lead bytes"], size: int) -> Bool[Array, "*lead d"]:

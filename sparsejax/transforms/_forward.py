@@ -232,7 +232,7 @@ def frame_mask(
     sparsity: float | None,
 ) -> jax.Array:
     """The mask of the current frame, of which 0 is dense and i is `frames[i - 1]`."""
-    branches = [lambda w: jnp.ones(w.shape, jnp.bool_)]
+    branches = [lambda w: jnp.ones_like(w, jnp.bool_)]
     branches += [
         lambda w, leaf=leaf: by_magnitude(w, leaf, sparsity) for leaf in frames
     ]

@@ -192,32 +192,42 @@ def _flips_of_refresh(
     read = Refresh(weights, grads, old, state.step, key)
     new = topology.refresh(read, state.settings.leaves)
     return [
-        None if bits is None else masks.pack(bits)
+        None if bits is None else _pack_flips(bits)
         for bits in _zip_masks(lambda a, b: a ^ b, old, new)
     ]
+
+
+def _pack_flips(bits: jax.Array) -> jax.Array:
+    """One bit a weight, unless that would cut a byte between two devices."""
+    return masks.pack(bits) if masks.is_packable(bits) else bits
 
 
 def _flip_stored(state: SparseState, flipped: list[jax.Array | None]) -> MaskTree:
     """The masks as stored, packed or not, with the given bits flipped."""
 
     def flip(bits, stored):
-        packed = stored.dtype == jnp.uint8
-        return stored ^ (bits if packed else masks.unpack(bits, stored.shape[-1]))
+        if stored.dtype == bits.dtype:
+            return stored ^ bits
+        return stored ^ masks.unpack(bits, stored.shape[-1])
 
     return masks.map_masked(flip, flipped, state.masks)
 
 
 def _no_flips(state: SparseState) -> list[jax.Array | None]:
+    """Zeros like the flips, in shape and sharding."""
     return [
-        None if leaf is None else jnp.zeros(masks.packed_shape(leaf.shape), jnp.uint8)
-        for leaf in state.settings.leaves
+        None if mask is None else jnp.zeros_like(_pack_flips(mask))
+        for mask in loaded_masks(state)
     ]
 
 
-def _unpacked(packed: list[jax.Array | None], state: SparseState) -> FlatMasks:
+def _unpacked(flipped: list[jax.Array | None], state: SparseState) -> FlatMasks:
+    def unpack(bits, leaf):
+        return bits if bits.dtype == jnp.bool_ else masks.unpack(bits, leaf.shape[-1])
+
     return [
-        None if leaf is None else masks.unpack(bits, leaf.shape[-1])
-        for bits, leaf in zip(packed, state.settings.leaves, strict=True)
+        None if leaf is None else unpack(bits, leaf)
+        for bits, leaf in zip(flipped, state.settings.leaves, strict=True)
     ]
 
 
