@@ -202,4 +202,11 @@ def compare(
     if not abs(gain) > 2 * error:
         verdict += ", but within two standard errors"
     error_text = "?" if math.isnan(error) else f"{error:.3g}"
-    return f"{claim}: {metric} better by {gain:.3g} +- {error_text}: {verdict}"
+    return f"{claim}: {metric} better by {gain:.3g} +- {error_text}: {verdict}" + (
+        rates_note(better.row["lr"], worse.row["lr"])
+    )
+
+
+def rates_note(better: float, worse: float) -> str:
+    """A train loss says little between runs at different learning rates."""
+    return "" if better == worse else f" (learning rates {better:g}, {worse:g})"
