@@ -196,8 +196,8 @@ WHY = {
         "digits: the learning rate is chosen by 300 validation images; where two "
         "methods got different ones, their train losses are those of different rates "
         "and decide nothing; at 90 % nearly all are below 0.01, where the 57 steps "
-        "that RigL gives to its masks may show (not tested); under erk SET and RigL do not differ on "
-        "the test images"
+        "that RigL gives to its masks may show (not tested); under erk SET "
+        "and RigL do not differ on the test images"
     ),
 }
 
