@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, UInt8
 
 
@@ -21,6 +22,15 @@ def pack(mask: Bool[Array, "*lead d"]) -> UInt8[Array, "*lead bytes"]:
       >>> pack(jnp.array([[True, False, True]]))
       Array([[5]], dtype=uint8)
     """
+    sharding = None if isinstance(mask, Tracer) else mask.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding) and _whole_bytes(
+        mask.shape, sharding
+    ):
+        return jax.jit(_pack, out_shardings=sharding)(mask)
+    return _pack(mask)
+
+
+def _pack(mask: jax.Array) -> jax.Array:
     mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 8)])
     # eight strided slices, not `jnp.packbits`: its reduction over a short last axis is
     # hundreds of times slower on a GPU
@@ -37,13 +47,16 @@ def is_packable(mask: Bool[Array, "*lead d"]) -> bool:
       >>> is_packable(jnp.ones((4, 20), jnp.bool_))
       True
     """
-    sharding = jax.typeof(mask).sharding
-    axes = sharding.spec[-1]
+    return _whole_bytes(mask.shape, jax.typeof(mask).sharding)
+
+
+def _whole_bytes(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding) -> bool:
+    axes = sharding.spec[len(shape) - 1] if len(sharding.spec) == len(shape) else None
     if axes is None:
         return True
     axes = axes if isinstance(axes, tuple) else (axes,)
     parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
-    return mask.shape[-1] % (8 * parts) == 0
+    return shape[-1] % (8 * parts) == 0
 
 
 def unpack(packed: UInt8[Array, "*lead bytes"], size: int) -> Bool[Array, "*lead d"]:
