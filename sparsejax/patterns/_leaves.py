@@ -181,7 +181,7 @@ def governed(
 def _per_leaf(
     value: Any | Callable[[KeyPath, Any], Any], params: Params, flat: list, *, name: str
 ) -> list[Any]:
-    if callable(value):
+    if callable(value) and not isinstance(value, type):  # a class is a mistake
         return [None if leaf is None else value(path, leaf) for path, leaf in flat]
     return broadcast_prefix(value, params, name=name)
 

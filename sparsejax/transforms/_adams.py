@@ -190,8 +190,8 @@ def scale_by_adams(
     )
 
     def init_fn(params: Params) -> SparseState:
-        masks.check_scores(params, "params")
         leaves = rule.leaves(params)
+        masks.check_scores(params, "params")
         flat = jax.tree.leaves(params, is_leaf=is_none)
         for leaf, weight in zip(leaves, flat, strict=True):
             if leaf is not None and jnp.finfo(weight.dtype).bits < 32:

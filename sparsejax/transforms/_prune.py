@@ -53,11 +53,11 @@ def prune(
     References:
       Han et al., 2015, https://arxiv.org/abs/1506.02626, section 3.
     """
-    masks.check_scores(params, "params")
     rule = Sparsity(
         sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
     )
     leaves = rule.leaves(params)
+    masks.check_scores(params, "params")
     ranked = scores.magnitude(params)
     found = choose_masks(rule, ranked, params, leaves, across_leaves)
     return jax.tree.structure(params, is_leaf=is_none).unflatten(found)

@@ -58,8 +58,8 @@ def soft_method(
     inner = optimizer(inner)
 
     def init_fn(params: Params) -> SparseState:
-        masks.check_scores(params, "params")
         leaves = rule.leaves(params)
+        masks.check_scores(params, "params")
         sparsities = tuple(rule.at(params, leaves, 0))
         settings = Settings(method, forward(params), leaves, sparsities, update_every=1)
         step = jnp.zeros([], jnp.int32)
