@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def check_sparsity(sparsity: Any, *, at: str = "") -> None:
@@ -21,7 +22,7 @@ def check_sparsity(sparsity: Any, *, at: str = "") -> None:
     Example:
       >>> check_sparsity(0.9)
     """
-    if callable(sparsity) or isinstance(sparsity, jax.core.Tracer):
+    if callable(sparsity) or isinstance(sparsity, Tracer):
         return
     at = f" at {at}" if at else ""
     is_array = isinstance(sparsity, np.ndarray | jax.Array) and np.ndim(sparsity) == 0

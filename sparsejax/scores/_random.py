@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from sparsejax.typing import Params, ScoreTree, plain_path
 
@@ -43,7 +44,7 @@ def _uniform(key: jax.Array, leaf: Any) -> jax.Array:
     draw = functools.partial(
         jax.random.uniform, shape=jnp.shape(leaf), dtype=jnp.float32
     )
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding
         return draw(key, out_sharding=sharding if any(sharding.spec) else None)
     sharding = getattr(leaf, "sharding", None)

@@ -1,10 +1,12 @@
 """AdamS: the optimizer of CAST, which pulls losing weights to zero while dense."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from sparsejax import allocation as allocations
 from sparsejax import masks
@@ -189,7 +191,7 @@ def scale_by_adams(
         sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
     )
 
-    def init_fn(params: Params) -> SparseState:
+    def init_fn(params: Params) -> Any:
         leaves = rule.leaves(params)
         masks.check_scores(params, "params")
         flat = jax.tree.leaves(params, is_leaf=is_none)
@@ -218,7 +220,10 @@ def scale_by_adams(
             settings,
         )
 
-    def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
+    def update_fn(
+        updates: Any, state: Any, params: Params | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        grads = updates  # optax's name for what comes in and what goes out
         del extra
         params = check_update("adams", grads, state, params)
         _check_total_steps(state, total_steps)
@@ -295,7 +300,7 @@ def _total_steps_key(total_steps: int | str) -> str:
 def _check_total_steps(state: SparseState, total_steps: int) -> None:
     ((name, leaf),) = state.arrays.items()
     found = name.removeprefix(_total_steps_key(""))
-    if found == str(total_steps) and not isinstance(leaf, jax.core.Tracer):
+    if found == str(total_steps) and not isinstance(leaf, Tracer):
         found = str(int(leaf))  # its leaves may be restored without their names
     if found != str(total_steps):
         raise ValueError(

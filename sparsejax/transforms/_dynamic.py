@@ -76,6 +76,7 @@ def sparse_evolution(
     """
 
     def grow_scores(read: Refresh) -> Params:
+        assert read.key is not None
         return scores.random(read.params, key=read.key)
 
     return _dynamic(
@@ -197,8 +198,9 @@ def _dynamic(
     check_count("update_every", update_every)
     check_count("stop_step", stop_step)
     check_key(key)
-    drops = drop_fraction
-    if not callable(drops):
+    if callable(drop_fraction):
+        drops = drop_fraction
+    else:
         drops = schedules.cosine_drop(drop_fraction, stop_step)
 
     def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
@@ -212,16 +214,16 @@ def _dynamic(
         fraction = drops(read.step)
         return [
             None
-            if leaf is None
+            if leaf is None or mask is None
             else masks.drop_and_grow(
-                read.masks[i],
+                mask,
                 leaf,
                 drop_scores=drop[i],
                 grow_scores=grow[i],
                 sparsity=sparsities[i],
                 drop_fraction=fraction,
             )
-            for i, leaf in enumerate(leaves)
+            for i, (leaf, mask) in enumerate(zip(leaves, read.masks, strict=True))
         ]
 
     topology = Topology(

@@ -86,7 +86,7 @@ def hard_method(
     """Builds the transformation of a hard method."""
     inner = optimizer(inner)
 
-    def init_fn(params: Params) -> SparseState:
+    def init_fn(params: Params) -> Any:
         leaves = topology.leaves(params)
         masks.check_scores(params, "params")
         found = topology.first(params, leaves)
@@ -111,7 +111,10 @@ def hard_method(
             settings,
         )
 
-    def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
+    def update_fn(
+        updates: Any, state: Any, params: Params | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        grads = updates  # optax's name for what comes in and what goes out
         params = check_update(topology.method, grads, state, params)
 
         def step(old):

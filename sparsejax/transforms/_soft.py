@@ -7,6 +7,7 @@ The weights stay dense, the forward projects them (`forward_params`), and
 `init` and `update`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ from sparsejax.transforms._state import (
 from sparsejax.typing import Params, is_none
 
 Pull = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(gradient, mask, weight, step) -> gradient of one governed leaf."""
+"""(step, mask, gradient, weight) -> gradient of one governed leaf."""
 
 
 def soft_method(
@@ -57,7 +58,7 @@ def soft_method(
     """
     inner = optimizer(inner)
 
-    def init_fn(params: Params) -> SparseState:
+    def init_fn(params: Params) -> Any:
         leaves = rule.leaves(params)
         masks.check_scores(params, "params")
         sparsities = tuple(rule.at(params, leaves, 0))
@@ -73,18 +74,17 @@ def soft_method(
             settings,
         )
 
-    def update_fn(grads, state: SparseState, params: Params | None = None, **extra):
+    def update_fn(
+        updates: Any, state: Any, params: Params | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        grads = updates  # optax's name for what comes in and what goes out
         params = check_update(method, grads, state, params)
         found = _current_masks(params, state.settings, state.arrays)
         if pull is not None:
-            grads = masks.map_masked(
-                lambda mask, grad, weight: pull(grad, mask, weight, state.step),
-                found,
-                grads,
-                params,
-            )
+            add = functools.partial(pull, state.step)
+            grads = masks.map_masked(add, found, grads, params)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
-        step = optax.safe_increment(state.step)
+        step = jnp.asarray(optax.safe_increment(state.step))
         return updates, SparseState(
             step,
             store_masks(found, state.masks, pack_masks),

@@ -100,7 +100,7 @@ class Sparsity:
 
     def at(
         self, params: Params, leaves: tuple[Leaf | None, ...], step: ArrayLike
-    ) -> list[ArrayLike | None]:
+    ) -> list[Any]:
         """One sparsity for each leaf, None where it is dense or under N:M."""
         return [
             None if leaf is None or _is_nm(leaf) else value

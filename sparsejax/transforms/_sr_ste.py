@@ -69,7 +69,7 @@ def sr_ste(
     if isinstance(decay, int | float) and decay < 0:
         raise ValueError(f"`decay` must be at least 0; got {decay}.")
 
-    def pull(grad, mask, weight, step):
+    def pull(step, mask, grad, weight):
         strength = decay(step) if callable(decay) else decay
         return grad + (strength * jnp.where(mask, 0, weight)).astype(grad.dtype)
 

@@ -83,7 +83,7 @@ class SparseState(NamedTuple):
 
     step: jax.Array  # int32[]; updates so far
     masks: MaskTree  # of the last update; bool, or uint8 when packed; None = dense
-    inner_state: optax.OptState
+    inner_state: Any  # of the inner optimizer
     arrays: dict[str, jax.Array]  # small: a key, a decay factor, a frame
     settings: Settings
 
@@ -192,10 +192,11 @@ def align(
     for state in states:
         # as a list: it checks the number of leaves before any is looked up
         for position, entry in list(_positions(state, names)):
-            if owners[position] is not None:
+            owner = owners[position]
+            if owner is not None:
                 raise ValueError(
                     "a leaf must be governed by one method; got "
-                    f"`{owners[position].state.settings.method}` and "
+                    f"`{owner.state.settings.method}` and "
                     f"`{state.settings.method}` at "
                     f"{jax.tree_util.keystr(flat[position][0])}. Restrict one by "
                     "`where`."

@@ -90,6 +90,7 @@ def static_sparse(
         )
 
         def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
+            assert key is not None
             drawn = scores.random(params, key=key)
             return choose_masks(rule, drawn, params, leaves, across_leaves)
 
