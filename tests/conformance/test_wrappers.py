@@ -1,0 +1,274 @@
+"""Every method inside every optax wrapper, pairwise with optimizers, dtypes and modes.
+
+One case for each pair of a method and a wrapper; the optimizer, the dtype of the params
+and the way the loop runs rotate so that each pair of any two factors is met.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+import sparsejax as sj
+from tests.conformance import suite
+
+STEPS = 5
+LR = 1e-2
+FIRST, SECOND = suite.NAMES
+
+OPTIMIZERS = {
+    "adamw": optax.adamw,
+    "sgd_momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
+    "adafactor": lambda learning_rate: optax.adafactor(
+        learning_rate, min_dim_size_to_factor=8
+    ),
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+# ---------------------------------------------------------------- wrappers
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """One way to put a method into an optax optimizer.
+
+    Attributes:
+      wrap: (method, optimizer factory, build options) -> transformation.
+      names: the leaves that the method governs in it.
+      extra: what `update` is given beside the gradient.
+      spoil: at which steps the loss is NaN.
+    """
+
+    wrap: Callable[..., optax.GradientTransformation]
+    names: tuple[str, ...] = (FIRST, SECOND)
+    extra: Callable = suite.no_extra
+    spoil: tuple[int, ...] = ()
+
+
+def plain(method, make, options):
+    return suite.build(method, make(LR), **options)
+
+
+def chain(method, make, options):
+    # a transform of updates belongs inside: after the method it would undo exact zeros
+    plateau = contrib.reduce_on_plateau(patience=1, accumulation_size=1)
+    inner = optax.chain(make(LR), plateau)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), suite.build(method, inner, **options)
+    )
+
+
+def partition(method, make, options):
+    """The labels are a prefix: the whole subtree `second` is hidden."""
+    transforms = {
+        "sparse": suite.build(method, make(LR), **options),
+        "dense": optax.adam(LR),
+    }
+    return optax.partition(transforms, {"first": "sparse", "second": "dense"})
+
+
+def masked(method, make, options):
+    def second(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "second" in jax.tree_util.keystr(path), params
+        )
+
+    def others(params):
+        return jax.tree.map(lambda chosen: not chosen, second(params))
+
+    return optax.chain(
+        optax.masked(suite.build(method, make(LR), **options), second),
+        optax.masked(optax.adam(LR), others),
+    )
+
+
+def multi_steps(method, make, options):
+    tx = optax.MultiSteps(suite.build(method, make(LR), **options), every_k_schedule=2)
+    return tx.gradient_transformation()
+
+
+def apply_if_finite(method, make, options):
+    return optax.apply_if_finite(suite.build(method, make(LR), **options), 3)
+
+
+def inject_inside(method, make, options):
+    schedule = optax.linear_schedule(LR, LR / 10, STEPS)
+    # of bfloat16 params it would make bfloat16 hyperparameters: adamw's b2 becomes 1
+    inject = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
+    inner = inject(learning_rate=schedule)
+    return suite.build(method, inner, **options)
+
+
+def inject_outside(method, make, options):
+    def factory(learning_rate):
+        return suite.build(method, make(learning_rate), **options)
+
+    schedule = optax.linear_schedule(LR, LR / 10, STEPS)
+    return optax.inject_hyperparams(factory)(learning_rate=schedule)
+
+
+def value_extra(value, grads, value_fn):
+    return {"value": value}
+
+
+WRAPPERS = {
+    "plain": Wrapper(plain),
+    "chain": Wrapper(chain, extra=value_extra),
+    "partition": Wrapper(partition, names=(FIRST,)),
+    "masked": Wrapper(masked, names=(SECOND,)),
+    "multi_steps": Wrapper(multi_steps),
+    "apply_if_finite": Wrapper(apply_if_finite, spoil=(1, 2)),
+    "inject_inside": Wrapper(inject_inside),
+    "inject_outside": Wrapper(inject_outside),
+}
+
+
+# ---------------------------------------------------------------- ways to run a loop
+
+
+def run_jit(init, step, seeds):
+    """Returns the carries before the first and after each step, and the records."""
+    carry = suite.fast_jit(init)(seeds[0])
+    step = suite.fast_jit(step)
+    carries, seen = [carry], []
+    for i in range(STEPS):
+        carry, new = step(carry, i)
+        carries.append(carry)
+        seen.append(new)
+    return [(carries, seen)]
+
+
+def run_donated(init, step, seeds):
+    carry = suite.fast_jit(init)(seeds[0])
+    step = suite.fast_jit(step, donate_argnums=0)
+    carries, seen = [jax.tree.map(jnp.copy, carry)], []
+    for i in range(STEPS):
+        given = carry
+        carry, new = step(given, i)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given[0]))
+        carries.append(jax.tree.map(jnp.copy, carry))
+        seen.append(new)
+    return [(carries, seen)]
+
+
+def run_scan(init, step, seeds):
+    def body(carry, i):
+        carry, new = step(carry, i)
+        return carry, (carry, new)
+
+    def run(seed):
+        carry = init(seed)
+        return carry, jax.lax.scan(body, carry, jnp.arange(STEPS))[1]
+
+    first, (carries, seen) = suite.fast_jit(run)(seeds[0])
+    return [([first, *unstack(carries)], unstack(seen))]
+
+
+def run_vmap(init, step, seeds):
+    """Seeds of the params and of the masks, side by side."""
+    carry = suite.fast_jit(jax.vmap(init))(jnp.asarray(seeds))
+    step = suite.fast_jit(jax.vmap(step, in_axes=(0, None)))
+    carries, seen = [carry], []
+    for i in range(STEPS):
+        carry, new = step(carry, i)
+        carries.append(carry)
+        seen.append(new)
+    pick = [lambda x, seed=seed: x[seed] for seed in range(len(seeds))]
+    return [(jax.tree.map(p, carries), jax.tree.map(p, seen)) for p in pick]
+
+
+def unstack(tree):
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(STEPS)]
+
+
+MODES = {"jit": run_jit, "donated": run_donated, "scan": run_scan, "vmap": run_vmap}
+
+
+# ---------------------------------------------------------------- the cases
+
+
+def cases():
+    for (i, method), (j, wrapper) in itertools.product(
+        enumerate(suite.METHODS), enumerate(WRAPPERS)
+    ):
+        optimizer = list(OPTIMIZERS)[(i + j) % len(OPTIMIZERS)]
+        mode = list(MODES)[(i + j) % len(MODES)]
+        dtype = list(DTYPES)[(i + (i + j) // 4) % 2]
+        if method == "adams":  # an optimizer of its own, and float32 only
+            optimizer, dtype = "adamw", "float32"
+        yield method, wrapper, optimizer, mode, dtype
+
+
+CASES = list(cases())
+
+
+def test_every_pair_is_met():
+    others = [case for case in CASES if case[0] != "adams"]
+    factors = [suite.WRAPPING, WRAPPERS, OPTIMIZERS, MODES, DTYPES]
+    for a, b in itertools.combinations(range(5), 2):
+        met = {(case[a], case[b]) for case in others}
+        assert met == set(itertools.product(factors[a], factors[b])), (a, b)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_method_in_wrapper(case):
+    method, wrapper, optimizer, mode, dtype = case
+    wrapper = WRAPPERS[wrapper]
+    traces = suite.Traces()
+
+    def make_tx(seed):
+        key = jax.random.fold_in(suite.KEY, seed)
+        options = {"key": key, "pattern": suite.mixed}
+        return wrapper.wrap(method, OPTIMIZERS[optimizer], options)
+
+    def init(seed):
+        params = suite.make_params(seed, DTYPES[dtype])
+        return params, make_tx(seed).init(params), seed
+
+    @traces
+    def step(carry, i):
+        params, state, seed = carry
+        spoiled = jnp.any(i == jnp.asarray(wrapper.spoil)) if wrapper.spoil else False
+
+        def loss(params):
+            return suite.loss(params) * jnp.where(spoiled, jnp.nan, 1.0)
+
+        tx = make_tx(seed)
+        params, state = suite.take_step(tx, params, state, wrapper.extra, loss)
+        return (params, state, seed), suite.record(params, state)
+
+    for carries, seen in MODES[mode](init, step, [0, 1]):
+        regrown = 0
+        for i, new in enumerate(seen):
+            (before, old_state, _), (params, state, _) = carries[i : i + 2]
+            at = f"step {i}"
+            assert suite.spec(state) == suite.spec(carries[0][1]), at
+            old = suite.find_state(old_state)
+            updated = int(suite.find_state(state).step) - int(old.step)
+            suite.check_step(
+                method,
+                new,
+                before if updated else None,
+                names=wrapper.names,
+                at=at,
+            )
+            if i in wrapper.spoil:
+                assert not updated
+                same = (
+                    suite.numbers((before, old)),
+                    suite.numbers((params, suite.find_state(state))),
+                )
+                jax.tree.map(np.testing.assert_array_equal, *same)
+            if method in suite.HARD:
+                masks = new["masks"], sj.masks_of(old_state)
+                inner = suite.find_state(state).inner_state
+                regrown += suite.check_regrown(inner, None, params, *masks[::-1], at)
+        assert regrown > 0 or method not in suite.DYNAMIC
+    assert traces.count == 1
