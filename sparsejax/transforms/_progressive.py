@@ -31,7 +31,8 @@ def mask_decay(
     each group and `d = decay(step)` for the others, chosen anew each time; `d` is a
     constant in the backward. With a schedule that does not end at exactly 0
     (`exponential_decay` without `hard_after`) the model that was trained differs from
-    `sj.sparse_params`.
+    `sj.sparse_params`. Under `optax.inject_hyperparams` the factor that an update is
+    given reaches the forward after it, one step later than a schedule passed here.
 
     A non-finite gradient reaches the weights as under `inner` alone; masks are chosen
     from the weights, where NaN ranks lowest and the count stays exact.
