@@ -29,6 +29,18 @@ class Module:
     rate: float = dataclasses.field(default=0.1, metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Callable:
+    """A module that is a tree and callable, as in Equinox."""
+
+    weight: Any
+    layers: list
+
+    def __call__(self, x):
+        return x @ self.weight
+
+
 def kernel(shape=(8, 4)):
     return 0.5 * jax.random.normal(jax.random.key(sum(shape)), shape)
 
@@ -39,6 +51,7 @@ CONTAINERS = {
     "tuple": lambda: (kernel(), jnp.ones(4), (kernel((8, 8)),)),
     "namedtuple": lambda: [Layer(kernel(), jnp.ones(4)), Layer(kernel((8, 8)), None)],
     "dataclass": lambda: Module(kernel(), jnp.ones(4)),
+    "callable": lambda: Callable(kernel(), [Callable(kernel(), [])]),
     "none": lambda: {"a": None, "b": {"kernel": kernel(), "none": None}, "c": None},
     "nested": lambda: {"a": [{"w": kernel()}, (kernel(), None)], "b": Layer({}, ())},
 }

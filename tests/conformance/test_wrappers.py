@@ -5,6 +5,7 @@ and the way the loop runs rotate so that each pair of any two factors is met.
 """
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable
 
@@ -268,7 +269,143 @@ def test_method_in_wrapper(case):
                 jax.tree.map(np.testing.assert_array_equal, *same)
             if method in suite.HARD:
                 masks = new["masks"], sj.masks_of(old_state)
+                if not sj.is_mask_update(old_state):
+                    jax.tree.map(np.testing.assert_array_equal, *masks)
                 inner = suite.find_state(state).inner_state
                 regrown += suite.check_regrown(inner, None, params, *masks[::-1], at)
         assert regrown > 0 or method not in suite.DYNAMIC
     assert traces.count == 1
+
+
+# ---------------------------------------------------------------- several methods
+
+
+PARTITIONS = {
+    "subtrees": {"first": "a", "second": "b"},  # a prefix: whole subtrees hidden
+    "leaves": {
+        "first": {"bias": "dense", "kernel": "a"},
+        "second": {"kernel": "b"},
+    },
+}
+
+
+@pytest.mark.parametrize("labels", PARTITIONS)
+@pytest.mark.parametrize(
+    "methods", [("rigl", "sr_ste"), ("mask_decay", "magnitude_prune")], ids="-".join
+)
+def test_two_methods_in_two_partitions(methods, labels):
+    """One forward, one mask tree, each leaf as its own method wants it."""
+    transforms = {
+        label: suite.build(method, make(LR))
+        for label, method, make in zip("ab", methods, OPTIMIZERS.values(), strict=False)
+    }
+    tx = optax.partition(transforms | {"dense": optax.sgd(LR)}, PARTITIONS[labels])
+    params = suite.make_params()
+
+    @suite.fast_jit
+    def step(params, state):
+        params, state = suite.take_step(tx, params, state)
+        return (
+            params,
+            state,
+            {
+                "params": params,
+                "masks": sj.masks_of(state),
+                "forward": sj.forward_params(state, params),
+                "sparse": sj.sparse_params(state, params),
+            },
+        )
+
+    state = tx.init(params)
+    for num_updates in range(1, STEPS):
+        before = params
+        params, state, seen = step(params, state)
+        assert jax.tree.structure(seen["forward"]) == jax.tree.structure(params)
+        assert sorted(suite.flat(seen["masks"])) == [FIRST, SECOND]
+        for method, name in zip(methods, (FIRST, SECOND), strict=True):
+            own = {key: {"x": suite.flat(tree)[name]} for key, tree in seen.items()}
+            own["num_updates"] = num_updates
+            old = {"x": suite.flat(before)[name]}
+            suite.check_step(method, own, old, names=["['x']"], at=name)
+
+
+# ---------------------------------------------------------------- our own factories
+
+
+FACTORIES = {
+    "sr_ste": ({"inner": optax.sgd(LR)}, {"decay": optax.linear_schedule(0.0, 0.1, 4)}),
+    "mask_decay": (
+        {"inner": optax.adam(LR)},
+        {"decay": optax.linear_schedule(1.0, 0.0, 4)},
+    ),
+    "adams": (
+        {"total_steps": 10},
+        {
+            "learning_rate": optax.linear_schedule(0.1, 0.0, 4),
+            "l1_decay": optax.constant_schedule(1e-2),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("method", FACTORIES)
+def test_inject_hyperparams_into_a_method(method):
+    """Equal to the schedules given directly; `static_args` names all the others."""
+    function = getattr(sj, method)
+    fixed, schedules = FACTORIES[method]
+    fixed = fixed | {"pattern": suite.two_four}
+    static = set(inspect.signature(function).parameters) - set(schedules)
+    inject = optax.inject_hyperparams(function, static_args=static)
+    injected = inject(**fixed, **schedules)
+    if method == "mask_decay":
+        # the forward after an update uses the value that was injected into it
+        schedules = {"decay": lambda step, s=schedules["decay"]: s(step - 1)}
+    direct = function(**fixed, **schedules)
+    traces = suite.Traces()
+
+    @suite.fast_jit
+    @traces
+    def both(carries):
+        return [
+            suite.take_step(tx, params, state)
+            for tx, (params, state) in zip((direct, injected), carries, strict=True)
+        ]
+
+    params = suite.make_params()
+    carries = [(params, tx.init(params)) for tx in (direct, injected)]
+    for _ in range(STEPS):
+        carries = both(carries)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+            *(params for params, _ in carries),
+        )
+    assert traces.count == 1
+    assert set(carries[1][1].hyperparams) == set(schedules)
+
+
+def test_a_number_injected_from_outside_takes_effect():
+    def factory(learning_rate):
+        return suite.build("rigl", optax.sgd(learning_rate))
+
+    tx = optax.inject_hyperparams(factory)(learning_rate=0.1)
+    params = suite.make_params()
+    step = suite.fast_jit(lambda carry: suite.take_step(tx, *carry))
+    params, state = step((params, tx.init(params)))  # RigL's first is a mask update
+    state.hyperparams["learning_rate"] = jnp.float32(0)
+    still, state = step((params, state))
+    jax.tree.map(np.testing.assert_array_equal, still, params)
+
+
+def test_more_micro_steps_than_updates():
+    """`MultiSteps` as an object; before its first emitted update nothing changes."""
+    tx = optax.MultiSteps(suite.build("rigl", optax.adam(LR)), every_k_schedule=3)
+    params = suite.make_params()
+    step = suite.fast_jit(lambda carry: suite.take_step(tx, *carry))
+    first, state = step((params, tx.init(params)))
+    jax.tree.map(np.testing.assert_array_equal, first, params)
+    assert sj.is_mask_update(state)  # for all micro-steps of the update
+    for _ in range(2):
+        first, state = step((first, state))
+    zeroed = sj.apply_masks(first, sj.masks_of(state))
+    jax.tree.map(np.testing.assert_array_equal, first, zeroed)
+    assert not sj.is_mask_update(state)
