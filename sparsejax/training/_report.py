@@ -83,7 +83,7 @@ def draw_report(
     loss.set_ylim(*_interesting(_series(rows, "validation_bits_per_byte")[1]))
     loss.legend()
     sparsity.set(
-        title="sparsity of each leaf, blue to red; dashed: pruned share of its L1 norm",
+        title="sparsity by leaf (dashed: pruned share of L1 norm)",
         xlabel="step",
         ylim=(0, 1),
     )
