@@ -22,6 +22,7 @@ def pack(mask: Bool[Array, "*lead d"]) -> UInt8[Array, "*lead bytes"]:
       >>> pack(jnp.array([[True, False, True]]))
       Array([[5]], dtype=uint8)
     """
+    mask = jnp.asarray(mask)
     sharding = None if isinstance(mask, Tracer) else mask.sharding
     if isinstance(sharding, jax.sharding.NamedSharding) and _whole_bytes(
         mask.shape, sharding
