@@ -133,6 +133,7 @@ def test_stops_on_a_signal_and_goes_on(tmp_path, uninterrupted, capsys, signum, 
 
 def test_a_second_signal_acts_at_once(tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def impatient(step):
         # raised, not sent: two that are sent may arrive as one
         signal.raise_signal(signal.SIGINT)
