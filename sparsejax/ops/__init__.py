@@ -1,0 +1,1 @@
+"""Operations that have kernels: for each a plain reference, and one function."""

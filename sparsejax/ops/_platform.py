@@ -1,0 +1,105 @@
+"""Which implementation of an operation runs: the one named, or the fastest here."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+
+Implementation: TypeAlias = Literal["reference", "pallas_tpu", "mosaic_gpu"]
+"""The names that `implementation` takes; None chooses."""
+
+NAMES: tuple[str, ...] = get_args(Implementation)
+_PLATFORM = {"pallas_tpu": "tpu", "mosaic_gpu": "cuda"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One fast implementation of an operation.
+
+    Attributes:
+      run: takes the operands, gives what the reference gives.
+      unsupported_reason: takes the operands, of which it reads shapes and dtypes only;
+        says why `run` cannot take them, or None if it can.
+    """
+
+    run: Callable[..., Any]
+    unsupported_reason: Callable[..., str | None]
+
+
+def dispatch(
+    operands: Sequence[Any],
+    implementation: Implementation | None,
+    *,
+    reference: Callable[..., Any],
+    kernels: Mapping[str, Callable[[], Kernel]],
+) -> Any:
+    """Runs an operation by the implementation that is named, or by the fastest.
+
+    None always works. It takes a kernel if a device that can run it is visible and it
+    supports the operands, chosen at lowering so that the arrays' own platform decides;
+    else the reference, directly. A named implementation never looks at the devices, so
+    a program for a GPU or a TPU can be exported from a CPU, and never falls back.
+
+    Args:
+      operands: arrays, the arguments of every implementation.
+      implementation: a name, or None.
+      reference: the plain implementation.
+      kernels: for each other name a function that imports and gives the kernel. It is
+        called only where the kernel may run: pallas is loaded there and not before.
+
+    Returns:
+      What the implementation returns.
+
+    Raises:
+      ValueError: if the name is unknown.
+      NotImplementedError: if the named kernel does not exist for this operation, or
+        cannot take these operands; with the reason.
+
+    Example:
+      >>> float(dispatch([jnp.ones(3)], None, reference=jnp.sum, kernels={}))
+      3.0
+    """
+    if implementation is None:
+        branches = {}
+        for name in visible_kernels() & kernels.keys():
+            kernel = kernels[name]()
+            if kernel.unsupported_reason(*operands) is None:
+                branches[_PLATFORM[name]] = kernel.run
+        if not branches:
+            return reference(*operands)
+        return jax.lax.platform_dependent(*operands, default=reference, **branches)
+    if implementation not in NAMES:
+        raise ValueError(
+            f"`implementation` must be None or one of {', '.join(NAMES)}; got "
+            f"{implementation!r}."
+        )
+    if implementation == "reference":
+        return reference(*operands)
+    if implementation not in kernels:
+        raise NotImplementedError(
+            f"implementation={implementation!r}: this operation has no such kernel. "
+            "Pass None or 'reference'."
+        )
+    kernel = kernels[implementation]()
+    reason = kernel.unsupported_reason(*operands)
+    if reason is not None:
+        raise NotImplementedError(
+            f"implementation={implementation!r}: {reason}. Pass None or 'reference'."
+        )
+    return kernel.run(*operands)
+
+
+def visible_kernels() -> set[str]:
+    """The names of the kernels that the visible devices can run.
+
+    Mosaic GPU kernels here use instructions of Hopper (sm_90), which no other GPU has.
+    All visible GPUs must be of that kind: a program does not know on which it will run.
+    """
+    devices = jax.devices()
+    if all(d.platform == "tpu" for d in devices):
+        return {"pallas_tpu"}
+    capability = {str(getattr(d, "compute_capability", "")) for d in devices}
+    if all(d.platform == "gpu" for d in devices) and capability == {"9.0"}:
+        return {"mosaic_gpu"}
+    return set()
