@@ -1,1 +1,7 @@
 """Operations that have kernels: for each a plain reference, and one function."""
+
+from sparsejax.ops._platform import Implementation as Implementation
+from sparsejax.ops.gaussian_topk import AxisName as AxisName
+from sparsejax.ops.gaussian_topk import gaussian_threshold as gaussian_threshold
+from sparsejax.ops.gaussian_topk import gaussian_topk as gaussian_topk
+from sparsejax.ops.gaussian_topk import num_entries as num_entries

@@ -1,0 +1,82 @@
+"""The exact top-k of each row, for a reference and for small models."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparsejax.activations import _arguments
+
+
+def topk_activation(
+    x: Float[Array, "*shape"],
+    k: int,
+    *,
+    axis: int = -1,
+    straight_through: bool = False,
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
+    """Keeps the `k` highest entries of each row and zeroes the others.
+
+    Exactly `k` are kept, also under ties: of equal entries those with the lower index
+    win. NaN ranks below every number. Values are not clipped: a negative entry among
+    the k highest stays, and a ReLU after it is the caller's.
+
+    Args:
+      x: any floating dtype.
+      k: how many to keep, a Python int of at least 1; all from the length of `axis` on.
+      axis: the axis that a row lies along.
+      straight_through: if True, the gradient passes to all entries as if nothing were
+        zeroed; if False, to survivors only.
+
+    Returns:
+      The values, `x` where kept and 0 elsewhere, and the mask, True = kept.
+
+    Raises:
+      TypeError: if `x` is not floating, or `k` is not a Python int.
+      ValueError: if `k` is less than 1, or `x` has no such axis.
+
+    Example:
+      >>> topk_activation(jnp.array([0.5, 2.0, -1.0, 2.0]), 1)[0]
+      Array([0., 2., 0., 0.], dtype=float32)
+
+    References:
+      Li et al., 2023, https://arxiv.org/abs/2210.06313 (the Top-k Transformer);
+      straight-through: Wang et al., 2024 (Q-Sparse), https://arxiv.org/abs/2407.10969,
+      which ranks by magnitude and rescales; this ranks by value and does not.
+    """
+    x = _arguments.check_values(x, axis)
+    k = _arguments.check_k(_arguments.check_int("k", k))
+    if k >= x.shape[axis]:
+        return x, jnp.ones(x.shape, jnp.bool_)
+    rows = jax.lax.stop_gradient(jnp.moveaxis(x, axis, -1))
+    mask = jnp.moveaxis(_largest(rows, k), -1, axis)
+    values = jnp.where(mask, x, 0)
+    return (_straight_through(x, values) if straight_through else values), mask
+
+
+def _largest(rows: jax.Array, k: int) -> jax.Array:
+    """The mask of the `k` highest entries along the last axis."""
+    nan = jnp.isnan(rows)
+    keys = jnp.where(nan, -jnp.inf, rows)
+    bound = jax.lax.top_k(keys, k)[0][..., -1:]
+    above, tied = keys > bound, keys == bound
+
+    def count(mask):
+        return jnp.cumsum(mask, axis=-1, dtype=jnp.int32)
+
+    # NaN and -inf tie at -inf; there the numbers come first
+    numbers, nans = count(tied & ~nan), count(tied & nan)
+    place = jnp.where(nan, nans + numbers[..., -1:], numbers)
+    wanted = k - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    return above | (tied & (place <= wanted))
+
+
+@jax.custom_jvp
+def _straight_through(x: jax.Array, values: jax.Array) -> jax.Array:
+    """`values`, bit for bit; the gradient goes to `x` whole."""
+    del x
+    return values
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return primals[1], tangents[0]

@@ -1,0 +1,48 @@
+"""Keeps the entries whose magnitude exceeds a threshold that was calibrated before."""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from sparsejax.activations import _arguments
+
+
+def magnitude_threshold(
+    x: Float[Array, "*shape"], threshold: ArrayLike
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
+    """Keeps the entries with `|x| > threshold` and zeroes the others.
+
+    Args:
+      x: any floating dtype.
+      threshold: at least 0, broadcastable to `x`: one number, or one
+        a layer or channel.
+
+    Returns:
+      The values, `x` where kept and 0 elsewhere, and the mask, True = kept. The
+      gradient goes to survivors only. NaN is not kept.
+
+    Raises:
+      TypeError: if `x` is not floating.
+      ValueError: if `threshold` does not broadcast to the shape of `x`.
+
+    Example:
+      >>> magnitude_threshold(jnp.array([0.5, -2.0, 1.0]), 1.0)[0]
+      Array([ 0., -2.,  0.], dtype=float32)
+
+    References:
+      Lee et al., 2024 (CATS), https://arxiv.org/abs/2404.08763; Liu et al.,
+      2024 (TEAL), https://arxiv.org/abs/2408.14690.
+    """
+    x = _arguments.check_floating(x)
+    threshold = jnp.asarray(threshold)
+    try:
+        fits = jnp.broadcast_shapes(threshold.shape, x.shape) == x.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`threshold` must broadcast to the shape of `x`, {x.shape}; got "
+            f"{threshold.shape}."
+        )
+    mask = jnp.abs(x) > threshold
+    return jnp.where(mask, x, 0), mask

@@ -1,0 +1,151 @@
+"""The statistical top-k: about k entries of a row survive, without a sort."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from sparsejax import ops
+from sparsejax.activations import _arguments
+
+
+def statistical_topk(
+    x: Float[Array, "*shape"],
+    k: ArrayLike,
+    *,
+    axis: int = -1,
+    where: Bool[Array, "..."] | None = None,
+    ddof: int = 0,
+    huber_delta: float = 0.0,
+    axis_name: ops.AxisName = None,
+    implementation: ops.Implementation | None = None,
+) -> Float[Array, "*shape"]:
+    """Keeps about the `k` highest entries of each row: `max(x - theta, 0)`.
+
+    theta is `statistical_threshold(x, k)`: mean + std * Q(1 - k / d) over `axis`, Q the
+    quantile of the standard normal. Gaussian rows keep k entries within about
+    `sqrt(d)` of it; other rows keep another number, and one can keep none (a row of
+    two values half and half) or, with an outlier, few. Survivors are shifted down by
+    theta. Mean and std are differentiated through, so that entries which do not survive
+    get a gradient too. For a Gemma 3n layer `k` is `0.05 * d_ff`.
+
+    Args:
+      x: any floating dtype; statistics are float32 (float64 for float64).
+      k: expected number of survivors of a row, at least 1; a Python number, or a traced
+        scalar, whose value is not checked. From the number of entries on, the row is
+        returned unchanged (the limit from below is another).
+      axis: the axis that a row lies along.
+      where: True = counts, broadcastable to `x`. Statistics and d are those of the True
+        entries of a row; False entries give 0, are never read and get no gradient. A
+        row of at most `k` True entries keeps them all, unchanged.
+      ddof: 0 for the population std, 1 for the sample std.
+      huber_delta: above 0, u = x - theta gives `u**2 / (2 * huber_delta)` up to that u
+        and `u - huber_delta / 2` beyond, which is continuously differentiable.
+      axis_name: mesh axis or axes over which `axis` is sharded, within `shard_map`.
+        Under plain jit a sharded axis needs nothing.
+      implementation: "reference", "pallas_tpu", "mosaic_gpu", or None for the fastest
+        that serves; kernels take neither `where` nor `axis_name`.
+
+    Returns:
+      As `x`; at least 0, except in rows that are returned unchanged. A row with a NaN
+      or an infinite entry is NaN (where `where` is True).
+
+    Raises:
+      TypeError: if `x` is not floating, `where` is not bool, or `k` is not a real
+        number.
+      ValueError: if `k` is less than 1 or NaN, or `axis`, `where`, `ddof` or
+        `huber_delta` is out of range.
+      NotImplementedError: if the named implementation cannot take these operands.
+
+    Example:
+      >>> survivors = statistical_topk(jnp.arange(8.0), 2)
+      >>> print(np.asarray(survivors[-3:]).round(3))
+      [0.    0.955 1.955]
+
+    References:
+      You et al., 2025, https://arxiv.org/abs/2506.06644, section 3; Gemma 3n (Google,
+      2025) for the population std and the gradient through it. Departures: float32
+      statistics; the Huber form, of which the paper gives no formula here, is ours.
+    """
+    x, k, where = _checked(x, k, axis, where, ddof)
+    rows = jnp.moveaxis(x, axis, -1)
+    if where is not None:
+        where = jnp.moveaxis(where, axis, -1)
+    num = ops.num_entries(rows, where=where, axis_name=axis_name)
+    every = _arguments.keeps_all(k, num)
+    if every is True:
+        return x
+    out = ops.gaussian_topk(
+        rows,
+        _arguments.quantile(k, num, ddof),
+        huber_delta=huber_delta,
+        where=where,
+        axis_name=axis_name,
+        implementation=implementation,
+    )
+    if every is not False:
+        unchanged = rows if where is None else jnp.where(where, rows, 0)
+        out = jnp.where(every, unchanged, out)
+    return jnp.moveaxis(out, -1, axis)
+
+
+def statistical_threshold(
+    x: Float[Array, "*shape"],
+    k: ArrayLike,
+    *,
+    axis: int = -1,
+    where: Bool[Array, "..."] | None = None,
+    ddof: int = 0,
+    axis_name: ops.AxisName = None,
+) -> Float[Array, "*rows"]:
+    """The value that about `k` entries of each row exceed, if the row is Gaussian.
+
+    Args:
+      x: any floating dtype; statistics are float32 (float64 for float64).
+      k: expected number of survivors of a row, at least 1; a Python number, or a traced
+        scalar, whose value is not checked.
+      axis: the axis that a row lies along.
+      where: True = counts, broadcastable to `x`, as in `statistical_topk`.
+      ddof: 0 for the population std, 1 for the sample std.
+      axis_name: mesh axis or axes over which `axis` is sharded, within `shard_map`.
+
+    Returns:
+      theta in `x.dtype`, `axis` kept as 1; -inf for a row of at most `k` entries. For
+      fewer, `statistical_topk(x, k) == relu(x - theta)` bit for bit, under False of
+      `where` aside.
+
+    Raises:
+      TypeError: if `x` is not floating, `where` is not bool, or `k` is not a real
+        number.
+      ValueError: if `k` is less than 1 or NaN, or `axis`, `where` or `ddof` is out of
+        range.
+
+    Example:
+      >>> statistical_threshold(jnp.arange(8.0), 2).round(3)
+      Array([5.045], dtype=float32)
+
+    References:
+      You et al., 2025, https://arxiv.org/abs/2506.06644, section 3.
+    """
+    x, k, where = _checked(x, k, axis, where, ddof)
+    rows = jnp.moveaxis(x, axis, -1)
+    if where is not None:
+        where = jnp.moveaxis(where, axis, -1)
+    num = ops.num_entries(rows, where=where, axis_name=axis_name)
+    every = _arguments.keeps_all(k, num)
+    if every is True:
+        theta = jnp.full((*rows.shape[:-1], 1), -jnp.inf, x.dtype)
+        return jnp.moveaxis(theta, -1, axis)
+    z = _arguments.quantile(k, num, ddof)
+    theta = ops.gaussian_threshold(rows, z, where=where, axis_name=axis_name)
+    if every is not False:
+        theta = jnp.where(every, -jnp.inf, theta)
+    return jnp.moveaxis(theta, -1, axis)
+
+
+def _checked(
+    x, k, axis, where, ddof
+) -> tuple[jax.Array, int | float | jax.Array, jax.Array | None]:
+    x = _arguments.check_values(x, axis)
+    _arguments.check_ddof(ddof)
+    return x, _arguments.check_k(k), _arguments.check_where(where, x)

@@ -1,0 +1,121 @@
+"""`gaussian_topk`: checks, then the reference or a kernel."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from sparsejax.ops._platform import Implementation, dispatch
+from sparsejax.ops.gaussian_topk import _reference
+from sparsejax.ops.gaussian_topk._reference import AxisName
+
+
+def gaussian_topk(
+    x: Float[Array, "*batch d"],
+    z: ArrayLike,
+    *,
+    huber_delta: float = 0.0,
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d"]:
+    """What exceeds `mean + z * std` of its row: `max(x - theta, 0)`.
+
+    Rows lie along the last axis. Mean and population std are float32, in two passes;
+    theta is cast to `x.dtype`. Gradients run through mean, std and z: with h the
+    derivative of the output and G the sum of `g * h` over the row,
+    `dx = g * h - G * (1 / d + z * (x - mean) / (d * std))` and `dz = -G * std`.
+
+    Args:
+      x: any floating dtype, at least one axis.
+      z: standard normal quantile of the share that is dropped; a Python float, a
+        (traced) scalar, or one value a row, broadcastable to `[*batch, 1]`. A `ddof`
+        other than 0 is a factor of it.
+      huber_delta: 0 for `max(u, 0)` of u = x - theta; above 0 the result is
+        `u**2 / (2 * huber_delta)` up to that u and `u - huber_delta / 2` beyond, which
+        is continuously differentiable.
+      where: True = counts, broadcastable to `x`; False entries give 0 and get no
+        gradient. Only the reference takes it.
+      axis_name: mesh axis or axes over which the last axis is sharded, in `shard_map`;
+        the sums then run over all shards. Only the reference takes it.
+      implementation: "reference", "pallas_tpu", "mosaic_gpu", or None for the fastest
+        that serves. Kernels read x once and write the result once.
+
+    Returns:
+      As `x`.
+
+    Raises:
+      TypeError: if `x` is not floating, or `where` is not bool.
+      ValueError: if `x` has no axis, `huber_delta` is negative or not finite, `z` or
+        `where` does not broadcast, or the implementation is unknown.
+      NotImplementedError: if the named implementation cannot take these operands.
+
+    Example:
+      >>> survivors = gaussian_topk(jnp.arange(8.0), 0.6744898)
+      >>> print(np.asarray(survivors[-3:]).round(3))
+      [0.    0.955 1.955]
+
+    References:
+      You et al., 2025, https://arxiv.org/abs/2506.06644, section 3 (statistical top-k).
+      The form of the Huber variant is ours.
+    """
+    x = jnp.asarray(x)
+    _check(x, z, huber_delta, where)
+    reference = functools.partial(
+        _reference.gaussian_topk,
+        huber_delta=huber_delta,
+        where=where,
+        axis_name=axis_name,
+    )
+    kernels = {}
+    if implementation != "reference":
+        only_reference = _only_reference(where, axis_name)
+        if only_reference is not None and implementation is not None:
+            raise NotImplementedError(
+                f"implementation={implementation!r}: {only_reference}. Pass None or "
+                "'reference'."
+            )
+    return dispatch((x, z), implementation, reference=reference, kernels=kernels)
+
+
+def _only_reference(where, axis_name) -> str | None:
+    if where is not None:
+        return "kernels take no `where`"
+    if axis_name is not None:
+        return "kernels take no `axis_name`: they see whole rows only"
+    return None
+
+
+def _check(x, z, huber_delta, where) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating; got {jax.typeof(x)}. Convert it.")
+    if not x.ndim:
+        raise ValueError("`x` must have at least one axis; got a scalar.")
+    if not (huber_delta >= 0 and math.isfinite(huber_delta)):
+        raise ValueError(
+            f"`huber_delta` must be at least 0 and finite; got {huber_delta}."
+        )
+    rows = (*x.shape[:-1], 1)
+    if not _broadcasts(jnp.shape(z), rows):
+        raise ValueError(
+            f"`z` must be a scalar or broadcast to {rows}, one value a row of `x`; got "
+            f"shape {jnp.shape(z)}."
+        )
+    if where is None:
+        return
+    if where.dtype != jnp.bool_:
+        raise TypeError(f"`where` must be bool; got {jax.typeof(where)}.")
+    if not _broadcasts(where.shape, x.shape):
+        raise ValueError(
+            f"`where` must broadcast to the shape of `x`, {x.shape}; got {where.shape}."
+        )
+
+
+def _broadcasts(shape, to) -> bool:
+    try:
+        return jnp.broadcast_shapes(shape, to) == tuple(to)
+    except ValueError:
+        return False

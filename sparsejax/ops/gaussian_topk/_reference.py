@@ -1,0 +1,148 @@
+"""The Gaussian threshold and what exceeds it, in plain jnp: the definition.
+
+Its gradients are autodiff's. Statistics are float32 (float64 for float64 inputs), in
+two passes: the mean, then the mean of squared distances to it.
+"""
+
+import functools
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+AxisName = Hashable | tuple[Hashable, ...] | None
+
+
+def gaussian_threshold(
+    x: Float[Array, "*batch d"],
+    z: ArrayLike,
+    *,
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, "*batch 1"]:
+    """`mean + std * z` of each row, in `x.dtype`.
+
+    Args:
+      x: rows along the last axis, any floating dtype.
+      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`.
+      where: True = counts, broadcastable to `x`; None counts every entry. Values under
+        False are never read. A row without True has mean and std 0.
+      axis_name: mesh axis or axes over which the last axis is sharded, in `shard_map`.
+
+    Returns:
+      The threshold, the last axis kept as 1. The population std of a constant row is
+      0, and so is its derivative.
+
+    Example:
+      >>> gaussian_threshold(jnp.arange(8.0), 0.6744898).round(3)
+      Array([5.045], dtype=float32)
+    """
+    return _threshold(x, z, where, axis_name).astype(x.dtype)
+
+
+def gaussian_topk(
+    x: Float[Array, "*batch d"],
+    z: ArrayLike,
+    *,
+    huber_delta: float = 0.0,
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, "*batch d"]:
+    """`max(x - theta, 0)` with theta = `gaussian_threshold(x, z)`.
+
+    Args:
+      x: rows along the last axis, any floating dtype.
+      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`.
+      huber_delta: width of the quadratic part; 0 for none.
+      where: True = counts, broadcastable to `x`; False entries give 0.
+      axis_name: mesh axis or axes over which the last axis is sharded, in `shard_map`.
+
+    Returns:
+      As `x`. The difference is taken in float32 and rounded once.
+    """
+    if where is not None:
+        x = jnp.where(where, x, 0)  # what is under False may be NaN
+    # The forward uses theta as rounded to `x.dtype`, but its gradient, a sum over the
+    # row, is not rounded.
+    theta = _rounded(_threshold(x, z, where, axis_name), x.dtype)
+    out = soft_threshold(x.astype(theta.dtype) - theta, huber_delta).astype(x.dtype)
+    return out if where is None else jnp.where(where, out, 0)
+
+
+def soft_threshold(excess: jax.Array, huber_delta: float) -> jax.Array:
+    """`max(u, 0)`, or its Huber form: quadratic up to delta, then `u - delta / 2`."""
+    if huber_delta == 0:
+        return jax.nn.relu(excess)
+    clipped = jnp.clip(excess, 0, huber_delta)
+    return clipped * (excess - clipped / 2) / huber_delta
+
+
+def _threshold(x, z, where, axis_name) -> jax.Array:
+    mean, std = mean_and_std(x, where=where, axis_name=axis_name)
+    return mean + std * jnp.asarray(z, std.dtype)
+
+
+def mean_and_std(
+    x: Float[Array, "*batch d"],
+    *,
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName = None,
+) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch 1"]]:
+    """Mean and population std of each row, at least float32; the last axis kept as 1.
+
+    Args:
+      x: rows along the last axis.
+      where: True = counts, broadcastable to `x`.
+      axis_name: mesh axis or axes over which the last axis is sharded.
+
+    Returns:
+      The mean and the std; both 0 in a row without entries, NaN in one with a NaN or an
+      infinite entry. The derivative of the std at 0 is 0.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    x = x.astype(dtype)
+    count = jnp.maximum(num_entries(x, where=where, axis_name=axis_name), 1)
+    count = jnp.asarray(count, dtype)
+
+    def mean_of(values):
+        total = jnp.sum(values, axis=-1, keepdims=True)
+        return (total if axis_name is None else jax.lax.psum(total, axis_name)) / count
+
+    if where is not None:
+        x = jnp.where(where, x, 0)
+    mean = mean_of(x)
+    centered = x - mean
+    if where is not None:
+        centered = jnp.where(where, centered, 0)
+    var = mean_of(jnp.square(centered))
+    # sqrt has an infinite slope at 0, which would make the gradient NaN
+    std = jnp.where(var == 0, 0, jnp.sqrt(jnp.where(var == 0, 1, var)))
+    return mean, std
+
+
+def num_entries(
+    x: Float[Array, "*batch d"],
+    *,
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName = None,
+) -> int | jax.Array:
+    """How many entries a row has: an int, or under `where` int32 `[*batch, 1]`."""
+    if where is None:
+        shards = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+        return x.shape[-1] * shards
+    where = jnp.broadcast_to(where, x.shape)
+    count = jnp.sum(where, axis=-1, keepdims=True, dtype=jnp.int32)
+    return count if axis_name is None else jax.lax.psum(count, axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(value: jax.Array, dtype) -> jax.Array:
+    """`value` rounded to `dtype` but not cast; its derivative is not rounded."""
+    return value.astype(dtype).astype(value.dtype)
+
+
+@_rounded.defjvp
+def _rounded_jvp(dtype, primals, tangents):
+    return _rounded(*primals, dtype), tangents[0]
