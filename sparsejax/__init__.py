@@ -8,11 +8,17 @@ say what may be zero, masks are trees of bools, everything is a pure function.
 import importlib
 from typing import TYPE_CHECKING
 
+from sparsejax import activations as activations
 from sparsejax import masks as masks
 from sparsejax import metrics as metrics
+from sparsejax import ops as ops
 from sparsejax import patterns as patterns
 from sparsejax import schedules as schedules
 from sparsejax import scores as scores
+from sparsejax.activations import block_statistical_topk as block_statistical_topk
+from sparsejax.activations import statistical_threshold as statistical_threshold
+from sparsejax.activations import statistical_topk as statistical_topk
+from sparsejax.activations import topk_activation as topk_activation
 from sparsejax.allocation import erdos_renyi as erdos_renyi
 from sparsejax.allocation import erdos_renyi_kernel as erdos_renyi_kernel
 from sparsejax.allocation import uniform as uniform
