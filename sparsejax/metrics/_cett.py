@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32
 
@@ -113,9 +114,9 @@ def cett_threshold(
       (True, True)
 
     References:
-      Luo et al., 2024, https://arxiv.org/abs/2411.02335: the CETT metric. Departure: the
-      official code searches 65,536 thresholds spread evenly from the smallest norm to
-      the 0.99 quantile of a sample, so a few large neurons do not coarsen its grid;
+      Luo et al., 2024, https://arxiv.org/abs/2411.02335: the CETT metric. Departure:
+      the official code searches 65,536 thresholds spread evenly from the smallest norm
+      to the 0.99 quantile of a sample, so a few large neurons do not coarsen its grid;
       the search here has no grid, no upper quantile and no sample.
     """
     a, w_out, valid = _checked(a, w_out, where)
@@ -229,7 +230,19 @@ def _norm(x: jax.Array) -> jax.Array:
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """In true float32: in fewer bits CETT is not monotone and bisection fails."""
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+    x_sharding, y_sharding = jax.typeof(x).sharding, jax.typeof(y).sharding
+    out_sharding = None
+    # Only a mesh with explicit axes shows; there JAX asks where a sum over it lies.
+    for neurons, there in (
+        (x_sharding.spec[-1], x_sharding),
+        (y_sharding.spec[0], y_sharding),
+    ):
+        if neurons is not None:
+            spec = PartitionSpec(*x_sharding.spec[:-1], *y_sharding.spec[1:])
+            out_sharding = NamedSharding(there.mesh, spec)
+    return jnp.matmul(
+        x, y, precision=jax.lax.Precision.HIGHEST, out_sharding=out_sharding
+    )
 
 
 def _from_bits(bits: jax.Array) -> jax.Array:
