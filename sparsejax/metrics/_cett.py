@@ -61,12 +61,8 @@ def cett(
       transposed. Departure: tokens without an output are left out.
     """
     a, w_out, valid = _checked(a, w_out, where)
+    _check_scalar(threshold, name="threshold")
     threshold = jnp.asarray(threshold, jnp.float32)
-    if threshold.ndim:
-        raise ValueError(
-            f"`threshold` must be a scalar; got shape {threshold.shape}. Use "
-            "`jax.vmap` for several."
-        )
     row_norms = _norm(w_out)
     output_norms, counted = _outputs(a, w_out, row_norms, valid)
     return _cett(a, w_out, row_norms, output_norms, counted, threshold)
@@ -103,8 +99,8 @@ def cett_threshold(
       token counts, NaN if an activation is not finite.
 
     Raises:
-      ValueError: if `a`, `w_out` and `where` do not fit, a concrete `target` is
-        negative or NaN, or `num_steps` is out of range.
+      ValueError: if `a`, `w_out` and `where` do not fit, `target` is no scalar, a
+        concrete one is negative or NaN, or `num_steps` is out of range.
       TypeError: if `where` is not bool.
 
     Example:
@@ -120,7 +116,8 @@ def cett_threshold(
       the search here has no grid, no upper quantile and no sample.
     """
     a, w_out, valid = _checked(a, w_out, where)
-    if not isinstance(target, Tracer) and not np.all(np.asarray(target) >= 0):
+    _check_scalar(target, name="target")
+    if not isinstance(target, Tracer) and not np.asarray(target) >= 0:
         raise ValueError(
             f"`target` must be at least 0, a share of the output's norm; got {target}."
         )
@@ -204,6 +201,14 @@ def _checked(a, w_out, where) -> tuple[jax.Array, jax.Array, jax.Array]:
         )
     valid = token_mask(where, a.shape[:-1])
     return a.astype(jnp.float32), w_out.astype(jnp.float32), valid
+
+
+def _check_scalar(value: ArrayLike, *, name: str) -> None:
+    if jnp.ndim(value):
+        raise ValueError(
+            f"`{name}` must be a scalar; got shape {jnp.shape(value)}. Use `jax.vmap` "
+            "for several."
+        )
 
 
 def _outputs(a, w_out, row_norms, valid) -> tuple[jax.Array, jax.Array]:

@@ -145,8 +145,8 @@ class CettTest(parameterized.TestCase):
                 fn(a, w_out, 0.5, where=jnp.ones(3, bool))
             with self.assertRaisesRegex(TypeError, "`where` must be bool.*got int32"):
                 fn(a, w_out, 0.5, where=jnp.ones(2, jnp.int32))
-        with self.assertRaisesRegex(ValueError, r"scalar; got shape \(2,\)"):
-            metrics.cett(a, w_out, jnp.ones(2))
+            with self.assertRaisesRegex(ValueError, r"scalar; got shape \(2,\)"):
+                fn(a, w_out, jnp.ones(2))
         for target in (-0.1, np.nan):
             with self.assertRaisesRegex(ValueError, f"at least 0.*got {target}"):
                 metrics.cett_threshold(a, w_out, target)
