@@ -1,6 +1,8 @@
 """Operations that have kernels: for each a plain reference, and one function."""
 
 from sparsejax.ops._platform import Implementation as Implementation
+from sparsejax.ops.active_ffn import active_ffn as active_ffn
+from sparsejax.ops.active_ffn import active_indices as active_indices
 from sparsejax.ops.gaussian_topk import AxisName as AxisName
 from sparsejax.ops.gaussian_topk import gaussian_threshold as gaussian_threshold
 from sparsejax.ops.gaussian_topk import gaussian_topk as gaussian_topk

@@ -1,0 +1,117 @@
+"""From flags to a list of indices, without a sort and without a scatter.
+
+The flags are packed into words of 32. Counts of words, summed up, tell by bisection
+which word holds the j-th active neuron; counts inside the word tell which bit it is.
+Everything is elementwise or a small reduction, which suits a CPU and a GPU.
+"""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+_WORD = 32  # flags in a word, and words in a group
+
+
+def active_indices(
+    active: Bool[Array, " d_ff"], capacity: int
+) -> tuple[Int[Array, " capacity"], Int[Array, ""], Bool[Array, ""]]:
+    """Lists the active neurons, for `active_ffn`.
+
+    For a batch, pass the union: `jnp.any(active, axis=0)`. The list has a static
+    length, so that it works under jit; the cost is O(d_ff + capacity log d_ff).
+
+    Args:
+      active: True = the neuron takes part.
+      capacity: length of the list, at least 1. The statistical top-k keeps about k
+        neurons, so a quarter more than k is rarely exceeded at batch 1.
+
+    Returns:
+      `indices`, int32: the active neurons, ascending, then the last of them repeated
+      (0 if there is none). `num_active`, int32: how many are listed, at most
+      `capacity`. `overflowed`: True if there are more; the highest are then missing,
+      and the caller must use a dense FFN or a larger capacity.
+
+    Raises:
+      TypeError: if `active` is not bool, or `capacity` is not an int.
+      ValueError: if `active` has not one axis, or `capacity` is less than 1.
+
+    Example:
+      >>> active_indices(jnp.array([False, True, False, True]), capacity=3)
+      (Array([1, 3, 3], dtype=int32), Array(2, dtype=int32), Array(False, dtype=bool))
+    """
+    active = jnp.asarray(active)
+    _check(active, capacity)
+    words, ends = _pack(active)
+    total = ends[-1]
+    slots = jnp.minimum(jnp.arange(capacity, dtype=jnp.int32), total - 1)
+
+    word = _first_above(ends, slots)
+    bits = words[word]
+    start = ends[word] - jax.lax.population_count(bits).astype(jnp.int32)
+    indices = _WORD * word + _bit_of_rank(bits, slots - start)
+    return indices, jnp.minimum(total, capacity), total > capacity
+
+
+def _check(active, capacity) -> None:
+    if active.dtype != jnp.bool_:
+        raise TypeError(
+            f"`active` must be bool; got {jax.typeof(active)}. Compare: `gate > 0`."
+        )
+    if active.ndim != 1 or not active.size:
+        raise ValueError(
+            "`active` must have one axis, the neurons, and not be empty; got shape "
+            f"{active.shape}. For a batch take `jnp.any(active, axis=0)`."
+        )
+    try:
+        capacity = operator.index(capacity)
+    except TypeError:
+        raise TypeError(
+            f"`capacity` must be a Python int, a static length; got {capacity!r}."
+        ) from None
+    if capacity < 1:
+        raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
+
+
+def _pack(active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Words of flags, lowest bit first, and the number set up to each word's end."""
+    flags = jnp.pad(active, (0, -active.size % _WORD**2)).reshape(-1, _WORD)
+    bit = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
+    words = jnp.sum(jnp.where(flags, bit, 0), axis=1, dtype=jnp.uint32)
+
+    counts = jax.lax.population_count(words).astype(jnp.int32).reshape(-1, _WORD)
+    in_group = _sums(counts)
+    before = _sums(in_group[:, -1]) - in_group[:, -1]
+    return words, (in_group + before[:, None]).reshape(-1)
+
+
+def _sums(counts: jax.Array) -> jax.Array:
+    """Inclusive cumulative sums of a short last axis, as one reduction."""
+    n = counts.shape[-1]
+    upto = jnp.arange(n) <= jnp.arange(n)[:, None]
+    return jnp.sum(jnp.where(upto, counts[..., None, :], 0), axis=-1)
+
+
+def _first_above(ends: jax.Array, slots: jax.Array) -> jax.Array:
+    """For each slot the first position whose end exceeds it, by bisection."""
+    num_steps = (ends.size - 1).bit_length()
+    padding = (0, 2**num_steps - ends.size)
+    ends = jnp.pad(ends, padding, constant_values=jnp.iinfo(jnp.int32).max)
+    position = jnp.zeros_like(slots)
+    for i in reversed(range(num_steps)):
+        further = ends[position + (2**i - 1)] <= slots
+        position = jnp.where(further, position + 2**i, position)
+    return position
+
+
+def _bit_of_rank(bits: jax.Array, rank: jax.Array) -> jax.Array:
+    """The position of the set bit that has `rank` set bits below it."""
+    position = jnp.zeros_like(rank)
+    for i in reversed(range(_WORD.bit_length() - 1)):
+        low = (bits >> position.astype(jnp.uint32)) & jnp.uint32(2 ** (2**i) - 1)
+        num_low = jax.lax.population_count(low).astype(jnp.int32)
+        further = rank >= num_low
+        rank = jnp.where(further, rank - num_low, rank)
+        position = jnp.where(further, position + 2**i, position)
+    return position
