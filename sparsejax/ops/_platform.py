@@ -36,9 +36,10 @@ def dispatch(
 ) -> Any:
     """Runs an operation by the implementation that is named, or by the fastest.
 
-    None always works. It takes a kernel if a device that can run it is visible and it
-    supports the operands, chosen at lowering so that the arrays' own platform decides;
-    else the reference, directly. A named implementation never looks at the devices, so
+    None always works. It takes a kernel if a device that can run it is visible, the
+    kernel supports the operands, and no compiler has to cut it for several devices; it
+    is chosen at lowering, so that the arrays' own platform decides. Else it takes the
+    reference, directly. A named implementation never looks at the devices, so
     a program for a GPU or a TPU can be exported from a CPU, and never falls back.
 
     Args:
@@ -95,8 +96,12 @@ def visible_kernels() -> set[str]:
 
     Mosaic GPU kernels here use instructions of Hopper (sm_90), which no other GPU has.
     All visible GPUs must be of that kind: a program does not know on which it will run.
+    With several devices a kernel is chosen only inside of `jax.shard_map` over all axes
+    of the mesh: elsewhere the compiler cuts the arrays, and it cannot cut a kernel.
     """
     devices = jax.devices()
+    if len(devices) > 1 and not jax.sharding.get_abstract_mesh().are_all_axes_manual:
+        return set()
     if all(d.platform == "tpu" for d in devices):
         return {"pallas_tpu"}
     capability = {str(getattr(d, "compute_capability", "")) for d in devices}

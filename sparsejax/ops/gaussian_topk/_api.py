@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.ops._platform import Implementation, dispatch
+from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.gaussian_topk import _reference
 from sparsejax.ops.gaussian_topk._reference import AxisName
 
@@ -70,23 +70,35 @@ def gaussian_topk(
         where=where,
         axis_name=axis_name,
     )
-    kernels = {}
-    if implementation != "reference":
-        only_reference = _only_reference(where, axis_name)
-        if only_reference is not None and implementation is not None:
-            raise NotImplementedError(
-                f"implementation={implementation!r}: {only_reference}. Pass None or "
-                "'reference'."
-            )
+    kernels = {
+        name: functools.partial(get, huber_delta, where, axis_name)
+        for name, get in {"pallas_tpu": _tpu, "mosaic_gpu": _gpu}.items()
+    }
     return dispatch((x, z), implementation, reference=reference, kernels=kernels)
 
 
-def _only_reference(where, axis_name) -> str | None:
-    if where is not None:
-        return "kernels take no `where`"
-    if axis_name is not None:
-        return "kernels take no `axis_name`: they see whole rows only"
-    return None
+def _tpu(huber_delta, where, axis_name) -> Kernel:
+    from sparsejax.ops.gaussian_topk import _pallas_tpu
+
+    return _kernel(_pallas_tpu, huber_delta, where, axis_name)
+
+
+def _gpu(huber_delta, where, axis_name) -> Kernel:
+    from sparsejax.ops.gaussian_topk import _mosaic_gpu
+
+    return _kernel(_mosaic_gpu, huber_delta, where, axis_name)
+
+
+def _kernel(module, huber_delta, where, axis_name) -> Kernel:
+    def unsupported_reason(x, z):
+        if where is not None:
+            return "only the reference takes `where`"
+        if axis_name is not None:
+            return "only the reference takes `axis_name`; a kernel sees whole rows"
+        return module.unsupported_reason(x, z)
+
+    run = functools.partial(module.gaussian_topk, huber_delta=huber_delta)
+    return Kernel(run, unsupported_reason)
 
 
 def _check(x, z, huber_delta, where) -> None:

@@ -75,7 +75,8 @@ def soft_threshold(excess: jax.Array, huber_delta: float) -> jax.Array:
     """`max(u, 0)`, or its Huber form: quadratic up to delta, then `u - delta / 2`."""
     if huber_delta == 0:
         return jax.nn.relu(excess)
-    clipped = jnp.clip(excess, 0, huber_delta)
+    excess = jax.nn.relu(excess)
+    clipped = jnp.minimum(excess, huber_delta)
     return clipped * (excess - clipped / 2) / huber_delta
 
 

@@ -1,0 +1,45 @@
+"""The soft threshold and its slope, in operations that every kernel language has."""
+
+import jax
+import jax.numpy as jnp
+
+
+def survivors(excess: jax.Array, huber_delta: float) -> jax.Array:
+    """`max(u, 0)`, or its Huber form; NaN stays NaN.
+
+    Args:
+      excess: u = x - theta.
+      huber_delta: 0, or the width of the quadratic part.
+
+    Returns:
+      As `excess`.
+
+    Example:
+      >>> survivors(jnp.array([-1.0, 1.0, 3.0]), 2.0)
+      Array([0.  , 0.25, 2.  ], dtype=float32)
+    """
+    excess = jnp.maximum(excess, 0.0)
+    if huber_delta == 0:
+        return excess
+    clipped = jnp.minimum(excess, huber_delta)
+    return clipped * (excess - 0.5 * clipped) * (1 / huber_delta)
+
+
+def passed_back(grad: jax.Array, excess: jax.Array, huber_delta: float) -> jax.Array:
+    """`grad` times the slope of `survivors` at `excess`, which is 0 at u = 0.
+
+    Args:
+      grad: gradient of the output.
+      excess: u = x - theta.
+      huber_delta: 0, or the width of the quadratic part.
+
+    Returns:
+      As `grad`.
+
+    Example:
+      >>> passed_back(jnp.ones(3), jnp.array([0.0, 1.0, 3.0]), 2.0)
+      Array([0. , 0.5, 1. ], dtype=float32)
+    """
+    if huber_delta != 0:
+        grad = grad * jnp.minimum(excess * (1 / huber_delta), 1.0)
+    return jnp.where(excess > 0.0, grad, 0.0)
