@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
 
 import sparsejax as sj
@@ -20,12 +21,24 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _compile_fast():
-    """Nearly all of a tiny run is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True, scope="module")
+def _compile_fast(tmp_path_factory):
+    """Nearly all of a tiny run is compilation, and much of it is that of the last."""
+    cache = str(tmp_path_factory.mktemp("compiled"))
+    # name: (in these tests, by default)
+    options = {
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (cache, None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+        "jax_persistent_cache_min_entry_size_bytes": (-1, 0),
+    }
+    for name, (here, _) in options.items():
+        jax.config.update(name, here)
+    compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    for name, (_, default) in options.items():
+        jax.config.update(name, default)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
