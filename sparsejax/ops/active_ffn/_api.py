@@ -80,7 +80,12 @@ def _no_gradient(implementation, *operands):
     if implementation == "xla":
         return _xla.active_ffn(*operands)
     plain = _reference.active_ffn if implementation == "reference" else _plain
-    return _platform.dispatch(operands, implementation, reference=plain, kernels={})
+    return _platform.dispatch(
+        operands,
+        implementation,
+        reference=plain,
+        kernels={"mosaic_gpu": _mosaic_gpu_kernel},
+    )
 
 
 @_no_gradient.defjvp
@@ -90,6 +95,12 @@ def _no_gradient_jvp(implementation, primals, tangents):
         "it. Train with the dense products under the gate's zeros, which give the same "
         "values, or wrap the operands in `jax.lax.stop_gradient`."
     )
+
+
+def _mosaic_gpu_kernel() -> _platform.Kernel:
+    from sparsejax.ops.active_ffn import _mosaic_gpu  # loads pallas
+
+    return _platform.Kernel(_mosaic_gpu.active_ffn, _mosaic_gpu.unsupported_reason)
 
 
 def _plain(*operands):

@@ -1,0 +1,129 @@
+"""The Hopper kernel of active_ffn: values in interpret mode, lowering, limits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsejax import _compat
+from sparsejax.ops import active_ffn
+from sparsejax.ops.active_ffn import _mosaic_gpu, _reference
+from sparsejax.ops.active_ffn._mosaic_gpu import Tiles
+
+needs_interpreter = pytest.mark.skipif(
+    not _compat.can_interpret_mosaic_gpu(plgpu),
+    reason="this jax cannot run Mosaic GPU kernels on a CPU",
+)
+kernel = functools.partial(active_ffn, implementation="mosaic_gpu")
+
+
+def operands(batch, d_in, d_model, capacity, num_active, dtype=jnp.float32):
+    """Random operands; integers, so that every order of the sums gives equal bits."""
+    rng = np.random.default_rng([batch, d_in, capacity])
+    d_ff = 2 * capacity
+    x, gate, up, down = (
+        jnp.asarray(rng.integers(-2, 3, shape), dtype)
+        for shape in [(batch, d_in), (batch, capacity), (d_ff, d_in), (d_ff, d_model)]
+    )
+    neurons = np.sort(rng.choice(d_ff, num_active, replace=False))
+    padding = rng.integers(0, d_ff, capacity - num_active)
+    indices = jnp.asarray(np.concatenate([neurons, padding]), jnp.int32)
+    return x, gate, indices, jnp.int32(num_active), up, down
+
+
+@needs_interpreter
+class InterpretTest(parameterized.TestCase):
+    @parameterized.parameters(
+        # one neuron at a time in flight, and blocks that share one
+        ((1, 512, 512, 9, 7), jnp.bfloat16, Tiles(2, num_sms=2)),
+        ((2, 256, 1024, 11, 11), jnp.float32, Tiles(2, parts=2, num_sms=4)),
+        # axes of an odd number of pieces; the ring is longer than the walk
+        ((3, 1280, 768, 12, 10), jnp.float16, Tiles(4, num_sms=2, blocks_per_sm=2)),
+        ((1, 1280, 256, 8, 8), jnp.float32, Tiles(3, num_sms=1, chunk=512)),
+        # blocks with nothing to do; nothing to do for any
+        ((1, 512, 512, 5, 1), jnp.float32, Tiles(2, num_sms=3)),
+        ((1, 512, 512, 5, 0), jnp.bfloat16, Tiles(2, num_sms=3)),
+    )
+    def test_matches_reference(self, case, dtype, tiles):
+        args = operands(*case, dtype=dtype)
+        fn = jax.jit(functools.partial(_mosaic_gpu.active_ffn, tiles=tiles))
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            got = fn(*args)
+        want = _reference.active_ffn(*args)
+        self.assertEqual(got.dtype, dtype)
+        np.testing.assert_array_equal(
+            np.asarray(got, np.float32), np.asarray(want, np.float32)
+        )
+
+    def test_public_function_with_a_traced_count(self):
+        x, gate, indices, _, up, down = operands(2, 256, 256, 6, 6)
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            got = jax.jit(kernel)(x, gate, indices, jnp.int32(4), up, down)
+        want = _reference.active_ffn(x, gate, indices, jnp.int32(4), up, down)
+        np.testing.assert_array_equal(got, want)
+
+
+class LoweringTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ((1, 4096, 4096, 320, 262), jnp.bfloat16),
+        ((8, 4096, 4096, 320, 262), jnp.bfloat16),
+        ((2, 1280, 2304, 16, 16), jnp.float32),
+    )
+    def test_exports_for_cuda(self, case, dtype):
+        shapes = jax.eval_shape(lambda: operands(*case, dtype=dtype))
+        exported = jax.export.export(jax.jit(kernel), platforms=["cuda"])(*shapes)
+        self.assertIn("mosaic_gpu", exported.mlir_module())
+
+    def test_none_takes_the_plain_form_on_a_cpu(self):
+        shapes = jax.eval_shape(lambda: operands(1, 512, 512, 8, 8))
+        text = jax.jit(active_ffn).lower(*shapes).as_text()
+        self.assertNotIn("mosaic_gpu", text)
+
+
+class UnsupportedTest(parameterized.TestCase):
+    @parameterized.parameters(
+        (
+            (1, 500, 512, 4, 4),
+            {},
+            r"d_in and d_model must be multiples of 256; got 500",
+        ),
+        ((17, 256, 256, 4, 4), {}, r"the batch must be at most 16; got 17"),
+        ((16, 8192, 256, 4, 4), {}, r"must fit into \d+ bytes; got d_in=8192"),
+        (
+            (1, 256, 256, 4, 4),
+            {4: jnp.bfloat16},
+            r"one dtype.*float32, bfloat16, float3",
+        ),
+    )
+    def test_named_kernel_raises_with_the_reason(self, case, dtypes, message):
+        args = list(jax.eval_shape(lambda: operands(*case)))
+        for position, dtype in dtypes.items():
+            args[position] = args[position].update(dtype=dtype)
+        with self.assertRaisesRegex(NotImplementedError, message):
+            jax.eval_shape(kernel, *args)
+
+
+class TilesTest(parameterized.TestCase):
+    @parameterized.product(
+        batch=[1, 2, 3, 8, 16], d_in=[256, 1280, 4096], d_model=[256, 2304, 8192]
+    )
+    def test_default_fits(self, batch, d_in, d_model):
+        for itemsize in (2, 4):
+            tiles = Tiles.default(batch, d_in, d_model, itemsize)
+            self.assertEqual(d_model % (256 * tiles.parts), 0)
+            slot_bytes = (d_in + d_model // tiles.parts) * itemsize
+            used = batch * d_in * itemsize + max(tiles.slots, 0) * slot_bytes
+            if tiles.slots >= 2:
+                self.assertLessEqual(used * tiles.blocks_per_sm, 200 * 1024)
+
+    @parameterized.product(length=[1, 2, 3, 5, 9, 16], chunk=[512, 1024])
+    def test_chunks_cover_a_row(self, length, chunk):
+        chunks = _mosaic_gpu._chunks(length, chunk)
+        covered = [i for start, size in chunks for i in range(start, start + size)]
+        self.assertEqual(covered, list(range(length)))
+        self.assertLessEqual(max(size for _, size in chunks) * 256, chunk)
+        self.assertTrue(all(size % 2 == 0 for _, size in chunks[:-1]))
