@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from sparsejax import activations as activations
+from sparsejax import attention as attention
 from sparsejax import masks as masks
 from sparsejax import metrics as metrics
 from sparsejax import ops as ops
@@ -52,10 +53,11 @@ from sparsejax.transforms import weight_scaling as weight_scaling
 
 if TYPE_CHECKING:
     from sparsejax import models as models
+    from sparsejax import nn as nn
 
 __version__ = "0.1.0"
 
-_LAZY = ("models", "training")  # these load flax; `import sparsejax` does not
+_LAZY = ("models", "nn", "training")  # these load flax; `import sparsejax` does not
 
 
 def __getattr__(name: str):

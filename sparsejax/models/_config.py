@@ -2,22 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sparsejax.models._attention import Attention
-from sparsejax.models._ffn import GatedFFN
+from sparsejax import nn
 
 
 class AttentionFactory(Protocol):
-    """Builds the attention of one layer; the class `Attention` is one.
+    """Builds the attention of one layer; `sj.nn.Attention` is one.
 
-    What it returns maps activations `[batch, seq, d_model]` and positions
-    `[batch, seq]` to activations. `functools.partial` binds settings of its own.
+    `functools.partial` binds settings of its own, as `k` of `sj.nn.SparkAttention`.
+    What it returns is called as those are: `layer(x, positions)` gives activations,
+    `layer(x, positions, with_density=True)` also the share that was attended.
     """
 
     def __call__(
@@ -32,14 +31,15 @@ class AttentionFactory(Protocol):
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
-    ) -> Callable[[jax.Array, jax.Array], jax.Array]: ...
+    ) -> Callable[..., Any]: ...
 
 
 class FFNFactory(Protocol):
-    """Builds the feed-forward part of one layer; the class `GatedFFN` is one.
+    """Builds the feed-forward part of one layer; `sj.nn.GatedFFN` is one.
 
-    What it returns maps activations `[batch, seq, d_model]` to activations.
-    `functools.partial` binds settings of its own.
+    `functools.partial` binds settings of its own, such as `k` of `sj.nn.SparkFFN`.
+    What it returns is called as those are: `layer(x)` gives activations,
+    `layer(x, with_density=True)` also the share of the neurons that are active.
     """
 
     def __call__(
@@ -51,7 +51,7 @@ class FFNFactory(Protocol):
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
-    ) -> Callable[[jax.Array], jax.Array]: ...
+    ) -> Callable[..., Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,8 @@ class DecoderConfig:
       rope_base: base of the rotary angles, see `apply_rope`.
       norm_eps: added to the mean square in RMSNorm.
       tie_embeddings: read the logits off the embedding instead of an own kernel.
-      attention: builds the attention of each layer.
-      ffn: builds the feed-forward part of each layer.
+      attention: builds the attention of every layer; a tuple has one for each.
+      ffn: builds the feed-forward part of every layer; a tuple has one for each.
       dtype: of the computation; norm statistics, softmax and logits are float32.
       param_dtype: of the weights.
     """
@@ -85,8 +85,8 @@ class DecoderConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
-    attention: AttentionFactory = Attention
-    ffn: FFNFactory = GatedFFN
+    attention: AttentionFactory | tuple[AttentionFactory, ...] = nn.Attention
+    ffn: FFNFactory | tuple[FFNFactory, ...] = nn.GatedFFN
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -104,3 +104,22 @@ class DecoderConfig:
             raise ValueError(
                 f"`head_dim` must be even for rotary pairs; got {self.head_dim}."
             )
+        for name in ("attention", "ffn"):
+            factories = getattr(self, name)
+            if isinstance(factories, tuple) and len(factories) != self.num_layers:
+                raise ValueError(
+                    f"`{name}` must have one factory for each of the {self.num_layers} "
+                    f"layers, or be one for all; got {len(factories)}."
+                )
+
+    def attention_of(self, layer: int) -> AttentionFactory:
+        """Gives the factory of that layer, counted from 0."""
+        return (
+            self.attention[layer]
+            if isinstance(self.attention, tuple)
+            else self.attention
+        )
+
+    def ffn_of(self, layer: int) -> FFNFactory:
+        """Gives the factory of that layer, counted from 0."""
+        return self.ffn[layer] if isinstance(self.ffn, tuple) else self.ffn

@@ -1,5 +1,8 @@
 """A decoder-only transformer: tokens in, next-token logits out."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -8,12 +11,18 @@ from sparsejax.models._config import DecoderConfig
 
 
 class DecoderBlock(nnx.Module):
-    """One pre-norm layer: attention, then the feed-forward part, each on a residual."""
+    """One pre-norm layer: attention, then the feed-forward part, each on a residual.
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    Args:
+      config: of the whole decoder.
+      layer: which one this is, counted from 0.
+      rngs: draws the weights.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
         numerics = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         self.attention_norm = _rms_norm(config, rngs)
-        self.attention = config.attention(
+        self.attention = config.attention_of(layer)(
             config.d_model,
             config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -23,13 +32,30 @@ class DecoderBlock(nnx.Module):
             rngs=rngs,
         )
         self.ffn_norm = _rms_norm(config, rngs)
-        self.ffn = config.ffn(config.d_model, config.d_ff, **numerics, rngs=rngs)
+        self.ffn = config.ffn_of(layer)(
+            config.d_model, config.d_ff, **numerics, rngs=rngs
+        )
 
     def __call__(
-        self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
-    ) -> Float[Array, "batch seq d_model"]:
-        x = x + self.attention(self.attention_norm(x), positions)
-        return x + self.ffn(self.ffn_norm(x))
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        *,
+        with_density: bool = False,
+    ) -> Any:
+        """Applies the layer; with `with_density`, `(y, {"attention": .., "ffn": ..})`.
+
+        See `Decoder`.
+        """
+        if not with_density:
+            x = x + self.attention(self.attention_norm(x), positions)
+            return x + self.ffn(self.ffn_norm(x))
+        y, attended = self.attention(
+            self.attention_norm(x), positions, with_density=True
+        )
+        x = x + y
+        y, active = self.ffn(self.ffn_norm(x), with_density=True)
+        return x + y, {"attention": attended, "ffn": active}
 
 
 class Decoder(nnx.Module):
@@ -58,7 +84,7 @@ class Decoder(nnx.Module):
             rngs=rngs,
         )
         self.blocks = nnx.List(
-            DecoderBlock(config, rngs=rngs) for _ in range(config.num_layers)
+            DecoderBlock(config, layer, rngs=rngs) for layer in range(config.num_layers)
         )
         self.norm = _rms_norm(config, rngs)
         if not config.tie_embeddings:
@@ -76,18 +102,38 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"] | None = None,
-    ) -> Float[Array, "batch seq vocab"]:
+        *,
+        with_density: bool = False,
+    ) -> Any:
         """Computes the float32 logits of the token after each of `tokens`.
 
         Args:
           tokens: in `[0, vocab_size)`; a token sees itself and those before it.
           positions: of each token; 0, 1, 2, ... by default.
+          with_density: return `(logits, densities)`.
+
+        Returns:
+          logits `[batch, seq, vocab]`; densities float32 `[num_layers, batch, seq]` by
+          name: `"attention"`, the share of the tokens in sight that was attended (a
+          mean over heads), and `"ffn"`, the share of the neurons that are active.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         x = self.embed(tokens)
+        densities = []
         for block in self.blocks:
-            x = block(x, positions)
+            if with_density:
+                x, density = block(x, positions, with_density=True)
+                densities.append(density)
+            else:
+                x = block(x, positions)
+        logits = self.logits(x)
+        if not with_density:
+            return logits
+        return logits, jax.tree.map(lambda *layers: jnp.stack(layers), *densities)
+
+    def logits(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """Reads the float32 logits off the last layer's output."""
         x = self.norm(x)
         if self.config.tie_embeddings:
             embedding = self.embed.embedding[...].astype(x.dtype)

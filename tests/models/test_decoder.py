@@ -11,7 +11,7 @@ import pytest
 from absl.testing import parameterized
 from flax import nnx
 
-from sparsejax import models
+from sparsejax import models, nn
 from sparsejax.typing import plain_path
 
 SMALL = models.DecoderConfig(
@@ -169,7 +169,7 @@ class DecoderTest(parameterized.TestCase):
         config = dataclasses.replace(
             SMALL,
             attention=Silent,
-            ffn=functools.partial(models.GatedFFN, activation=jax.nn.relu),
+            ffn=functools.partial(nn.GatedFFN, activation=jax.nn.relu),
         )
         model = make(config)
         self.assertEqual(model.blocks[0].attention.sizes, (12, 4))
@@ -178,35 +178,31 @@ class DecoderTest(parameterized.TestCase):
         alone = model(TOKENS[:, 2:3])
         np.testing.assert_allclose(model(TOKENS)[:, 2:3], alone, rtol=1e-5, atol=1e-5)
 
-
-class RopeTest(parameterized.TestCase):
-    @parameterized.product(shift=[1, 7, 1000])
-    def test_dot_products_depend_on_the_distance_alone(self, shift):
-        q, k = jax.random.normal(jax.random.key(0), (2, 1, 6, 1, 8))
-        positions = jnp.array([[0, 1, 2, 5, 9, 20]])
-
-        def products(positions):
-            rotate = functools.partial(models.apply_rope, base=100.0)
-            return jnp.einsum(
-                "bqhd,bkhd->bqk", rotate(q, positions), rotate(k, positions)
-            )
-
-        np.testing.assert_allclose(
-            products(positions), products(positions + shift), atol=1e-3
+    def test_dense_spark_and_gemma_3n_layers(self):
+        """A tuple has one factory a layer; densities come out by layer and token."""
+        spark = functools.partial(nn.SparkFFN, k=5, split=6)
+        gemma = functools.partial(nn.SparkFFN, k=5, split=None)
+        config = dataclasses.replace(
+            SMALL,
+            num_layers=3,
+            d_ff=60,
+            attention=functools.partial(nn.SparkAttention, k=2, split=2),
+            ffn=(spark, gemma, nn.GatedFFN),
         )
-
-    def test_keeps_lengths_and_position_zero(self):
-        x = jax.random.normal(jax.random.key(0), (1, 4, 2, 6))
-        y = models.apply_rope(x, jnp.array([[0, 3, 50, 999]]), base=1e4)
-        np.testing.assert_allclose(
-            jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
-        )
-        np.testing.assert_array_equal(y[:, 0], x[:, 0])
-
-    def test_keeps_bfloat16(self):
-        x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
-        positions = jnp.array([[0, 1]])
-        self.assertEqual(models.apply_rope(x, positions, base=1e4).dtype, jnp.bfloat16)
+        model = make(config)
+        tokens = np.tile(TOKENS, (4, 4))
+        run = nnx.jit(lambda model: model(tokens, with_density=True))
+        logits, density = run(model)
+        plain = nnx.jit(lambda model: model(tokens))(model)
+        np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-6)
+        self.assertEqual(set(density), {"attention", "ffn"})
+        for name, values in density.items():
+            self.assertEqual(values.shape, (3, *tokens.shape), name)
+        mean = density["ffn"].mean(axis=(1, 2))
+        np.testing.assert_allclose(mean, [5 / 60, 5 / 60, 1], atol=0.03)
+        attended = density["attention"].mean(axis=(0, 1))
+        np.testing.assert_array_equal(attended[:2], [1, 1])  # two are in sight
+        self.assertLess(attended[-1], 0.3)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +211,7 @@ class RopeTest(parameterized.TestCase):
         ("num_layers", 0, "`num_layers` must be at least 1; got 0"),
         ("num_kv_heads", 3, "num_kv_heads=3 and num_heads=4"),
         ("head_dim", 5, "`head_dim` must be even"),
+        ("ffn", (nn.GatedFFN,), "`ffn` must have one factory for each of the 2 layers"),
     ],
 )
 def test_bad_configurations_raise(field, value, message):

@@ -1,0 +1,113 @@
+"""Spark attention: a slice of queries and keys decides which keys are attended."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from sparsejax import activations
+
+
+def spark_selection(
+    scores: Float[Array, "*batch keys"],
+    valid: Bool[Array, "*#batch keys"],
+    *,
+    k: ArrayLike,
+) -> Bool[Array, "*batch keys"]:
+    """Selects about `k` keys of each query by a threshold on their predictor scores.
+
+    Kept are the scores above the statistical threshold over the valid keys, and always
+    the highest: two-valued or equal scores would leave none. Where that one is tied,
+    all of the tied are kept; where at most `k` keys are valid, all of the valid are.
+
+    Args:
+      scores: of the predictor, float32. A NaN at a valid key leaves its query none.
+      valid: True where the query may see the key; a query without any gets none.
+      k: expected number of keys; may be traced.
+
+    Returns:
+      True where the query attends to the key; a subset of `valid`. No gradient.
+
+    Example:
+      >>> scores = jnp.array([[0.0, 0.1, 5.0, 0.2, 9.0]])
+      >>> sj.attention.spark_selection(scores, jnp.array([True] * 4 + [False]), k=1)
+      Array([[False, False,  True, False, False]], dtype=bool)
+
+    References:
+      You et al., 2025, https://arxiv.org/abs/2506.06644, section 3. That statistics and
+      `k / n` count the valid keys alone is our reading; the highest is our addition.
+    """
+    scores = jax.lax.stop_gradient(scores)
+    threshold = activations.statistical_threshold(scores, k, where=valid)
+    top = jnp.max(scores, axis=-1, keepdims=True, where=valid, initial=-jnp.inf)
+    return valid & ((scores > threshold) | (scores == top))
+
+
+def spark_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads value_dim"],
+    valid: Bool[Array, "#batch 1 #queries keys"],
+    *,
+    k: ArrayLike,
+    split: int,
+) -> tuple[
+    Float[Array, "batch queries heads value_dim"],
+    Bool[Array, "batch heads queries keys"],
+]:
+    """Attends to about `k` keys a query, found by the first `split` of `head_dim`.
+
+    With the predictor's scores `s1 = q[:split] k[:split] / sqrt(split)` and the others'
+    `s2 = q[split:] k[split:] / sqrt(head_dim - split)`, a query gets
+    `sum_j softmax_j(s1) softplus(s2_j) v_j` over the selected keys `j`; the products
+    with the softplus are not normalised again. Scores and softmax are float32.
+
+    This is the dense form, for training: it computes all scores. Query head `i` uses
+    key head `i // (heads / kv_heads)`.
+
+    Args:
+      query: rotated queries, each part by itself.
+      key: rotated keys; `kv_heads` divides `heads`.
+      value: any width.
+      valid: True where a query may see a key, for all heads alike (`causal_mask`). A
+        query that sees none gets zeros.
+      k: expected number of attended keys, see `spark_selection`.
+      split: width of the predictor's part, in `[1, head_dim - 1]`.
+
+    Returns:
+      The outputs in the dtype of `value`, and which keys were attended.
+
+    References:
+      You et al., 2025, https://arxiv.org/abs/2506.06644, section 3. The scales are not
+      stated there.
+    """
+    batch, num_queries, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    query = query.reshape(batch, num_queries, kv_heads, heads // kv_heads, head_dim)
+
+    def scores(part: slice) -> jax.Array:
+        q, k = query[..., part], key[..., part]
+        products = jnp.einsum(
+            "bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32
+        )
+        return products * q.shape[-1] ** -0.5
+
+    valid = valid[:, :, None]
+    predicted = scores(slice(split))
+    attended = spark_selection(predicted, valid, k=k)
+    weights = masked_softmax(predicted, attended, valid.any(axis=-1, keepdims=True))
+    weights *= jax.nn.softplus(scores(slice(split, None)))
+    out = jnp.einsum("bhgqk,bkhd->bqhgd", weights.astype(value.dtype), value)
+    shape = (batch, heads, num_queries, key.shape[1])
+    return out.reshape(batch, num_queries, heads, -1), attended.reshape(shape)
+
+
+def masked_softmax(scores: jax.Array, kept: jax.Array, nonempty: jax.Array):
+    """Softmax over the kept; rows that are not `nonempty` give 0 and no NaN gradient.
+
+    A row that is `nonempty` and keeps none had a NaN: it gives NaN.
+    """
+    scores = jnp.where(kept, scores, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    powers = jnp.exp(scores - jnp.where(kept.any(axis=-1, keepdims=True), top, 0))
+    return powers / jnp.where(nonempty, jnp.sum(powers, axis=-1, keepdims=True), 1)

@@ -1,0 +1,132 @@
+"""Causal grouped-query attention with rotary positions."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsejax.nn._linear import linear
+from sparsejax.nn._rope import apply_rope
+
+
+class Attention(nnx.Module):
+    """Causal attention in which `num_heads / num_kv_heads` queries share a key head.
+
+    Four kernels `[d_in, d_out]` without bias: `query`, `key`, `value`, `out`. Softmax
+    is taken in float32.
+
+    Args:
+      d_model: width of input and output.
+      num_heads: query heads.
+      num_kv_heads: key and value heads; divides `num_heads`. All of them by default.
+      head_dim: width of a head; even. `d_model / num_heads` by default.
+      window: see only the last `window` tokens, oneself included; all by default.
+      rope_base: see `apply_rope`.
+      dtype: of the computation.
+      param_dtype: of the kernels.
+      rngs: draws the kernels.
+
+    Raises:
+      ValueError: If `num_kv_heads` does not divide `num_heads`, or `window` is below 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rope_base: float = 10_000.0,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or d_model // num_heads
+        self.window = window
+        self.rope_base = rope_base
+        if num_heads % self.num_kv_heads:
+            raise ValueError(
+                "`num_kv_heads` must divide `num_heads`; got "
+                f"num_kv_heads={num_kv_heads} and num_heads={num_heads}."
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"`window` must be at least 1, or None; got {window}.")
+        make = functools.partial(
+            linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.query = make(d_model, self.num_heads * self.head_dim)
+        self.key = make(d_model, self.num_kv_heads * self.head_dim)
+        self.value = make(d_model, self.num_kv_heads * self.head_dim)
+        self.out = make(self.num_heads * self.head_dim, d_model)
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Gives queries or keys `[batch, seq, heads, head_dim]` their positions."""
+        return apply_rope(x, positions, base=self.rope_base)
+
+    def project(
+        self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Computes rotated queries and keys, and values: `[batch, seq, heads, dim]`."""
+
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+        query = self.rotate(heads(self.query(x)), positions)
+        key = self.rotate(heads(self.key(x)), positions)
+        return query, key, heads(self.value(x))
+
+    def attend(
+        self,
+        query: Float[Array, "batch queries heads head_dim"],
+        key: Float[Array, "batch keys kv_heads head_dim"],
+        value: Float[Array, "batch keys kv_heads head_dim"],
+        valid: Bool[Array, "#batch 1 queries keys"] | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attends to the keys that are valid; causal within the sequence by default.
+
+        Returns:
+          The outputs `[batch, queries, heads, head_dim]`, and the share of the valid
+          keys that were attended, a mean over heads, float32 `[batch, queries]`: 1.
+        """
+        window = None
+        if valid is None and self.window is not None:
+            window = (self.window - 1, 0)
+        y = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=valid,
+            is_causal=valid is None,
+            local_window_size=window,
+        )
+        return y, jnp.ones(query.shape[:2])
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        *,
+        with_density: bool = False,
+    ) -> Any:
+        """Applies the layer.
+
+        Args:
+          x: activations; a token sees itself and those before it.
+          positions: of each token, for the rotation.
+          with_density: return `(y, density)`.
+
+        Returns:
+          y `[batch, seq, d_model]`; density float32 `[batch, seq]`, the share of the
+          tokens in sight that was attended, a mean over heads.
+        """
+        y, density = self.attend(*self.project(x, positions))
+        y = self.out(y.reshape(*y.shape[:-2], -1))
+        return (y, density) if with_density else y

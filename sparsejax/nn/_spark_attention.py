@@ -1,0 +1,136 @@
+"""Spark attention: part of each head decides which keys are needed at all."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsejax import activations, attention
+from sparsejax.nn._attention import Attention
+from sparsejax.nn._rope import apply_rope
+
+
+class SparkAttention(Attention):
+    """Causal attention to about `k` keys a query, see `sj.attention.spark_attention`.
+
+    The kernels are those of `Attention`. The rotation turns both parts of a head, each
+    by itself with the frequencies of its own width. In training all scores are
+    computed; `sj.decode` reads the rest of the selected keys only.
+
+    Args:
+      d_model: width of input and output.
+      num_heads: query heads.
+      k: expected number of attended keys, at least 1. Where fewer are in sight, all.
+      split: width of the predictor's part of a head; even, in `[2, head_dim - 2]`.
+      num_kv_heads: key and value heads; divides `num_heads`. All of them by default.
+      head_dim: width of a head; even. `d_model / num_heads` by default.
+      window: see only the last `window` tokens, oneself included; all by default.
+      rope_base: see `apply_rope`.
+      dtype: of the computation.
+      param_dtype: of the kernels.
+      rngs: draws the kernels.
+
+    Raises:
+      ValueError: If `k`, `split`, `num_kv_heads` or `window` is out of its range.
+
+    Example:
+      >>> from flax import nnx
+      >>> layer = sj.nn.SparkAttention(64, 2, k=16, split=16, rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (1, 200, 64))
+      >>> y, density = layer(x, jnp.arange(200)[None], with_density=True)
+      >>> print(f"of 10: {density[0, 9]:.2f}, of 200: {density[0, 199]:.2f}")
+      of 10: 1.00, of 200: 0.08
+
+    References:
+      You et al., 2025, https://arxiv.org/abs/2506.06644, section 3. The frequencies of
+      the parts are not stated there.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        k: float,
+        split: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rope_base: float = 10_000.0,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        activations.check_k(k)
+        width = head_dim or d_model // num_heads
+        if not 0 < split < width or split % 2 or width % 2:
+            raise ValueError(
+                "`split` must be even and in [2, head_dim - 2], `head_dim` even; got "
+                f"split={split} and head_dim={width}."
+            )
+        self.k = k
+        self.split = split
+        super().__init__(
+            d_model,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            window=window,
+            rope_base=rope_base,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Gives each part of queries or keys its positions."""
+        parts = jnp.split(x, [self.split], axis=-1)
+        return jnp.concatenate(
+            [apply_rope(part, positions, base=self.rope_base) for part in parts], -1
+        )
+
+    def attend(
+        self,
+        query: Float[Array, "batch queries heads head_dim"],
+        key: Float[Array, "batch keys kv_heads head_dim"],
+        value: Float[Array, "batch keys kv_heads head_dim"],
+        valid: Bool[Array, "#batch 1 queries keys"] | None = None,
+        *,
+        k: ArrayLike | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attends to about `k` of the valid keys; causal in the sequence by default.
+
+        Returns:
+          The outputs `[batch, queries, heads, head_dim]`, and the share of the valid
+          keys that were attended, a mean over heads, float32 `[batch, queries]`; 1
+          where none is valid.
+        """
+        if valid is None:
+            positions = jnp.arange(query.shape[1])[None]
+            valid = attention.causal_mask(positions, positions, window=self.window)
+        y, attended = attention.spark_attention(
+            query, key, value, valid, k=self.k if k is None else k, split=self.split
+        )
+        num_valid = jnp.sum(valid, axis=(1, 3))
+        num_attended = jnp.sum(attended, axis=(1, 3)) / self.num_heads
+        density = jnp.where(num_valid > 0, num_attended / jnp.maximum(num_valid, 1), 1)
+        return y, density.astype(jnp.float32)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        *,
+        k: ArrayLike | None = None,
+        with_density: bool = False,
+    ) -> Any:
+        """As `Attention`; a `k` given here is used instead of the layer's own.
+
+        It may be traced, so that layers of different `k` can share one `nnx.scan`.
+        """
+        y, density = self.attend(*self.project(x, positions), k=k)
+        y = self.out(y.reshape(*y.shape[:-2], -1))
+        return (y, density) if with_density else y

@@ -1,0 +1,117 @@
+"""Spark FFN: a slice of the input decides which neurons are needed at all."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float
+
+from sparsejax import activations, ops
+from sparsejax.nn._gated_ffn import apply_down
+from sparsejax.nn._linear import linear
+
+
+class SparkFFN(nnx.Module):
+    """`down(gelu(statistical_topk(gate(x[:split]))) * up(x[split:]))`, no biases.
+
+    The gate sees the first `split` inputs and `up` the others, so the gate is a cheap
+    predictor: where it is 0, the neuron's columns of `up` and rows of `down` are not
+    needed. In training all of them are computed; `sj.decode` reads only the active.
+
+    With `split=d_model / 2` the weights are as many as those of a `GatedFFN` with two
+    thirds of `d_ff`. `split=None` is the form of Gemma 3n: gate and up both see all of
+    the input.
+
+    Args:
+      d_model: width of input and output.
+      d_ff: number of neurons.
+      k: expected number of active neurons of a token, see `sj.statistical_topk`: at
+        least 1; `d_ff` and above keeps all (and the gate is not shifted).
+      split: inputs that the gate sees, in `[1, d_model - 1]`, or None.
+      activation: of the gate, 0 at 0; GELU in its tanh form, as in Gemma.
+      implementation: of `sj.statistical_topk`.
+      dtype: of the computation.
+      param_dtype: of the kernels.
+      rngs: draws the kernels.
+
+    Raises:
+      ValueError: If `k` or `split` is out of its range.
+
+    Example:
+      >>> from flax import nnx
+      >>> ffn = sj.nn.SparkFFN(64, 512, k=41, split=32, rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (1000, 64))
+      >>> y, density = ffn(x, with_density=True)
+      >>> print(f"{density.mean():.2f}")
+      0.08
+
+    References:
+      You et al., 2025, https://arxiv.org/abs/2506.06644, section 3. The width of the
+      initialization is not stated there: each kernel is LeCun normal in its own fan-in.
+      `split=None`: Gemma 3n, transformers `Gemma3nTextMLP`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        k: float,
+        split: int | None,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
+        implementation: ops.Implementation | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        activations.check_k(k)
+        if split is not None and not 0 < split < d_model:
+            raise ValueError(
+                "`split` must be in [1, d_model - 1], or None for a gate that sees all "
+                f"of the input; got split={split} and d_model={d_model}."
+            )
+        make = functools.partial(
+            linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.k = k
+        self.split = split
+        self.activation = activation
+        self.implementation: ops.Implementation | None = implementation
+        self.gate = make(split or d_model, d_ff)
+        self.up = make(d_model - (split or 0), d_ff)
+        self.down = make(d_ff, d_model)
+
+    def hidden(
+        self, x: Float[Array, "*batch d_model"], *, k: ArrayLike | None = None
+    ) -> Float[Array, "*batch d_ff"]:
+        """Computes the activations of the neurons, the input of `down`."""
+        gate, up = self.gate(x[..., : self.split]), self.up(x[..., self.split or 0 :])
+        kept = activations.statistical_topk(
+            gate, self.k if k is None else k, implementation=self.implementation
+        )
+        return self.activation(kept) * up
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch d_model"],
+        *,
+        k: ArrayLike | None = None,
+        with_density: bool = False,
+    ) -> Any:
+        """Applies the layer.
+
+        Args:
+          x: activations, any leading axes.
+          k: instead of the layer's own; may be traced, so that layers of different `k`
+            can share one `nnx.scan`.
+          with_density: return `(y, density)`.
+
+        Returns:
+          y `[*batch, d_model]`; density float32 `[*batch]`, for each token the share of
+          neurons whose activation is not 0.
+        """
+        return apply_down(self.down, self.hidden(x, k=k), with_density)

@@ -1,0 +1,180 @@
+"""Spark attention against a loop over queries and keys, written from the card."""
+
+import statistics
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from sparsejax import attention
+
+
+def threshold_oracle(scores, k):
+    """mean + std * Q(1 - k/n) of the valid scores; -inf if all of them are kept."""
+    n = len(scores)
+    if n <= k:
+        return -np.inf
+    z = statistics.NormalDist().inv_cdf(1 - k / n)
+    return scores.mean() + scores.std() * z
+
+
+def attention_oracle(query, key, value, valid, k, split):
+    """One query at a time, float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    batch, num_queries, heads, dim = query.shape
+    group = heads // key.shape[2]
+    out = np.zeros((batch, num_queries, heads, value.shape[-1]))
+    attended = np.zeros((batch, heads, num_queries, key.shape[1]), bool)
+    for b, i, h in np.ndindex(batch, num_queries, heads):
+        seen = np.flatnonzero(
+            np.broadcast_to(valid, (batch, 1, *valid.shape[2:]))[b, 0, i]
+        )
+        if not len(seen):
+            continue
+        q, keys = query[b, i, h], key[b, seen, h // group]
+        s1 = keys[:, :split] @ q[:split] / np.sqrt(split)
+        s2 = keys[:, split:] @ q[split:] / np.sqrt(dim - split)
+        kept = (s1 > threshold_oracle(s1, k)) | (s1 == s1.max())
+        p = np.where(kept, np.exp(s1 - s1.max()), 0)
+        weights = p / p.sum() * np.log1p(np.exp(s2))
+        out[b, i, h] = weights @ value[b, seen, h // group]
+        attended[b, h, i, seen] = kept
+    return out, attended
+
+
+def operands(batch=2, seq=24, heads=4, kv_heads=2, dim=8, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return (
+        jax.random.normal(keys[0], (batch, seq, heads, dim)),
+        jax.random.normal(keys[1], (batch, seq, kv_heads, dim)),
+        jax.random.normal(keys[2], (batch, seq, kv_heads, dim)),
+    )
+
+
+def causal(seq, window=None):
+    positions = jnp.arange(seq)[None]
+    return attention.causal_mask(positions, positions, window=window)
+
+
+jitted = jax.jit(attention.spark_attention, static_argnames=("k", "split"))
+
+
+class SparkAttentionTest(parameterized.TestCase):
+    @parameterized.parameters(
+        # window, split, k, kv_heads
+        (None, 4, 1, 2),
+        (None, 2, 3.5, 1),
+        (7, 6, 3.5, 2),
+        (7, 4, 5, 4),
+        (None, 4, 100, 2),
+    )
+    def test_equals_the_oracle(self, window, split, k, kv_heads):
+        x = operands(batch=1, seq=16, kv_heads=kv_heads)
+        valid = causal(16, window)
+        got = jitted(*x, valid, k=k, split=split)
+        want = attention_oracle(*x, np.asarray(valid), k, split)
+        np.testing.assert_array_equal(got[1], want[1])
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-5)
+
+    def test_a_traced_k_gives_the_same(self):
+        x, valid = operands(), causal(24)
+        run = jax.jit(
+            chex.assert_max_traces(
+                lambda k: attention.spark_attention(*x, valid, k=k, split=4), n=1
+            )
+        )
+        for k in (1.0, 4.0, 30.0):
+            fixed = jitted(*x, valid, k=k, split=4)
+            chex.assert_trees_all_close(run(k), fixed, rtol=1e-5, atol=1e-6)
+
+    def test_a_query_without_keys_gives_zeros_and_finite_gradients(self):
+        x = operands()
+        valid = causal(24).at[:, :, 3].set(False).at[:, :, 0].set(False)
+
+        def loss(x):
+            return jnp.sum(attention.spark_attention(*x, valid, k=3, split=4)[0] ** 2)
+
+        out, attended = jitted(*x, valid, k=3, split=4)
+        self.assertFalse(out[:, 3].any() or attended[:, :, 3].any())
+        self.assertTrue(out[:, 4].any())
+        grads = jax.jit(jax.grad(loss))(x)
+        chex.assert_tree_all_finite(grads)
+        self.assertFalse(grads[0][:, 3].any())
+
+    def test_equal_and_two_valued_scores_keep_the_highest(self):
+        """The card's pitfall: the threshold alone would leave none, and NaN."""
+        query = jnp.ones((1, 1, 1, 4))
+        signs = jnp.where(jnp.arange(64) % 2, 1.0, -1.0)
+        key = jnp.broadcast_to(signs[None, :, None, None], (1, 64, 1, 4))
+        value = jax.random.normal(jax.random.key(0), (1, 64, 1, 4))
+        for keys, share in ((key, 0.5), (jnp.ones_like(key), 1.0)):
+
+            def run(q, keys=keys):
+                valid = jnp.ones((1, 1, 1, 64), bool)
+                return jitted(q, keys, value, valid, k=5, split=2)
+
+            out, attended = run(query)
+            self.assertEqual(attended.mean(), share)
+            grad = jax.grad(lambda q, run=run: run(q)[0].sum())(query)
+            chex.assert_tree_all_finite((out, grad))
+
+    def test_gradients_equal_those_of_a_masked_softmax(self):
+        """The selection has no gradient: the same as with the attended keys fixed."""
+        x, valid = operands(), causal(24)
+        _, attended = jitted(*x, valid, k=4, split=4)
+
+        def plain(query, key, value):
+            key, value = (jnp.repeat(y, 2, axis=2) for y in (key, value))
+            s1, s2 = (
+                jnp.einsum("bqhd,bkhd->bhqk", query[..., p], key[..., p]) / 2
+                for p in (slice(4), slice(4, None))
+            )
+            p = jax.nn.softmax(jnp.where(attended, s1, -1e30)) * jax.nn.softplus(s2)
+            return jnp.sum(jnp.sin(jnp.einsum("bhqk,bkhd->bqhd", p, value)))
+
+        def spark(*x):
+            return jnp.sum(
+                jnp.sin(attention.spark_attention(*x, valid, k=4, split=4)[0])
+            )
+
+        grads = [jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*x) for f in (plain, spark)]
+        chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-5)
+
+    def test_about_k_are_attended(self):
+        scores = jax.random.normal(jax.random.key(0), (500, 2048))
+        valid = jnp.ones((1, 2048), bool)
+        count = attention.spark_selection(scores, valid, k=164).sum(axis=-1)
+        self.assertAlmostEqual(float(count.mean()), 164, delta=1.5)
+        self.assertAlmostEqual(float(count.std()), 0.172 * 2048**0.5, delta=0.6)
+
+    def test_nan_stays_in_its_row(self):
+        x, valid = operands(), causal(24)
+        query = x[0].at[0, 5].set(jnp.nan)
+        out, _ = jitted(query, *x[1:], valid, k=3, split=4)
+        self.assertTrue(jnp.isnan(out[0, 5]).all())
+        clean, _ = jitted(*x, valid, k=3, split=4)
+        chex.assert_trees_all_equal(out.at[0, 5].set(0), clean.at[0, 5].set(0))
+
+    def test_bfloat16(self):
+        x = jax.tree.map(lambda y: y.astype(jnp.bfloat16), operands())
+        out, _ = jitted(*x, causal(24), k=100, split=4)
+        self.assertEqual(out.dtype, jnp.bfloat16)
+        wide = jax.tree.map(lambda y: y.astype(jnp.float32), x)
+        want, _ = jitted(*wide, causal(24), k=100, split=4)
+        np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.05)
+
+
+def test_causal_mask_equals_the_definition():
+    queries, keys = jnp.array([[5, 7], [0, 2]]), jnp.arange(8)[None]
+    for window in (None, 1, 3):
+        got = np.asarray(attention.causal_mask(queries, keys, window=window))
+        assert got.shape == (2, 1, 2, 8)
+        for b, i, j in np.ndindex(2, 2, 8):
+            distance = int(queries[b, i]) - j
+            want = 0 <= distance < (window or 100)
+            assert got[b, 0, i, j] == want
+    with pytest.raises(ValueError, match="`window` must be at least 1, or None; got 0"):
+        attention.causal_mask(queries, keys, window=0)
