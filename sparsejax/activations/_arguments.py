@@ -80,16 +80,6 @@ def check_ddof(ddof: int) -> None:
         raise ValueError(f"`ddof` must be 0 or 1; got {ddof!r}.")
 
 
-def keeps_all(k: Any, num: Any) -> Any:
-    """Whether all of `num` entries survive: a bool if both are known, else bool[...].
-
-    Args:
-      k: from `check_k`.
-      num: number of entries, an int or an array.
-    """
-    return k >= num
-
-
 def quantile(k: Any, num: Any, ddof: int) -> float | ArrayLike:
     """The z for which `mean + z * std` is exceeded by `k` of `num` Gaussian entries.
 
@@ -102,8 +92,8 @@ def quantile(k: Any, num: Any, ddof: int) -> float | ArrayLike:
       ddof: 0 or 1.
 
     Returns:
-      A Python float if `k` and `num` are Python numbers, else an array; 0 where all
-      entries survive, so that no infinity reaches a gradient.
+      A Python float if `k` and `num` are Python numbers, else an array; -inf where all
+      entries survive.
 
     Example:
       >>> round(quantile(2, 8, 0), 5)
@@ -111,13 +101,13 @@ def quantile(k: Any, num: Any, ddof: int) -> float | ArrayLike:
     """
     if not isinstance(k, jax.Array) and not isinstance(num, jax.Array):
         if k >= num:
-            return 0.0
+            return -math.inf
         spread = math.sqrt(num / (num - ddof))
         return -statistics.NormalDist().inv_cdf(k / num) * spread
-    every = keeps_all(k, num)
+    every = k >= num
     dtype = jnp.promote_types(jnp.result_type(k), jnp.float32)
-    num = jnp.asarray(num, dtype)
-    share = jnp.where(every, 0.5, jnp.asarray(k, dtype) / jnp.where(every, 1, num))
     # all survive where num <= 1 <= k, so num > ddof elsewhere
-    spread = jnp.sqrt(jnp.where(every, 1, num / jnp.where(every, 1, num - ddof)))
-    return -jax.scipy.special.ndtri(share) * spread
+    num = jnp.where(every, 2, num).astype(dtype)
+    share = jnp.where(every, 0.5, jnp.asarray(k, dtype) / num)
+    z = -jax.scipy.special.ndtri(share) * jnp.sqrt(num / (num - ddof))
+    return jnp.where(every, -jnp.inf, z)

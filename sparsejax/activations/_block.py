@@ -78,21 +78,20 @@ def block_statistical_topk(
         valid = jnp.broadcast_to(jnp.moveaxis(where, axis, -1), rows.shape)
         rows = jnp.where(valid, rows, 0)
     num = ops.num_entries(rows, where=valid)
-    every = _arguments.keeps_all(k, num)
     everything = jnp.ones(rows.shape, jnp.bool_) if valid is None else valid
-    if every is True:
-        return x, everything
     scores, used = _pooled(rows, valid, block, pool)
     # k / block tiles of num / block: the share, and so the quantile, is that of k
-    theta = ops.gaussian_threshold(scores, _arguments.quantile(k, num, 0), where=used)
+    z = _arguments.quantile(k, num, 0)
+    theta = ops.gaussian_threshold(scores, z, where=used)
     # not `scores > theta`: a NaN is to be seen in the values, not to become 0
     mask = jnp.repeat(~(scores <= theta), block, axis=-1) & everything
+    unchanged = theta == -jnp.inf
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    excess = rows.astype(dtype) - theta.astype(dtype)
+    # an infinite difference would make the gradient of an unchanged row NaN
+    excess = rows.astype(dtype) - jnp.where(unchanged, 0, theta).astype(dtype)
     values = jnp.where(mask, jax.nn.relu(excess).astype(x.dtype), 0)
-    if every is not False:
-        values = jnp.where(every, rows, values)
-        mask = jnp.where(every, everything, mask)
+    values = jnp.where(unchanged, rows, values)
+    mask = jnp.where(unchanged, everything, mask)
     return jnp.moveaxis(values, -1, axis), jnp.moveaxis(mask, -1, axis)
 
 

@@ -1,5 +1,7 @@
 """The statistical top-k: about k entries of a row survive, without a sort."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -72,20 +74,17 @@ def statistical_topk(
     if where is not None:
         where = jnp.moveaxis(where, axis, -1)
     num = ops.num_entries(rows, where=where, axis_name=axis_name)
-    every = _arguments.keeps_all(k, num)
-    if every is True:
+    z = _arguments.quantile(k, num, ddof)
+    if isinstance(z, float) and z == -math.inf:
         return x
     out = ops.gaussian_topk(
         rows,
-        _arguments.quantile(k, num, ddof),
+        z,
         huber_delta=huber_delta,
         where=where,
         axis_name=axis_name,
         implementation=implementation,
     )
-    if every is not False:
-        unchanged = rows if where is None else jnp.where(where, rows, 0)
-        out = jnp.where(every, unchanged, out)
     return jnp.moveaxis(out, -1, axis)
 
 
@@ -132,14 +131,8 @@ def statistical_threshold(
     if where is not None:
         where = jnp.moveaxis(where, axis, -1)
     num = ops.num_entries(rows, where=where, axis_name=axis_name)
-    every = _arguments.keeps_all(k, num)
-    if every is True:
-        theta = jnp.full((*rows.shape[:-1], 1), -jnp.inf, x.dtype)
-        return jnp.moveaxis(theta, -1, axis)
     z = _arguments.quantile(k, num, ddof)
     theta = ops.gaussian_threshold(rows, z, where=where, axis_name=axis_name)
-    if every is not False:
-        theta = jnp.where(every, -jnp.inf, theta)
     return jnp.moveaxis(theta, -1, axis)
 
 

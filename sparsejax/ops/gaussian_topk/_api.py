@@ -32,8 +32,8 @@ def gaussian_topk(
     Args:
       x: any floating dtype, at least one axis.
       z: standard normal quantile of the share that is dropped; a Python float, a
-        (traced) scalar, or one value a row, broadcastable to `[*batch, 1]`. A `ddof`
-        other than 0 is a factor of it.
+        (traced) scalar, or one value a row, broadcastable to `[*batch, 1]`. A row with
+        -inf is returned unchanged. A `ddof` other than 0 is a factor of z.
       huber_delta: 0 for `max(u, 0)` of u = x - theta; above 0 the result is
         `u**2 / (2 * huber_delta)` up to that u and `u - huber_delta / 2` beyond, which
         is continuously differentiable.

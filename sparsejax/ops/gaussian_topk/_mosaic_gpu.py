@@ -98,7 +98,8 @@ def gaussian_topk(
 
     Args:
       x: rows along the last axis; see `unsupported_reason`.
-      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`.
+      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`; a row with -inf
+        is returned unchanged.
       huber_delta: width of the quadratic part; 0 for none.
       tiles: how the forward is cut; None for the default.
       grad_tiles: how the backward is cut; None for the default.
@@ -158,10 +159,12 @@ def _forward(x, z, huber_delta, tiles, *, with_statistics):
             var = _total(_squared(piece(rows) - mean) for rows in chunks) * (1 / d)
             # sqrt is not in every version's lane semantics, rsqrt is
             std = jnp.where(var == 0.0, 0.0, var * jax.lax.rsqrt(var))
-            theta = _rounded(mean + std * z_gmem[row], x.dtype)
+            unchanged, z = _split(z_gmem[row])
+            theta = _rounded(mean + std * z, x.dtype)
             for rows in chunks:
-                out = survivors(piece(rows) - theta, huber_delta)
-                ring[slot, rows] = out.astype(x.dtype)
+                x_piece = piece(rows)
+                out = survivors(x_piece - theta, huber_delta)
+                ring[slot, rows] = jnp.where(unchanged, x_piece, out).astype(x.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(ring.at[slot], out_gmem.at[row])
             if with_statistics:
@@ -196,24 +199,27 @@ def _backward(grad, x, z, mean, std, huber_delta, tiles):
             plgpu.copy_gmem_to_smem(grad_gmem.at[row], ring.at[slot, 1], full.at[slot])
 
         def compute(row, slot):
-            z, mean, std = z_gmem[row], mean_gmem[row], std_gmem[row]
+            mean, std = mean_gmem[row], std_gmem[row]
+            unchanged, z = _split(z_gmem[row])
             theta = _rounded(mean + std * z, x.dtype)
 
             def piece(rows):
                 x_piece = ring[slot, 0, rows].astype(jnp.float32)
                 grad_piece = ring[slot, 1, rows].astype(jnp.float32)
-                return x_piece, passed_back(grad_piece, x_piece - theta, huber_delta)
+                passed = passed_back(grad_piece, x_piece - theta, huber_delta)
+                return x_piece, grad_piece, passed
 
-            total = _total(piece(rows)[1] for rows in chunks)
+            total = _total(piece(rows)[-1] for rows in chunks)
             shift = total * (1 / d)
             scale = jnp.where(std == 0.0, 0.0, shift * z / std)
             for rows in chunks:
-                x_piece, passed = piece(rows)
+                x_piece, grad_piece, passed = piece(rows)
                 dx = passed - (shift + scale * (x_piece - mean))
+                dx = jnp.where(unchanged, grad_piece, dx)
                 ring[slot, 0, rows] = dx.astype(x.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(ring.at[slot, 0], dx_gmem.at[row])
-            total_gmem[row] = total
+            total_gmem[row] = jnp.where(unchanged, 0.0, total)
 
         _walk(num_rows, tiles, full, load, compute)
 
@@ -305,6 +311,12 @@ def _total(pieces) -> jax.Array:
 
 def _squared(x: jax.Array) -> jax.Array:
     return x * x
+
+
+def _split(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether the row is unchanged, which z = -inf says; and a z that is finite."""
+    unchanged = z == -jnp.inf
+    return unchanged, jnp.where(unchanged, 0.0, z)
 
 
 def _rounded(value: jax.Array, dtype) -> jax.Array:

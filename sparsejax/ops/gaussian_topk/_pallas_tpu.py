@@ -44,7 +44,8 @@ def gaussian_topk(
 
     Args:
       x: rows along the last axis; see `unsupported_reason`.
-      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`.
+      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`; a row with -inf
+        is returned unchanged.
       huber_delta: width of the quadratic part; 0 for none.
       interpret: whether to run it, slowly, on any device.
 
@@ -82,8 +83,10 @@ def _forward(x, z, huber_delta, interpret, *, with_statistics):
         mean = jnp.mean(x_block, axis=-1, keepdims=True)
         var = jnp.mean(jnp.square(x_block - mean), axis=-1, keepdims=True)
         std = jnp.sqrt(var)
-        theta = _rounded(mean + std * z_ref[...], out_ref.dtype)
-        out_ref[...] = survivors(x_block - theta, huber_delta).astype(out_ref.dtype)
+        unchanged, z = _split(z_ref[...])
+        theta = _rounded(mean + std * z, out_ref.dtype)
+        out = survivors(x_block - theta, huber_delta)
+        out_ref[...] = jnp.where(unchanged, x_block, out).astype(out_ref.dtype)
         if with_statistics:
             mean_ref, std_ref = statistics_refs
             mean_ref[...] = mean
@@ -97,7 +100,8 @@ def _forward(x, z, huber_delta, interpret, *, with_statistics):
 
 def _backward(grad, x, z, mean, std, huber_delta, interpret):
     def kernel(grad_ref, x_ref, z_ref, mean_ref, std_ref, dx_ref, total_ref):
-        z, mean, std = z_ref[...], mean_ref[...], std_ref[...]
+        mean, std = mean_ref[...], std_ref[...]
+        unchanged, z = _split(z_ref[...])
         x_block = x_ref[...].astype(jnp.float32)
         theta = _rounded(mean + std * z, dx_ref.dtype)
         grad_block = grad_ref[...].astype(jnp.float32)
@@ -105,8 +109,9 @@ def _backward(grad, x, z, mean, std, huber_delta, interpret):
         total = jnp.sum(passed, axis=-1, keepdims=True)
         shift = total * (1 / x_block.shape[-1])
         scale = jnp.where(std == 0.0, 0.0, shift * z / jnp.where(std == 0.0, 1.0, std))
-        dx_ref[...] = (passed - (shift + scale * (x_block - mean))).astype(dx_ref.dtype)
-        total_ref[...] = total
+        dx = passed - (shift + scale * (x_block - mean))
+        dx_ref[...] = jnp.where(unchanged, grad_block, dx).astype(dx_ref.dtype)
+        total_ref[...] = jnp.where(unchanged, 0.0, total)
 
     outs = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -133,6 +138,12 @@ def _call(kernel, operands, outs, shape, interpret):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
     )(*operands)
+
+
+def _split(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which rows are unchanged, which z = -inf says; and z, finite everywhere."""
+    unchanged = z == -jnp.inf
+    return unchanged, jnp.where(unchanged, 0.0, z)
 
 
 def _rounded(value: jax.Array, dtype) -> jax.Array:

@@ -26,7 +26,8 @@ def gaussian_threshold(
 
     Args:
       x: rows along the last axis, any floating dtype.
-      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`.
+      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`; -inf for a
+        threshold of -inf.
       where: True = counts, broadcastable to `x`; None counts every entry. Values under
         False are never read. A row without True has mean and std 0.
       axis_name: mesh axis or axes over which the last axis is sharded, in `shard_map`.
@@ -39,7 +40,10 @@ def gaussian_threshold(
       >>> gaussian_threshold(jnp.arange(8.0), 0.6744898).round(3)
       Array([5.045], dtype=float32)
     """
-    return _threshold(x, z, where, axis_name).astype(x.dtype)
+    unchanged = jnp.asarray(z) == -jnp.inf
+    x, z = _without(unchanged, x, z)
+    theta = _threshold(x, z, where, axis_name)
+    return jnp.where(unchanged, -jnp.inf, theta).astype(x.dtype)
 
 
 def gaussian_topk(
@@ -54,7 +58,8 @@ def gaussian_topk(
 
     Args:
       x: rows along the last axis, any floating dtype.
-      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`.
+      z: a scalar, or one value a row: broadcastable to `[*batch, 1]`; a row with -inf
+        is returned unchanged.
       huber_delta: width of the quadratic part; 0 for none.
       where: True = counts, broadcastable to `x`; False entries give 0.
       axis_name: mesh axis or axes over which the last axis is sharded, in `shard_map`.
@@ -66,9 +71,17 @@ def gaussian_topk(
         x = jnp.where(where, x, 0)  # what is under False may be NaN
     # The forward uses theta as rounded to `x.dtype`, but its gradient, a sum over the
     # row, is not rounded.
-    theta = _rounded(_threshold(x, z, where, axis_name), x.dtype)
-    out = soft_threshold(x.astype(theta.dtype) - theta, huber_delta).astype(x.dtype)
+    unchanged = jnp.asarray(z) == -jnp.inf
+    finite, z = _without(unchanged, x, z)
+    theta = _rounded(_threshold(finite, z, where, axis_name), x.dtype)
+    out = soft_threshold(finite.astype(theta.dtype) - theta, huber_delta)
+    out = jnp.where(unchanged, x, out.astype(x.dtype))
     return out if where is None else jnp.where(where, out, 0)
+
+
+def _without(unchanged, x, z) -> tuple[jax.Array, jax.Array]:
+    """`x` and `z` with 0 where a row is unchanged: else infinities reach gradients."""
+    return jnp.where(unchanged, 0, x), jnp.where(unchanged, 0, z)
 
 
 def soft_threshold(excess: jax.Array, huber_delta: float) -> jax.Array:
