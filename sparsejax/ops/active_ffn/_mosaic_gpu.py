@@ -213,9 +213,11 @@ def _sums_of_blocks(x, gate, indices, num_active, up, down, tiles):
 
             dots = _dots(up_ring, slot, x_smem, up_chunks)
 
-            # the sums over threads above wait for all, so all are done with that slot
+            # All threads are done with that slot: the sums above waited for them. The
+            # fence orders their reads before the copy, which takes another path.
             @pl.when((i >= 1) & (upcoming < mine))
             def _():
+                plgpu.commit_smem()
                 load(next_neuron, jax.lax.rem(upcoming, slots))
 
             hidden = [dot * g for dot, g in zip(dots, gates, strict=True)]

@@ -51,7 +51,9 @@ class InterpretTest(parameterized.TestCase):
     def test_matches_reference(self, case, dtype, tiles):
         args = operands(*case, dtype=dtype)
         fn = jax.jit(functools.partial(_mosaic_gpu.active_ffn, tiles=tiles))
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        with plgpu.force_gpu_interpret_mode(
+            plgpu.InterpretGPUParams(detect_races=True)
+        ):
             got = fn(*args)
         want = _reference.active_ffn(*args)
         self.assertEqual(got.dtype, dtype)
@@ -61,7 +63,9 @@ class InterpretTest(parameterized.TestCase):
 
     def test_public_function_with_a_traced_count(self):
         x, gate, indices, _, up, down = operands(2, 256, 256, 6, 6)
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        with plgpu.force_gpu_interpret_mode(
+            plgpu.InterpretGPUParams(detect_races=True)
+        ):
             got = jax.jit(kernel)(x, gate, indices, jnp.int32(4), up, down)
         want = _reference.active_ffn(x, gate, indices, jnp.int32(4), up, down)
         np.testing.assert_array_equal(got, want)
@@ -127,3 +131,21 @@ class TilesTest(parameterized.TestCase):
         self.assertEqual(covered, list(range(length)))
         self.assertLessEqual(max(size for _, size in chunks) * 256, chunk)
         self.assertTrue(all(size % 2 == 0 for _, size in chunks[:-1]))
+
+
+@pytest.mark.gpu
+class DeviceTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ((1, 4096, 4096, 3000, 2621), jnp.bfloat16),
+        ((8, 4096, 4096, 3000, 2621), jnp.bfloat16),
+        ((4, 1280, 2304, 1000, 999), jnp.float16),
+        ((3, 768, 1280, 700, 5), jnp.float32),
+        ((1, 512, 512, 8, 0), jnp.bfloat16),
+    )
+    def test_matches_reference(self, case, dtype):
+        args = operands(*case, dtype=dtype)
+        # small enough that float32 sums are exact; results may be rounded differently
+        got = np.asarray(jax.jit(kernel)(*args), np.float32)
+        want = np.asarray(_reference.active_ffn(*args), np.float32)
+        limit = 2 * float(jnp.finfo(dtype).eps) * (1 + np.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=limit)

@@ -1,0 +1,465 @@
+"""How fast is a decode step of an FFN that reads only the rows of active neurons?
+
+First the up and the down projection alone, with the active neurons given: the dense
+products, a gather of the rows, the loop of `ops.active_ffn` and its kernel, over the
+share of active neurons and the batch. Then a whole Spark FFN, which finds its neurons
+by a predictor and a statistical threshold, against a dense gated FFN of as many
+parameters. Times are of one layer; several layers with weights of their own run in
+turn, so that no cache holds them. The forms run in turn too, so that a busy machine
+slows all alike. On a CPU, `cpu_ms` is the time that all threads computed.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common
+from sparsejax import ops
+
+SPARE = 1.25  # capacity of the list, in numbers of expected neurons
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """One FFN."""
+
+    d_model: int
+    d_ff: int
+    num_layers: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How much of it a step uses."""
+
+    batch: int
+    density: float  # share of the neurons that are active for some row of the batch
+
+
+BATCHES = (1, 2, 4, 8)
+DENSITIES = (0.02, 0.05, 0.08, 0.16, 0.33, 0.5)
+SPARK_DENSITY = 0.08  # of a single row of the batch
+CASES = [Case(*c) for c in itertools.product(BATCHES, DENSITIES)]
+QUICK = [Case(*c) for c in itertools.product((1, 2), (0.08, 0.5))]
+
+
+def size_here(quick: bool) -> Size:
+    dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    if quick:
+        return Size(512, 2048, 2, dtype)
+    return Size(4096, 32768, 8 if dtype == "bfloat16" else 2, dtype)
+
+
+def has_kernel() -> bool:
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return jax.default_backend() == "gpu" and str(capability) == "9.0"
+
+
+def implementations() -> dict[str, str]:
+    """Column name -> what `active_ffn` is told."""
+    found = {"gather": "reference"}
+    if jax.default_backend() == "cpu":
+        found["loop"] = "xla"
+    if has_kernel():
+        found["kernel"] = "mosaic_gpu"
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Of one layer, ms: median, interquartile range, least; threads' time, median."""
+
+    ms: float
+    iqr_ms: float
+    min_ms: float
+    cpu_ms: float
+    min_cpu_ms: float
+
+
+def time_in_turn(fns, num_layers: int, repeats: int) -> dict[str, Time]:
+    """Times functions without arguments, one sample of each in every round."""
+
+    def sample(fn, calls):
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(calls):
+            out = fn()
+        jax.block_until_ready(out)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return np.array([wall, cpu]) * 1e3 / (calls * num_layers)
+
+    calls = {}
+    for name, fn in fns.items():
+        sample(fn, 1)  # compiles
+        calls[name] = math.ceil(2.0 / max(sample(fn, 1)[0] * num_layers, 0.01))
+    samples = {name: [] for name in fns}
+    for _ in range(repeats):
+        for name, fn in fns.items():
+            samples[name].append(sample(fn, calls[name]))
+    times = {}
+    for name, found in samples.items():
+        wall, cpu = np.array(found).T
+        low, median, high = np.percentile(wall, [25, 50, 75])
+        values = (median, high - low, wall.min(), np.median(cpu), cpu.min())
+        times[name] = Time(*map(float, values))
+    return times
+
+
+def chain(layer_form):
+    """All layers in turn, each added to the residual stream."""
+
+    @jax.jit
+    def run(layers, h):
+        for layer in layers:
+            h = h + layer_form(layer, h)
+        return h
+
+    return run
+
+
+def product(matrix, x):
+    """`x @ matrix.T`, read row by row: the fast way on a CPU, where the other is not.
+
+    A batch of 1 is a vector there.
+    """
+    if len(x) == 1:
+        return jnp.dot(matrix, x[0], preferred_element_type=jnp.float32)[None]
+    return jnp.dot(matrix, x.T, preferred_element_type=jnp.float32).T
+
+
+def product_t(x, matrix):
+    """`x @ matrix`."""
+    if len(x) == 1:
+        return jnp.dot(x[0], matrix, preferred_element_type=jnp.float32)[None]
+    return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
+
+
+def down_product(layer, hidden, by):
+    """The down projection, from whichever of the two layouts in memory."""
+    if by == "down":
+        return product_t(hidden, layer["down"])
+    return product(layer["down_t"], hidden)
+
+
+def dense_form(layer, h, by):
+    hidden = product(layer["up"], h) * layer["dense_gate"].astype(jnp.float32)
+    return down_product(layer, hidden.astype(h.dtype), by).astype(h.dtype)
+
+
+def active_form(layer, h, implementation, tiles=None):
+    operands = [
+        h,
+        layer["gate"],
+        layer["indices"],
+        layer["num_active"],
+        layer["up"],
+        layer["down"],
+    ]
+    if tiles is None:
+        return ops.active_ffn(*operands, implementation=implementation)
+    from sparsejax.ops.active_ffn import _mosaic_gpu
+
+    return _mosaic_gpu.active_ffn(*operands, tiles=tiles)
+
+
+def random_matrix(key, rows, columns, dtype, fan_in):
+    return (jax.random.normal(key, (rows, columns)) / fan_in**0.5).astype(dtype)
+
+
+def given_weights(size: Size):
+    layers = []
+    for i in range(size.num_layers):
+        keys = jax.random.split(jax.random.key(i), 2)
+        shape = (size.d_ff, size.d_model, size.dtype)
+        up = random_matrix(keys[0], *shape, fan_in=size.d_model)
+        down = random_matrix(keys[1], *shape, fan_in=size.d_ff)
+        down_t = jax.jit(lambda a: a.T)(down)
+        layers.append({"up": up, "down": down, "down_t": down_t})
+    return layers
+
+
+def with_active(layers, size: Size, case: Case):
+    """The layers with random active neurons, each used by half of the batch or more."""
+    num_active = round(case.density * size.d_ff)
+    capacity = min(size.d_ff, math.ceil(SPARE * num_active))
+    found = []
+    for i, layer in enumerate(layers):
+        rng = np.random.default_rng([i, case.batch, num_active])
+        active = np.zeros(size.d_ff, bool)
+        active[rng.choice(size.d_ff, num_active, replace=False)] = True
+        gate = rng.normal(size=(case.batch, size.d_ff)) * active
+        if case.batch > 1:
+            gate *= rng.random(gate.shape) < 0.5
+        gate = jnp.asarray(gate, size.dtype)
+        indices, count, overflowed = ops.active_indices(jnp.asarray(active), capacity)
+        assert int(count) == num_active and not overflowed
+        found.append(
+            layer
+            | {"dense_gate": gate, "gate": gate[:, indices]}
+            | {"indices": indices, "num_active": count}
+        )
+    return found
+
+
+def check(name, got, want, dtype) -> None:
+    got, want = (np.asarray(a, np.float32) for a in (got, want))
+    error = np.abs(got - want).max() / np.abs(want).max()
+    limit = 1e-5 if dtype == "float32" else 3e-2
+    assert error < limit, f"{name} is off by {error:.1e} of the largest value"
+
+
+def measure(forms, layers, h, dtype, repeats):
+    """Checks that all forms give what the first gives, then times them."""
+    fns = {name: functools.partial(chain(f), layers, h) for name, f in forms.items()}
+    want = next(iter(fns.values()))()
+    for name, fn in fns.items():
+        check(name, fn(), want, dtype)
+    return time_in_turn(fns, len(layers), repeats)
+
+
+def best_of(times, names):
+    return min(names, key=lambda name: times[name].ms)
+
+
+def columns_of(times) -> dict:
+    fields = [field.name for field in dataclasses.fields(Time)]
+    return {
+        f"{name}_{field}": getattr(of_form, field)
+        for name, of_form in times.items()
+        for field in fields
+    }
+
+
+def run_given(layers, size: Size, case: Case, repeats: int) -> dict:
+    layers = with_active(layers, size, case)
+    h = jax.random.normal(jax.random.key(1), (case.batch, size.d_model), size.dtype)
+    dense = {f"dense_{by}": functools.partial(dense_form, by=by) for by in BY}
+    ours = {
+        name: functools.partial(active_form, implementation=implementation)
+        for name, implementation in implementations().items()
+    }
+    times = measure(dense | ours, layers, h, size.dtype, repeats)
+    dense_name, ours_name = best_of(times, dense), best_of(times, ours)
+    num_bytes = 2 * size.d_model * size.d_ff * jnp.dtype(size.dtype).itemsize
+    active_bytes = num_bytes * int(layers[0]["num_active"]) / size.d_ff
+    return (
+        {"part": "given neurons", **dataclasses.asdict(case)}
+        | columns_of(times)
+        | {
+            "dense_ms": times[dense_name].ms,
+            "dense_gb_per_s": num_bytes / times[dense_name].ms / 1e6,
+            "best": ours_name,
+            "best_gb_per_s": active_bytes / times[ours_name].ms / 1e6,
+            "speedup": times[dense_name].ms / times[ours_name].ms,
+            "speedup_of_minima": min(times[name].min_ms for name in dense)
+            / times[ours_name].min_ms,
+            "ideal": 1 / case.density,
+        }
+    )
+
+
+BY = ("down", "down_t")
+
+
+def spark_weights(size: Size):
+    layers, half = [], size.d_model // 2
+    for i in range(size.num_layers):
+        keys = jax.random.split(jax.random.key(i), 6)
+        gated_ff = gated_width(size)
+        shape = (gated_ff, size.d_model, size.dtype)
+        gated = {
+            "gate": random_matrix(keys[0], *shape, fan_in=size.d_model),
+            "up": random_matrix(keys[1], *shape, fan_in=size.d_model),
+            "down": random_matrix(keys[2], *shape, fan_in=gated_ff),
+        }
+        gated["down_t"] = jax.jit(lambda a: a.T)(gated["down"])
+        shape = (size.d_ff, half, size.dtype)
+        spark = {
+            "predictor": random_matrix(keys[3], *shape, fan_in=half),
+            "up": random_matrix(keys[4], *shape, fan_in=half),
+            "down": random_matrix(
+                keys[5], size.d_ff, size.d_model, size.dtype, fan_in=size.d_ff
+            ),
+        }
+        layers.append({"gated": gated, "spark": spark})
+    return layers
+
+
+def gated_width(size: Size) -> int:
+    """Neurons of a gated FFN of as many parameters, to the next multiple of 128."""
+    return math.ceil(size.d_ff * 2 / 3 / 128) * 128
+
+
+def gated_form(layer, h, by):
+    weights = layer["gated"]
+    gate = jax.nn.gelu(product(weights["gate"], h), approximate=True)
+    hidden = (gate * product(weights["up"], h)).astype(h.dtype)
+    return down_product(weights, hidden, by).astype(h.dtype)
+
+
+def spark_gate(layer, h):
+    """The gate before its zeros are left out: You et al., 2025, arXiv 2506.06644."""
+    half = h.shape[1] // 2
+    scores = product(layer["spark"]["predictor"], h[:, :half])
+    mean, std = scores.mean(axis=1, keepdims=True), scores.std(axis=1, keepdims=True)
+    threshold = mean + std * jax.scipy.special.ndtri(1 - SPARK_DENSITY)
+    return jax.nn.gelu(jnp.maximum(scores - threshold, 0), approximate=True)
+
+
+def spark_form(layer, h, implementation, capacity):
+    gate = spark_gate(layer, h)
+    indices, count, _ = ops.active_indices(jnp.any(gate > 0, axis=0), capacity)
+    half, weights = h.shape[1] // 2, layer["spark"]
+    return ops.active_ffn(
+        *(h[:, half:], gate[:, indices], indices, count),
+        *(weights["up"], weights["down"]),
+        implementation=implementation,
+    )
+
+
+def spark_dense_form(layer, h):
+    """The same FFN with its zeros multiplied: what it costs in training."""
+    half, weights = h.shape[1] // 2, layer["spark"]
+    hidden = (spark_gate(layer, h) * product(weights["up"], h[:, half:])).astype(
+        h.dtype
+    )
+    return product_t(hidden, weights["down"]).astype(h.dtype)
+
+
+def run_spark(layers, size: Size, batch: int, repeats: int) -> dict:
+    h = jax.random.normal(jax.random.key(1), (batch, size.d_model), size.dtype)
+    union = 1 - (1 - SPARK_DENSITY) ** batch
+    capacity = min(size.d_ff, math.ceil(SPARE * union * size.d_ff))
+    first = jax.jit(spark_gate)(layers[0], h)
+    active = jnp.any(first > 0, axis=0)
+    ours = {
+        name: functools.partial(
+            spark_form, implementation=implementation, capacity=capacity
+        )
+        for name, implementation in implementations().items()
+    }
+    times = measure(
+        {"spark_dense": spark_dense_form} | ours, layers, h, size.dtype, repeats
+    )
+    gated = {f"gated_{by}": functools.partial(gated_form, by=by) for by in BY}
+    # once more, side by side with what they are compared with
+    fns = {
+        name: functools.partial(chain(form), layers, h)
+        for name, form in (gated | ours).items()
+    }
+    times |= time_in_turn(fns, size.num_layers, repeats)
+    listing = jax.jit(functools.partial(ops.active_indices, capacity=capacity))
+    listing_time = time_in_turn({"x": lambda: listing(active)}, 1, repeats)["x"]
+    gated_name, ours_name = best_of(times, gated), best_of(times, ours)
+    density = float(jnp.mean(active))
+    # in numbers of weights of a d_model x d_ff matrix
+    ideal = 2 / (0.5 + 1.5 * density)
+    return (
+        {"part": "Spark FFN", "batch": batch, "density": density}
+        | columns_of(times)
+        | {
+            "gated_ms": times[gated_name].ms,
+            "best": ours_name,
+            "speedup": times[gated_name].ms / times[ours_name].ms,
+            "speedup_of_minima": min(times[name].min_ms for name in gated)
+            / times[ours_name].min_ms,
+            "ideal": ideal,
+            "indices_ms": listing_time.ms,
+            "indices_min_ms": listing_time.min_ms,
+        }
+    )
+
+
+def run_tiles(layers, size: Size, case: Case, repeats: int) -> list[dict]:
+    """The kernel's tunables, against the default; on a GPU only."""
+    from sparsejax.ops.active_ffn._mosaic_gpu import Tiles
+
+    default = Tiles.default(case.batch, size.d_model, size.d_model, itemsize=2)
+    changes = [
+        {},
+        *({"slots": n} for n in (2, 4, 6, 8, 10)),
+        *({"blocks_per_sm": n, "slots": 12 // n - 1} for n in (1, 2, 3)),
+        *({"parts": n} for n in (1, 2, 4)),
+        *({"chunk": n} for n in (512, 2048, 4096)),
+    ]
+    layers = with_active(layers, size, case)
+    h = jax.random.normal(jax.random.key(1), (case.batch, size.d_model), size.dtype)
+    rows = []
+    for change in changes:
+        tiles = dataclasses.replace(default, **change)
+        slot_bytes = 2 * (size.d_model + size.d_model // tiles.parts)
+        used = tiles.slots * slot_bytes + 2 * case.batch * size.d_model
+        if used * tiles.blocks_per_sm > 220 * 1024 or tiles.slots < 2:
+            continue
+        form = functools.partial(active_form, implementation="mosaic_gpu", tiles=tiles)
+        form = {"x": functools.partial(chain(form), layers, h)}
+        found = time_in_turn(form, size.num_layers, repeats)["x"]
+        rows.append(
+            {"part": "tiles", **dataclasses.asdict(case), **dataclasses.asdict(tiles)}
+            | {"ms": found.ms, "iqr_ms": found.iqr_ms, "min_ms": found.min_ms}
+        )
+    return rows
+
+
+def crossover_notes(rows) -> list[str]:
+    """Up to which density the fastest form wins, for each batch."""
+    notes = []
+    for batch in sorted({row["batch"] for row in rows}):
+        of_batch = [row for row in rows if row["batch"] == batch]
+        wins = [row["density"] for row in of_batch if row["speedup"] > 1]
+        upto = f"up to {max(wins):.0%} of the neurons" if wins else "nowhere"
+        notes.append(f"batch {batch}: faster than dense {upto} of those measured")
+    return notes
+
+
+def show(rows, notes=()) -> None:
+    """Prints the medians; minima, spreads and threads' times are for the JSON."""
+    hidden = ("_min_ms", "_min_cpu_ms", "_down_ms", "_down_t_ms")
+    on_cpu = jax.default_backend() == "cpu"
+
+    def shown(key):
+        if key.endswith("_iqr_ms") and not key.startswith(("loop", "kernel")):
+            return False
+        if key.endswith("_cpu_ms") and not on_cpu:
+            return False
+        return key != "part" and not key.endswith(hidden)
+
+    print()
+    common.print_table(
+        [{k: v for k, v in row.items() if shown(k)} for row in rows], notes
+    )
+
+
+def main(argv=None) -> None:
+    args = common.parse_args(__doc__, argv=argv)
+    size = size_here(args.quick)
+    print(f"{size}; times are of one layer")
+    cases = QUICK if args.quick else CASES
+
+    weights = given_weights(size)
+    given = [run_given(weights, size, case, args.repeats) for case in cases]
+    notes = crossover_notes(given)
+    show(given, notes)
+    tiles = []
+    if has_kernel() and not args.quick:
+        for batch in (1, 4, 8):
+            tiles += run_tiles(weights, size, Case(batch, 0.08), args.repeats)
+        show(tiles)
+    del weights  # before the others are made
+
+    weights = spark_weights(size)
+    batches = sorted({case.batch for case in cases})
+    spark = [run_spark(weights, size, batch, args.repeats) for batch in batches]
+    show(spark)
+    env = common.environment(repeats=args.repeats, **dataclasses.asdict(size))
+    common.write_json(args.json, env, [*given, *tiles, *spark], notes)
+
+
+if __name__ == "__main__":
+    main()
