@@ -30,7 +30,7 @@ class Tiles:
     """How the work is cut.
 
     Attributes:
-      slots: rows in the ring of one block, at least 2.
+      slots: of the ring of one block; with one alone nothing overlaps.
       blocks_per_sm: blocks of threads that share a multiprocessor.
       chunk: entries of a row that are in registers at a time, a multiple of 512.
       num_sms: multiprocessors of the device.
@@ -77,8 +77,8 @@ def unsupported_reason(x: jax.Array, z: ArrayLike) -> str | None:
     d = x.shape[-1]
     if d == 0 or d % 512:
         return f"the last axis must be a multiple of 512; got {d}"
-    # the backward holds two rows, x and its gradient, in each of two slots
-    longest = _SHARED_BYTES // (4 * x.dtype.itemsize) // 512 * 512
+    # a slot of the backward holds two rows, x and the gradient
+    longest = _SHARED_BYTES // (2 * x.dtype.itemsize) // 512 * 512
     if d > longest:
         return f"a row of {x.dtype} must have at most {longest} entries; got {d}"
     if x.size == 0:
@@ -134,7 +134,7 @@ def _rows_bwd(huber_delta, tiles, grad_tiles, residuals, grad):
     del tiles
     x, z, mean, std = residuals
     dx, total = _backward(grad, x, z, mean, std, huber_delta, grad_tiles)
-    return dx, -total * std
+    return dx, jnp.where(z == -jnp.inf, 0, -total * std)
 
 
 _rows.defvjp(_rows_fwd, _rows_bwd)
@@ -219,7 +219,7 @@ def _backward(grad, x, z, mean, std, huber_delta, tiles):
                 ring[slot, 0, rows] = dx.astype(x.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(ring.at[slot, 0], dx_gmem.at[row])
-            total_gmem[row] = jnp.where(unchanged, 0.0, total)
+            total_gmem[row] = total
 
         _walk(num_rows, tiles, full, load, compute)
 
@@ -235,7 +235,7 @@ def _backward(grad, x, z, mean, std, huber_delta, tiles):
 
 
 def _kernel(body, num_rows, tiles, *, out_type, slot, num_arrivals):
-    assert tiles.slots >= 2, tiles
+    assert tiles.slots >= 1 and tiles.chunk >= 512, tiles
     full = plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=tiles.slots)
     return plgpu.kernel(
         body,
@@ -278,13 +278,14 @@ def _walk(num_rows, tiles, full, load, compute) -> None:
         slot = jax.lax.rem(i, slots)
         plgpu.barrier_wait(full.at[slot])
         compute(row(i), slot)
-        # The slot of the row before is free once its store has read it, which this
-        # step's work gave time for.
-        upcoming = i - 1 + slots
+        # A slot is free once its store has read it. The store of the row before had
+        # this step's time for that.
+        lag = 0 if slots == 1 else 1
+        upcoming = i - lag + slots
 
-        @pl.when((i >= 1) & (upcoming < mine))
+        @pl.when((i >= lag) & (upcoming < mine))
         def _():
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(lag, wait_read_only=True)
             load(row(upcoming), jax.lax.rem(upcoming, slots))
 
         return _

@@ -71,7 +71,7 @@ def _rows_fwd(x, z, huber_delta, interpret):
 def _rows_bwd(huber_delta, interpret, residuals, grad):
     x, z, mean, std = residuals
     dx, total = _backward(grad, x, z, mean, std, huber_delta, interpret)
-    return dx, -total * std
+    return dx, jnp.where(z == -jnp.inf, 0, -total * std)
 
 
 _rows.defvjp(_rows_fwd, _rows_bwd)
@@ -111,7 +111,7 @@ def _backward(grad, x, z, mean, std, huber_delta, interpret):
         scale = jnp.where(std == 0.0, 0.0, shift * z / jnp.where(std == 0.0, 1.0, std))
         dx = passed - (shift + scale * (x_block - mean))
         dx_ref[...] = jnp.where(unchanged, grad_block, dx).astype(dx_ref.dtype)
-        total_ref[...] = jnp.where(unchanged, 0.0, total)
+        total_ref[...] = total
 
     outs = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),

@@ -1,0 +1,269 @@
+"""gaussian_topk: the reference against NumPy, the kernels against the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsejax import _compat, ops
+from sparsejax.ops.gaussian_topk import _mosaic_gpu, _pallas_tpu, _reference
+
+ATOL = {jnp.float32: 2e-6, jnp.float16: 4e-3, jnp.bfloat16: 3e-2}
+NEEDS_INTERPRETER = "this jax cannot interpret Mosaic GPU kernels on a CPU"
+
+
+def operands(shape, dtype=jnp.float32, seed=0):
+    """Rows, of which one is constant, and a gradient."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    x = 2 * jax.random.normal(keys[0], shape) + 0.3
+    x = x.at[..., -1, :].set(1.5)
+    g = jax.random.normal(keys[1], shape)
+    return x.astype(dtype), g.astype(dtype)
+
+
+def row_oracle(row, grad, z, delta):
+    """(out, dx, dz) of one row in float64, from the formulas of the docstring."""
+    mean, std = row.mean(), row.std()
+    if z == -np.inf:
+        return row, grad, 0.0
+    u = row - (mean + z * std)
+    if delta:
+        out = np.where(u <= delta, u**2 / (2 * delta), u - delta / 2) * (u > 0)
+        slope = np.clip(u / delta, 0, 1)
+    else:
+        out, slope = np.maximum(u, 0), (u > 0).astype(float)
+    total = (grad * slope).sum()
+    away = (row - mean) / std if std else 0.0
+    dx = grad * slope - total * (1 + z * away) / len(row)
+    return out, dx, -total * std
+
+
+def value_and_gradients(fn, x, z, g):
+    """Output and both gradients of <g, fn(x, z)>."""
+
+    def loss(x, z):
+        out = fn(x, z)
+        return jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32)), out
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (_, out), (dx, dz) = run(x, z)
+    return out, dx, dz
+
+
+class ReferenceTest(parameterized.TestCase):
+    @parameterized.product(huber_delta=[0.0, 0.4], per_row=[True, False])
+    def test_matches_oracle(self, huber_delta, per_row):
+        x, g = operands((2, 3, 40))
+        z = jnp.array([[[1.0], [-0.5], [2.0]], [[-np.inf], [0.0], [0.3]]])
+        z = z if per_row else jnp.float32(1.2)
+        fn = functools.partial(ops.gaussian_topk, huber_delta=huber_delta)
+        out, dx, dz = value_and_gradients(fn, x, z, g)
+        want = [np.zeros(x.shape), np.zeros(x.shape), np.zeros((2, 3, 1))]
+        zs = np.broadcast_to(z, (2, 3, 1))
+        for i in np.ndindex(2, 3):
+            row = np.asarray(x[i], np.float64), np.asarray(g[i], np.float64)
+            for array, value in zip(
+                want, row_oracle(*row, float(zs[i][0]), huber_delta), strict=True
+            ):
+                array[i] = value
+        np.testing.assert_allclose(out, want[0], atol=4e-6)
+        np.testing.assert_allclose(dx, want[1], atol=4e-6)
+        np.testing.assert_allclose(
+            dz, want[2] if per_row else want[2].sum(), rtol=1e-5, atol=1e-5
+        )
+
+    def test_threshold(self):
+        x, _ = operands((4, 32))
+        want = np.asarray(x).mean(-1) + 0.7 * np.asarray(x).std(-1)
+        got = jax.jit(ops.gaussian_threshold)(x, 0.7)
+        self.assertEqual(got.shape, (4, 1))
+        np.testing.assert_allclose(got[:, 0], want, rtol=1e-6)
+        np.testing.assert_array_equal(ops.gaussian_threshold(x, -np.inf), -np.inf)
+
+    def test_errors(self):
+        x = jnp.ones((2, 8))
+        fn = ops.gaussian_topk
+        with self.assertRaisesRegex(TypeError, r"`x` must be floating; got int32\[3\]"):
+            fn(jnp.arange(3), 1.0)
+        with self.assertRaisesRegex(ValueError, "`x` must have at least one axis"):
+            fn(jnp.float32(1), 1.0)
+        with self.assertRaisesRegex(ValueError, r"`z` must be a scalar.*got shape \(8"):
+            fn(x, jnp.ones(8))
+        with self.assertRaisesRegex(ValueError, "`huber_delta` must be.*got -1"):
+            fn(x, 1.0, huber_delta=-1)
+        with self.assertRaisesRegex(TypeError, "`where` must be bool; got float32"):
+            fn(x, 1.0, where=x)
+        with self.assertRaisesRegex(ValueError, r"`where` must broadcast.*got \(3,\)"):
+            fn(x, 1.0, where=jnp.ones(3, bool))
+        with self.assertRaisesRegex(ValueError, "`implementation` must be None or one"):
+            fn(x, 1.0, implementation="triton")
+
+
+class KernelTest(parameterized.TestCase):
+    """Values and gradients of both kernels, run on a CPU."""
+
+    def check(self, kernel, x, z, g, huber_delta=0.0):
+        reference = functools.partial(_reference.gaussian_topk, huber_delta=huber_delta)
+        got = value_and_gradients(kernel, x, z, g)
+        want = value_and_gradients(reference, x, z, g)
+        atol = ATOL[x.dtype.type if x.dtype != jnp.bfloat16 else jnp.bfloat16]
+        for a, b in zip(got, want, strict=True):
+            self.assertEqual(a.dtype, b.dtype)
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4)
+
+    @parameterized.parameters(
+        ((5, 512), jnp.float32, 0.0),
+        ((3, 7, 1536), jnp.bfloat16, 0.4),
+    )
+    def test_tpu(self, shape, dtype, huber_delta):
+        x, g = operands(shape, dtype)
+        kernel = functools.partial(
+            _pallas_tpu.gaussian_topk, huber_delta=huber_delta, interpret=True
+        )
+        self.check(kernel, x, jnp.float32(1.2), g, huber_delta)
+
+    def test_tpu_with_a_last_block_that_reaches_past_the_end(self):
+        x, g = operands((37, 16384), jnp.bfloat16)
+        kernel = functools.partial(_pallas_tpu.gaussian_topk, interpret=True)
+        self.check(kernel, x, jnp.float32(1.4), g)
+
+    def test_tpu_rows_of_their_own_z(self):
+        x, g = operands((4, 256))
+        x = x.at[1, 3].set(jnp.nan).at[2, 3].set(jnp.inf)
+        z = jnp.array([[1.0], [0.5], [-np.inf], [-np.inf]])
+        kernel = functools.partial(_pallas_tpu.gaussian_topk, interpret=True)
+        self.check(kernel, x, z, g)
+        got = jax.jit(jax.vmap(kernel))(x[:, None], z)
+        want = jax.jit(_reference.gaussian_topk)(x, z)
+        np.testing.assert_allclose(got[:, 0], want, atol=2e-6)
+
+    def check_gpu(self, x, z, g, huber_delta, tiles):
+        if not _compat.can_interpret_mosaic_gpu(plgpu):
+            self.skipTest(NEEDS_INTERPRETER)
+        kernel = functools.partial(
+            _mosaic_gpu.gaussian_topk,
+            huber_delta=huber_delta,
+            tiles=tiles,
+            grad_tiles=tiles,
+        )
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            self.check(kernel, x, z, g, huber_delta)
+
+    # Few blocks, so that every one refills its ring; a ring longer than the rows.
+    @parameterized.parameters(
+        ((9, 1024), jnp.float32, 0.0, _mosaic_gpu.Tiles(2, 1, 512, 2)),
+        ((7, 1536), jnp.bfloat16, 0.4, _mosaic_gpu.Tiles(3, 1, 1024, 1)),
+        ((3, 512), jnp.float32, 0.0, _mosaic_gpu.Tiles(1, 1, 512, 1)),
+        ((2, 2, 512), jnp.float16, 0.0, _mosaic_gpu.Tiles(8, 2, 4096, 3)),
+    )
+    def test_gpu(self, shape, dtype, huber_delta, tiles):
+        x, g = operands(shape, dtype)
+        self.check_gpu(x, jnp.float32(1.2), g, huber_delta, tiles)
+
+    @parameterized.parameters(0.0, 0.4)
+    def test_gpu_rows_of_their_own_z(self, huber_delta):
+        x, g = operands((4, 512))
+        x = x.at[1, 3].set(jnp.nan).at[2, 3].set(jnp.inf)
+        z = jnp.array([[1.0], [0.5], [-np.inf], [-np.inf]])
+        self.check_gpu(x, z, g, huber_delta, None)
+
+    def test_gpu_under_vmap(self):
+        if not _compat.can_interpret_mosaic_gpu(plgpu):
+            self.skipTest(NEEDS_INTERPRETER)
+        x, _ = operands((3, 2, 512))
+        z = jnp.array([0.5, 1.0, 1.5])
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            got = jax.jit(jax.vmap(_mosaic_gpu.gaussian_topk))(x, z)
+        want = jax.jit(_reference.gaussian_topk)(x, z[:, None, None])
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+class LoweringTest(parameterized.TestCase):
+    """Programs for a GPU and a TPU, exported from a CPU."""
+
+    @parameterized.product(
+        case=[
+            ("mosaic_gpu", "cuda", "mosaic_gpu"),
+            ("pallas_tpu", "tpu", "tpu_custom_call"),
+        ],
+        width=[13824, 16384],
+        dtype=[jnp.bfloat16, jnp.float32],
+        huber_delta=[0.0, 0.1],
+    )
+    def test_exports(self, case, width, dtype, huber_delta):
+        implementation, platform, call = case
+        if width == 16384 and huber_delta:
+            return
+        fn = functools.partial(
+            ops.gaussian_topk, huber_delta=huber_delta, implementation=implementation
+        )
+
+        def step(x, z):
+            loss = lambda x, z: fn(x, z).astype(jnp.float32).sum()  # noqa: E731
+            return fn(x, z), jax.grad(loss, argnums=(0, 1))(x, z)
+
+        x = jax.ShapeDtypeStruct((64, width), dtype)
+        z = jax.ShapeDtypeStruct((), jnp.float32)
+        exported = jax.export.export(jax.jit(step), platforms=[platform])(x, z)
+        self.assertGreaterEqual(exported.mlir_module().count(f"@{call}"), 3)
+
+    def test_scan_over_layers(self):
+        def layers(x, z):
+            def layer(x, z):
+                return ops.gaussian_topk(x, z, implementation="mosaic_gpu"), None
+
+            return jax.lax.scan(layer, x, z)[0]
+
+        x, z = jax.ShapeDtypeStruct((8, 512), jnp.bfloat16), jnp.zeros(3)
+        exported = jax.export.export(jax.jit(layers), platforms=["cuda"])(x, z)
+        self.assertIn("mosaic_gpu", exported.mlir_module())
+
+    @parameterized.parameters(
+        ("mosaic_gpu", (4, 1000), "float32", "must be a multiple of 512; got 1000"),
+        ("mosaic_gpu", (4, 0), "float32", "must be a multiple of 512; got 0"),
+        ("mosaic_gpu", (0, 512), "float32", "there must be a row"),
+        ("mosaic_gpu", (4, 65536), "bfloat16", "at most 51200 entries; got 65536"),
+        ("mosaic_gpu", (4, 512), "float8_e4m3fn", "must be bfloat16, float16 or"),
+        ("pallas_tpu", (4, 100), "float32", "a multiple of 128, at most 16384"),
+        ("pallas_tpu", (4, 32768), "bfloat16", "at most 16384; got 32768"),
+        ("pallas_tpu", (4, 128), "float16", "must be bfloat16 or float32"),
+        ("pallas_tpu", (0, 128), "float32", "there must be a row"),
+    )
+    def test_unsupported_operands(self, implementation, shape, dtype, reason):
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        fn = functools.partial(ops.gaussian_topk, implementation=implementation)
+        with self.assertRaisesRegex(
+            NotImplementedError, f"implementation='{implementation}': .*{reason}"
+        ):
+            jax.eval_shape(fn, x, 1.0)
+
+    @parameterized.parameters("mosaic_gpu", "pallas_tpu")
+    def test_only_the_reference_takes_where_and_axis_name(self, implementation):
+        fn = functools.partial(ops.gaussian_topk, implementation=implementation)
+        x = jnp.ones((4, 512))
+        with self.assertRaisesRegex(NotImplementedError, "only the reference takes `w"):
+            fn(x, 1.0, where=x > 0)
+        with self.assertRaisesRegex(NotImplementedError, "only the reference takes `a"):
+            fn(x, 1.0, axis_name="model")
+
+
+class TilesTest(parameterized.TestCase):
+    @parameterized.product(width=[512, 1536, 13824, 16384, 25600], rows=[1, 2])
+    def test_default_fits_into_shared_memory(self, width, rows):
+        slot = 2 * width * rows
+        tiles = _mosaic_gpu.Tiles.default(slot)
+        self.assertGreaterEqual(tiles.slots, 2)
+        self.assertEqual(_mosaic_gpu.Tiles.default(200 * 1024).slots, 1)
+        used = tiles.blocks_per_sm * tiles.slots * slot
+        self.assertLessEqual(used, 200 * 1024)
+
+    @parameterized.product(width=[512, 1536, 13824, 16384], chunk=[512, 4096, 16384])
+    def test_chunks_cover_a_row(self, width, chunk):
+        pieces = _mosaic_gpu._chunks(width // 256, chunk)
+        covered = [i for p in pieces for i in range(p.start, p.start + p.size)]
+        self.assertEqual(covered, list(range(width // 256)))
+        self.assertTrue(all(p.size % 2 == 0 and p.size * 256 <= chunk for p in pieces))
