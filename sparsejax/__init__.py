@@ -52,12 +52,13 @@ from sparsejax.transforms import structure_decay as structure_decay
 from sparsejax.transforms import weight_scaling as weight_scaling
 
 if TYPE_CHECKING:
+    from sparsejax import decode as decode
     from sparsejax import models as models
     from sparsejax import nn as nn
 
 __version__ = "0.1.0"
 
-_LAZY = ("models", "nn", "training")  # these load flax; `import sparsejax` does not
+_LAZY = ("decode", "models", "nn", "training")  # load flax
 
 
 def __getattr__(name: str):

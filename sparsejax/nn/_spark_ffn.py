@@ -85,15 +85,26 @@ class SparkFFN(nnx.Module):
         self.up = make(d_model - (split or 0), d_ff)
         self.down = make(d_ff, d_model)
 
+    def parts(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the gate and what `up` sees of the input."""
+        return x[..., : self.split], x[..., self.split or 0 :]
+
+    def gate_values(
+        self, x: Float[Array, "*batch d_model"], *, k: ArrayLike | None = None
+    ) -> Float[Array, "*batch d_ff"]:
+        """Computes the activated gate; a neuron is active where it is not 0."""
+        kept = activations.statistical_topk(
+            self.gate(self.parts(x)[0]),
+            self.k if k is None else k,
+            implementation=self.implementation,
+        )
+        return self.activation(kept)
+
     def hidden(
         self, x: Float[Array, "*batch d_model"], *, k: ArrayLike | None = None
     ) -> Float[Array, "*batch d_ff"]:
         """Computes the activations of the neurons, the input of `down`."""
-        gate, up = self.gate(x[..., : self.split]), self.up(x[..., self.split or 0 :])
-        kept = activations.statistical_topk(
-            gate, self.k if k is None else k, implementation=self.implementation
-        )
-        return self.activation(kept) * up
+        return self.gate_values(x, k=k) * self.up(self.parts(x)[1])
 
     def __call__(
         self,

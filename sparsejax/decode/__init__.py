@@ -1,0 +1,10 @@
+"""Generation with a cache, in which sparse layers read only what is active."""
+
+from sparsejax.decode._cache import Cache as Cache
+from sparsejax.decode._generate import Generated as Generated
+from sparsejax.decode._generate import generate as generate
+from sparsejax.decode._model import DecodeModel as DecodeModel
+from sparsejax.decode._model import prepare as prepare
+from sparsejax.decode._step import Overflows as Overflows
+from sparsejax.decode._step import decode_step as decode_step
+from sparsejax.decode._step import prefill as prefill

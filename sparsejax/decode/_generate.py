@@ -1,0 +1,155 @@
+"""The generation loop: prefill, then one token at a time, in one compiled program."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Int
+
+from sparsejax.decode._model import DecodeModel
+from sparsejax.decode._step import Overflows, decode_step, prefill
+
+
+class Generated(NamedTuple):
+    """What `generate` returns.
+
+    Attributes:
+      tokens: int32 `[batch, num_tokens]`; after a stop token, stop tokens.
+      overflows: for each layer the steps in which it was computed densely, as more was
+        active than there was room for.
+    """
+
+    tokens: jax.Array
+    overflows: Overflows
+
+
+def generate(
+    model: DecodeModel,
+    prompts: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"] | None = None,
+    *,
+    num_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    stop_token: int | None = None,
+    key: jax.Array | None = None,
+) -> Generated:
+    """Continues each prompt by `num_tokens` tokens.
+
+    Every shape is static: one compilation serves all prompts of a shape. The cache
+    lives on the device; nothing returns to the host before the end.
+
+    Args:
+      model: from `sj.decode.prepare`.
+      prompts: tokens in `[0, vocab_size)`, filled up at the end with anything.
+      lengths: of the prompts, in `[1, seq]`; all are full by default.
+      num_tokens: tokens to generate, at least 1.
+      temperature: 0 takes the likeliest token (of equal ones the lowest); above 0,
+        tokens are drawn from the softmax of `logits / temperature`.
+      top_k: draw from the `top_k` likeliest tokens only.
+      stop_token: a sequence that drew it repeats it to its end.
+      key: for drawing; needed if `temperature` is above 0.
+
+    Returns:
+      The tokens, and what overflowed.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+
+    Example:
+      >>> from flax import nnx
+      >>> config = sj.models.DecoderConfig(num_layers=1)
+      >>> model = sj.decode.prepare(sj.models.Decoder(config, rngs=nnx.Rngs(0)))
+      >>> prompts = jnp.array([[72, 105, 33], [72, 0, 0]])
+      >>> out = sj.decode.generate(model, prompts, jnp.array([3, 1]), num_tokens=5)
+      >>> out.tokens.shape
+      (2, 5)
+    """
+    prompts = jnp.asarray(prompts)
+    if prompts.ndim != 2 or 0 in prompts.shape:
+        raise ValueError(
+            "`prompts` must be [batch, seq], neither of them 0; got shape "
+            f"{prompts.shape}."
+        )
+    batch, seq = prompts.shape
+    lengths = jnp.full(batch, seq) if lengths is None else jnp.asarray(lengths)
+    _check_lengths(lengths, batch, seq)
+    vocab = model.decoder().config.vocab_size
+    if num_tokens < 1:
+        raise ValueError(f"`num_tokens` must be at least 1; got {num_tokens}.")
+    if not temperature >= 0:
+        raise ValueError(f"`temperature` must be at least 0; got {temperature}.")
+    if top_k is not None and not 1 <= top_k <= vocab:
+        raise ValueError(f"`top_k` must be in [1, {vocab}]; got {top_k}.")
+    if temperature > 0 and key is None:
+        raise ValueError(
+            f"`key` is needed to draw tokens at temperature={temperature}; pass "
+            "`key=jax.random.key(0)`, or temperature=0 for the likeliest."
+        )
+    return _generate(
+        model,
+        prompts,
+        lengths,
+        jax.random.key(0) if key is None else key,
+        jnp.float32(temperature),
+        greedy=temperature == 0,
+        top_k=top_k,
+        num_tokens=num_tokens,
+        stop_token=stop_token,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("greedy", "top_k", "num_tokens", "stop_token")
+)
+def _generate(
+    model, prompts, lengths, key, temperature, *, greedy, top_k, num_tokens, stop_token
+):
+    def sample(logits, step):
+        if greedy:
+            return jnp.argmax(logits, axis=-1)
+        if top_k is not None:
+            least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+            logits = jnp.where(logits >= least, logits, -jnp.inf)
+        drawn = jax.random.fold_in(key, step)
+        return jax.random.categorical(drawn, logits / temperature)
+
+    def body(carry, step):
+        token, stopped, cache, total = carry
+        logits, cache, overflows = decode_step(model, token, cache)
+        token, stopped = choose(logits, step, token, stopped)
+        total = jax.tree.map(jnp.add, total, overflows)
+        return (token, stopped, cache, total), token
+
+    def choose(logits, step, before, stopped):
+        token = sample(logits, step).astype(jnp.int32)
+        if stop_token is None:
+            return token, stopped
+        token = jnp.where(stopped, before, token)
+        return token, token == stop_token
+
+    capacity = prompts.shape[1] + num_tokens
+    logits, cache = prefill(model, prompts, lengths, capacity=capacity)
+    nothing = jnp.zeros(len(prompts), jnp.int32)
+    first, stopped = choose(logits, 0, nothing, nothing > 0)
+    none = jnp.zeros(len(model.up), jnp.int32)
+    carry = (first, stopped, cache, Overflows(none, none))
+    (*_, total), rest = jax.lax.scan(body, carry, jnp.arange(1, num_tokens))
+    return Generated(jnp.concatenate([first[None], rest]).T, total)
+
+
+def _check_lengths(lengths: jax.Array, batch: int, seq: int) -> None:
+    """Raises unless there is one length for each prompt, and known ones fit."""
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"`lengths` must be {batch} integers, one for each prompt; got "
+            f"{jax.typeof(lengths)}."
+        )
+    if isinstance(lengths, Tracer):
+        return
+    known = np.asarray(lengths)
+    if (known < 1).any() or (known > seq).any():
+        raise ValueError(f"`lengths` must be in [1, {seq}]; got {known.tolist()}.")

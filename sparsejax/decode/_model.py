@@ -1,0 +1,100 @@
+"""A decoder made ready for decoding: weights by neuron, and how much is gathered."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsejax import nn
+from sparsejax.models import Decoder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeModel:
+    """A `Decoder` as a pytree, from `prepare`.
+
+    Attributes:
+      state: the weights of the model.
+      up: for each layer the kernel of `up` as `[d_ff, d_in]`, a neuron's weights side
+        by side; None where the layer is computed densely.
+      graph: the model without its weights.
+      sparse: skip what is not active.
+      capacity_factor: room for active neurons and attended keys, over the expected.
+    """
+
+    state: nnx.State
+    up: tuple[jax.Array | None, ...]
+    graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+    sparse: bool = dataclasses.field(metadata={"static": True})
+    capacity_factor: float = dataclasses.field(metadata={"static": True})
+
+    def decoder(self) -> Decoder:
+        """The model, over the same weights."""
+        return nnx.merge(self.graph, self.state)
+
+
+def prepare(
+    model: Decoder, *, sparse: bool = True, capacity_factor: float = 2.0
+) -> DecodeModel:
+    """Makes a trained model ready for `generate`.
+
+    Of a `SparkFFN` whose threshold leaves neurons out, the kernel of `up` is stored a
+    second time, a row for each neuron (that of `down` has such rows already). Dense
+    layers stay as they are.
+
+    Args:
+      model: any `sj.models.Decoder`; dense and sparse layers may be mixed.
+      sparse: False computes sparse layers densely: the same tokens, to compare with.
+      capacity_factor: room for active neurons and attended keys, as a multiple of the
+        expected number; at least 1. A step that needs more is computed densely, and
+        counted: results do not depend on it.
+
+    Returns:
+      A pytree, to be passed through `jax.jit` as any other.
+
+    Raises:
+      ValueError: if `capacity_factor` is below 1.
+
+    Example:
+      >>> from flax import nnx
+      >>> config = sj.models.DecoderConfig(num_layers=1)
+      >>> model = sj.decode.prepare(sj.models.Decoder(config, rngs=nnx.Rngs(0)))
+      >>> prompt = jnp.array([[72, 101]])
+      >>> sj.decode.generate(model, prompt, num_tokens=3).tokens.shape
+      (1, 3)
+    """
+    if not capacity_factor >= 1:
+        raise ValueError(
+            f"`capacity_factor` must be at least 1; got {capacity_factor}."
+        )
+    graph, state = nnx.split(model)
+    up = tuple(
+        jnp.asarray(block.ffn.up.kernel[...]).T
+        if sparse and is_sparse(block.ffn)
+        else None
+        for block in model.blocks
+    )
+    return DecodeModel(state, up, graph, sparse, float(capacity_factor))
+
+
+def is_sparse(ffn: object) -> bool:
+    """Whether a feed-forward layer leaves neurons out."""
+    return isinstance(ffn, nn.SparkFFN) and ffn.k < ffn.gate.out_features
+
+
+def neuron_capacity(ffn: nn.SparkFFN, batch: int, factor: float) -> int:
+    """Room for the neurons that any of `batch` tokens uses; at most all.
+
+    Expected is the union of independent choices of `k` neurons for each token.
+    """
+    d_ff = ffn.gate.out_features
+    expected = d_ff * -math.expm1(batch * math.log1p(-ffn.k / d_ff))
+    return min(d_ff, math.ceil(factor * expected))
+
+
+def key_capacity(attention: nn.SparkAttention, factor: float) -> int:
+    """Room for the keys that one query attends to."""
+    return math.ceil(factor * attention.k)

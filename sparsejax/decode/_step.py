@@ -1,0 +1,117 @@
+"""Prefill and one step of decoding: the decoder's layers over a cache."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparsejax import attention, nn
+from sparsejax.decode._cache import Cache
+from sparsejax.decode._layers import active_ffn, gathered_attention
+from sparsejax.decode._model import DecodeModel
+
+
+class Overflows(NamedTuple):
+    """How often more was active than there was room for: int32 `[num_layers]` each.
+
+    The layer was then computed densely, with the same result.
+    """
+
+    ffn: jax.Array
+    attention: jax.Array
+
+
+def prefill(
+    model: DecodeModel,
+    tokens: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"],
+    *,
+    capacity: int,
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Reads the prompts.
+
+    All layers are computed densely: over many tokens nearly every neuron is used.
+
+    Args:
+      model: from `prepare`.
+      tokens: prompts, filled up at the end with anything.
+      lengths: of the prompts, in `[1, seq]`.
+      capacity: slots of the cache, at least `seq`: prompt and what is to come.
+
+    Returns:
+      float32 logits of the token after each prompt, and the cache.
+    """
+    decoder = model.decoder()
+    seq = tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
+    x = decoder.embed(tokens)
+    keys, values = [], []
+    for block in decoder.blocks:
+        query, key, value = block.attention.project(block.attention_norm(x), positions)
+        y, _ = block.attention.attend(query, key, value)
+        x = x + block.attention.out(y.reshape(*y.shape[:2], -1))
+        x = x + block.ffn(block.ffn_norm(x))
+        room = ((0, 0), (0, capacity - seq), (0, 0), (0, 0))
+        keys.append(jnp.pad(key, room))
+        values.append(jnp.pad(value, room))
+    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+    cache = Cache(tuple(keys), tuple(values), lengths.astype(jnp.int32))
+    return decoder.logits(last), cache
+
+
+def decode_step(
+    model: DecodeModel, tokens: Int[Array, " batch"], cache: Cache
+) -> tuple[Float[Array, "batch vocab"], Cache, Overflows]:
+    """Appends one token to each sequence.
+
+    Args:
+      model: from `prepare`.
+      tokens: the next token of each sequence.
+      cache: of the tokens before, with a slot left in each sequence. Donate it, or
+        carry it through `lax.scan`: it is then changed in place.
+
+    Returns:
+      float32 logits of the token after these, the cache, and what overflowed: 0 or 1
+      for each layer.
+    """
+    decoder = model.decoder()
+    positions = cache.lengths[:, None]
+    slots = jnp.arange(cache.keys[0].shape[1])[None]
+    x = decoder.embed(tokens)[:, None]
+    keys, values, ffn_overflows, attention_overflows = [], [], [], []
+    for layer, block in enumerate(decoder.blocks):
+        query, key, value = block.attention.project(block.attention_norm(x), positions)
+        key = _append(cache.keys[layer], key, cache.lengths)
+        value = _append(cache.values[layer], value, cache.lengths)
+        valid = attention.causal_mask(positions, slots, window=block.attention.window)
+        y, overflow = _attend(model, block.attention, query, key, value, valid)
+        attention_overflows.append(overflow)
+        x = x + block.attention.out(y.reshape(*y.shape[:2], -1))
+        y, overflow = _feed_forward(model, layer, block.ffn, block.ffn_norm(x)[:, 0])
+        ffn_overflows.append(overflow)
+        x = x + y[:, None]
+        keys.append(key)
+        values.append(value)
+    cache = Cache(tuple(keys), tuple(values), cache.lengths + 1)
+    overflows = Overflows(jnp.stack(ffn_overflows), jnp.stack(attention_overflows))
+    return decoder.logits(x[:, 0]), cache, overflows
+
+
+def _append(cached: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Writes `new[b, 0]` into slot `lengths[b]`."""
+    return cached.at[jnp.arange(len(lengths)), lengths].set(new[:, 0])
+
+
+def _attend(model, layer, query, key, value, valid):
+    if model.sparse and isinstance(layer, nn.SparkAttention):
+        return gathered_attention(
+            layer, query, key, value, valid, factor=model.capacity_factor
+        )
+    return layer.attend(query, key, value, valid)[0], jnp.int32(0)
+
+
+def _feed_forward(model, layer, ffn, x):
+    if model.up[layer] is None:
+        return ffn(x), jnp.int32(0)
+    return active_ffn(ffn, model.up[layer], x, factor=model.capacity_factor)

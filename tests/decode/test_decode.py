@@ -1,0 +1,209 @@
+"""Decoding with a cache, sparse or dense, equals the whole forward at every token."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from flax import nnx
+
+from sparsejax import decode, models, nn
+from sparsejax.decode import _layers
+
+CONFIG = models.DecoderConfig(
+    vocab_size=31,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=192,
+)
+SPARK = {
+    "ffn": functools.partial(nn.SparkFFN, k=15, split=16),
+    "attention": functools.partial(nn.SparkAttention, k=4, split=4),
+}
+KINDS = {
+    "dense": {},
+    "spark": SPARK,
+    "spark_window": SPARK
+    | {"attention": functools.partial(nn.SparkAttention, k=3, split=4, window=11)},
+    "gemma": {
+        "ffn": (functools.partial(nn.SparkFFN, k=10, split=None), nn.GatedFFN),
+        "attention": functools.partial(nn.Attention, window=9),
+    },
+}
+
+
+@functools.cache
+def made(kind, dtype):
+    config = dataclasses.replace(CONFIG, **KINDS[kind], dtype=dtype, param_dtype=dtype)
+
+    @nnx.jit
+    def create():
+        model = models.Decoder(config, rngs=nnx.Rngs(0))
+        # larger weights, so that tokens differ more
+        nnx.update(model, jax.tree.map(lambda x: 1.5 * x, nnx.state(model, nnx.Param)))
+        return model
+
+    return nnx.split(create())
+
+
+def make(kind, dtype=jnp.float32):
+    return nnx.merge(*made(kind, dtype))
+
+
+def prompts(batch=3, seq=20):
+    return jax.random.randint(jax.random.key(5), (batch, seq), 0, 31)
+
+
+prefill = jax.jit(decode.prefill, static_argnames="capacity")
+whole = nnx.jit(lambda model, tokens: model(tokens))
+
+
+def assert_close(got, want):
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+class StepTest(parameterized.TestCase):
+    @parameterized.product(kind=list(KINDS), sparse=[True, False])
+    def test_logits_equal_the_whole_forward(self, kind, sparse):
+        """Each token is appended by itself; prompts of different lengths."""
+        model = make(kind)
+        tokens, lengths = prompts(), jnp.array([1, 7, 12])
+        want = np.asarray(whole(model, tokens))
+        ready = decode.prepare(model, sparse=sparse)
+        logits, cache = prefill(ready, tokens[:, :12], lengths, capacity=20)
+        step = jax.jit(
+            chex.assert_max_traces(decode.decode_step, n=1), donate_argnums=2
+        )
+        rows = np.arange(3)
+        for i in range(8):
+            at = np.asarray(lengths) + i
+            assert_close(logits, want[rows, at - 1])
+            logits, cache, _ = step(ready, tokens[rows, at], cache)
+        np.testing.assert_array_equal(cache.lengths, lengths + 8)
+
+    def test_overflow_is_counted_and_changes_nothing(self):
+        model = make("spark")
+        # a quarter of the neurons has the same gate: all of it survives, not k
+        kernel = model.blocks[1].ffn.gate.kernel
+        kernel[...] = jnp.where(jnp.arange(192) < 48, kernel[...][:, :1], 0)
+        tokens = prompts()
+        want = np.asarray(whole(model, tokens))[:, -1]
+        got = []
+        for sparse, factor in ((True, 1.0), (True, 20.0), (False, 1.0)):
+            ready = decode.prepare(model, sparse=sparse, capacity_factor=factor)
+            _, cache = prefill(ready, tokens[:, :19], jnp.full(3, 19), capacity=20)
+            logits, _, overflows = jax.jit(decode.decode_step)(
+                ready, tokens[:, 19], cache
+            )
+            assert_close(logits, want)
+            got.append(overflows.ffn.tolist())
+        self.assertEqual(got[0][1], 1)
+        self.assertEqual(got[1:], [[0, 0], [0, 0]])
+
+    def test_reads_few_neurons(self):
+        """Rows of neurons that are not active may hold anything."""
+        model = make("spark")
+        x = jax.random.normal(jax.random.key(0), (1, 32))
+        ffn = model.blocks[0].ffn
+        idle = np.asarray(ffn.gate_values(x) == 0)[0]
+        self.assertGreater(idle.mean(), 0.85)
+        want = ffn(x)
+        ready = decode.prepare(model, capacity_factor=2)
+        up = jnp.where(idle[:, None], jnp.nan, ready.up[0])
+        got, overflowed = _layers.active_ffn(ffn, up, x, factor=2.0)
+        self.assertEqual(int(overflowed), 0)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def greedy_oracle(model, tokens, lengths, num_tokens):
+    """The whole forward again for each token."""
+    out = []
+    for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True):
+        text = list(row[:length])
+        for _ in range(num_tokens):
+            padded = np.zeros((1, 32), int)
+            padded[0, : len(text)] = text
+            text.append(int(whole(model, padded)[0, len(text) - 1].argmax()))
+        out.append(text[length:])
+    return np.array(out)
+
+
+class GenerateTest(parameterized.TestCase):
+    @parameterized.product(kind=["dense", "spark"])
+    def test_greedy_token_for_token(self, kind):
+        model = make(kind)
+        lengths = jnp.array([20, 3, 9])
+        want = greedy_oracle(model, prompts(), lengths, 10)
+        for sparse in (True, False):
+            ready = decode.prepare(model, sparse=sparse)
+            got = decode.generate(ready, prompts(), lengths, num_tokens=10)
+            np.testing.assert_array_equal(got.tokens, want)
+            self.assertEqual(got.overflows.ffn.shape, (2,))
+
+    def test_sampling(self):
+        ready = decode.prepare(make("spark"))
+        first = prompts(batch=1)
+        many = jnp.tile(first, (400, 1))
+        draw = functools.partial(decode.generate, ready, many, num_tokens=1)
+        key = jax.random.key(0)
+        tokens = np.asarray(draw(temperature=2.0, key=key).tokens)[:, 0]
+        again = np.asarray(draw(temperature=2.0, key=key).tokens)[:, 0]
+        np.testing.assert_array_equal(tokens, again)
+        logits = np.asarray(whole(make("spark"), first))[0, -1].astype(np.float64)
+        p = np.exp((logits - logits.max()) / 2)
+        p /= p.sum()
+        freq = np.bincount(tokens, minlength=31) / 400
+        self.assertLess(np.abs(freq - p).max(), 4 * np.sqrt(p * (1 - p) / 400).max())
+        best = np.argsort(-logits)[:3]
+        few = np.asarray(draw(temperature=5.0, top_k=3, key=key).tokens)[:, 0]
+        self.assertEqual(set(few), set(best))
+        cold = np.asarray(draw(temperature=1e-4, key=key).tokens)
+        np.testing.assert_array_equal(cold, np.full((400, 1), best[0]))
+
+    def test_a_stop_token_is_repeated(self):
+        ready = decode.prepare(make("dense"))
+        free = np.asarray(decode.generate(ready, prompts(), num_tokens=12).tokens)
+        stop = int(free[0, 4])
+        got = np.asarray(
+            decode.generate(ready, prompts(), num_tokens=12, stop_token=stop).tokens
+        )
+        for row, want in zip(got, free, strict=True):
+            end = list(want).index(stop) + 1 if stop in want else 12
+            np.testing.assert_array_equal(row[:end], want[:end])
+            np.testing.assert_array_equal(row[end:], np.full(12 - end, stop))
+
+    def test_bfloat16(self):
+        ready = decode.prepare(make("spark", jnp.bfloat16))
+        out = decode.generate(ready, prompts(), num_tokens=4)
+        self.assertEqual(out.tokens.dtype, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tokens": 0}, "`num_tokens` must be at least 1; got 0"),
+        ({"temperature": -1.0}, "`temperature` must be at least 0"),
+        ({"temperature": 1.0}, "`key` is needed to draw tokens"),
+        ({"top_k": 32}, r"`top_k` must be in \[1, 31\]; got 32"),
+        ({"lengths": jnp.array([1, 2])}, "`lengths` must be 3 integers"),
+        ({"lengths": jnp.array([1, 0, 3])}, r"must be in \[1, 20\]; got \[1, 0, 3\]"),
+        ({"lengths": jnp.array([1, 21, 3])}, r"must be in \[1, 20\]"),
+        ({"prompts": jnp.zeros((3, 0), int)}, r"`prompts` must be \[batch, seq\]"),
+    ],
+)
+def test_bad_input_raises(options, message):
+    ready = decode.prepare(make("spark"))
+    with pytest.raises(ValueError, match=message):
+        decode.generate(ready, **{"prompts": prompts(), "num_tokens": 2} | options)
+
+
+def test_too_little_room_raises():
+    with pytest.raises(ValueError, match="`capacity_factor` must be at least 1; got 0"):
+        decode.prepare(make("spark"), capacity_factor=0.5)
