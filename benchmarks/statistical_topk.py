@@ -1,0 +1,160 @@
+"""What does the statistical top-k cost, against a ReLU and against an exact top-k?
+
+A ReLU reads each activation once and writes it once, which is the least that any
+selector can do. Timed: the fused kernel with several ways to cut the work, the same
+operator in plain XLA, `lax.top_k` and `lax.approx_max_k` (the k values alone, no mask),
+and forward with backward where there is one. Results are checked before they are timed.
+Bytes a second count two arrays forward, and five forward and backward: x and the
+result, then x and both gradients. A ReLU moves four, since one pass can do both.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+import sparsejax as sj
+from benchmarks import common
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Rows of pre-activations and how many of each survive."""
+
+    rows: int
+    width: int
+    k: int
+    dtype: str = "bfloat16"
+
+
+CASES = [Case(8192, 16384, 1311), Case(8192, 13824, 1106)]  # 8%
+QUICK = [Case(64, 1024, 82), Case(64, 1024, 82, "float32")]
+KERNELS = {"gpu": "mosaic_gpu", "tpu": "pallas_tpu"}
+# (slots, blocks on a multiprocessor, chunk) of the kernel for Hopper
+TILES = [
+    *((slots, 1, 4096) for slots in (2, 3, 6)),
+    *((slots, 2, 4096) for slots in (1, 2, 3)),
+    *((3, 2, chunk) for chunk in (1024, 2048, 8192, 16384)),
+    *((slots, 3, 4096) for slots in (1, 2)),
+    (1, 6, 4096),
+]
+
+
+def kernels(case: Case) -> Iterator[tuple[str, Callable]]:
+    """The kernel as it is called, and on a GPU with other tiles."""
+    name = KERNELS.get(jax.default_backend())
+    if name is None:
+        return
+    topk = functools.partial(sj.statistical_topk, k=case.k, implementation=name)
+    yield "kernel", topk
+    if name != "mosaic_gpu":
+        return
+    from sparsejax.ops.gaussian_topk import _mosaic_gpu
+
+    z = -statistics.NormalDist().inv_cdf(case.k / case.width)
+    for slots, blocks, chunk in TILES:
+        tiles = _mosaic_gpu.Tiles(slots, blocks, chunk)
+        fn = functools.partial(
+            _mosaic_gpu.gaussian_topk, z=z, tiles=tiles, grad_tiles=tiles
+        )
+        yield f"kernel, {slots} slots, {blocks} blocks, chunk {chunk}", fn
+
+
+def with_backward(fn: Callable) -> Callable:
+    """The value, and the gradient for a given gradient of the output."""
+
+    @jax.jit
+    def both(x, grad):
+        out, pull = jax.vjp(fn, x)
+        return out, pull(grad)[0]
+
+    return both
+
+
+def relative_error(got: jax.Array, want: jax.Array) -> float:
+    """Of the whole array: single entries at the threshold may fall on either side."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+def run(case: Case, repeats: int) -> list[dict]:
+    """Checks, then times every operator; one row for each."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    shape = (case.rows, case.width)
+    x, grad = (jax.random.normal(key, shape).astype(case.dtype) for key in keys)
+    array_bytes = x.size * x.dtype.itemsize
+
+    reference = functools.partial(
+        sj.statistical_topk, k=case.k, implementation="reference"
+    )
+    want = jax.jit(reference)(x)
+    want_grad = with_backward(reference)(x, grad)[1]
+    kept_percent = 100 * float(jnp.mean(want > 0))
+    assert abs(kept_percent - 100 * case.k / case.width) < 0.5, kept_percent
+
+    differentiable = {
+        "relu": jax.nn.relu,
+        "plain XLA": reference,
+        **dict(kernels(case)),
+    }
+    forward_only = {
+        "lax.top_k": lambda x: jax.lax.top_k(x, case.k)[0],
+        "lax.approx_max_k": lambda x: jax.lax.approx_max_k(x, case.k)[0],
+    }
+    exact = jax.jit(forward_only["lax.top_k"])(x)
+    assert bool(jnp.all(exact[:, 0] == x.max(-1)))
+
+    def works(fn: Callable, *operands: jax.Array) -> bool:
+        try:
+            jax.block_until_ready(fn(*operands))
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            if " slots, " not in name:
+                raise
+            # the tiles may not fit into shared memory
+            print(f"{name}: left out: {str(error).splitlines()[0][:100]}", flush=True)
+            return False
+        return True
+
+    rows, relu = [], {}
+    for name, fn in (differentiable | forward_only).items():
+        row: dict = dataclasses.asdict(case) | {"operator": name}
+        only, both = jax.jit(fn), with_backward(fn)
+        if not works(only, x):
+            continue
+        has_backward = name in differentiable and works(both, x, grad)
+        if name.startswith("kernel"):
+            row["error"] = relative_error(only(x), want)
+            assert row["error"] < 0.02, row
+            if has_backward:
+                row["grad_error"] = relative_error(both(x, grad)[1], want_grad)
+                assert row["grad_error"] < 0.02, row
+        few = repeats if name in differentiable else max(3, repeats // 5)
+        ms, iqr_ms = common.time_ms(only, x, repeats=few)
+        row |= {"forward_ms": ms, "forward_iqr_ms": iqr_ms}
+        row["forward_gb_per_s"] = 2 * array_bytes / ms / 1e6
+        if has_backward:
+            ms, iqr_ms = common.time_ms(both, x, grad, repeats=repeats)
+            row |= {"both_ms": ms, "both_iqr_ms": iqr_ms}
+            row["both_gb_per_s"] = (4 if name == "relu" else 5) * array_bytes / ms / 1e6
+        relu = relu or row
+        for which in ("forward", "both"):
+            if f"{which}_ms" in row:
+                row[f"{which}_times_relu"] = row[f"{which}_ms"] / relu[f"{which}_ms"]
+        rows.append(row | {"kept_percent": kept_percent})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs all cases."""
+    args = common.parse_args(__doc__, argv=argv)
+    cases = QUICK if args.quick else CASES
+    rows = [row for case in cases for row in run(case, args.repeats)]
+    common.print_table(rows)
+    common.write_json(args.json, common.environment(repeats=args.repeats), rows)
+
+
+if __name__ == "__main__":
+    main()
