@@ -4,6 +4,8 @@
     python examples/train_lm.py --resume     # after Ctrl-C, a crash or kill -9
     python examples/train_lm.py --name rigl --method rigl \
         --pattern unstructured --sparsity 0.8
+    python examples/train_lm.py --name spark --method dense \
+        --ffn spark --attention spark
 
 A small decoder learns the source of Python's standard library, byte by byte. At the
 fork it goes on in two ways, on the same batches: dense, and by one of the library's
@@ -26,7 +28,7 @@ import optax
 from flax import nnx
 
 import sparsejax as sj
-from sparsejax import models, training
+from sparsejax import models, nn, training
 
 # --- One step, for every method ---
 
@@ -89,7 +91,8 @@ def main(argv=None) -> list[dict]:
     try:  # what is wrong with the input shows here, before anything is written
         text = read_text(args)
         sizes = model_sizes(args)
-        model = models.Decoder(models.DecoderConfig(**sizes), rngs=nnx.Rngs(args.seed))
+        decoder = models.DecoderConfig(**sizes, **layers(args))
+        model = models.Decoder(decoder, rngs=nnx.Rngs(args.seed))
         graph, weights = nnx.split(model, nnx.Param)
         methods = {"dense": dense(args), args.method: METHODS[args.method](args)}
         for method in methods.values():
@@ -106,8 +109,8 @@ def main(argv=None) -> list[dict]:
     shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
     validation = training.validation_batches(text.validation, num_batches=128, **shape)
 
-    def apply(weights, tokens):
-        return nnx.merge(graph, weights)(tokens)
+    def apply(weights, tokens, **options):
+        return nnx.merge(graph, weights)(tokens, **options)
 
     @jax.jit
     def bits_per_byte(weights, batches):
@@ -115,6 +118,12 @@ def main(argv=None) -> list[dict]:
             return cross_entropy(apply(weights, batch[:, :-1]), batch[:, 1:])
 
         return jnp.mean(jax.lax.map(nats, batches)) / math.log(2)
+
+    @jax.jit
+    def densities(weights, batch):
+        """The mean over tokens, for each kind of layer and each layer."""
+        _, density = apply(weights, batch[:, :-1], with_density=True)
+        return jax.tree.map(lambda x: jnp.mean(x, axis=(1, 2)), density)
 
     def train(phase, method, state, num_steps, teacher=None):
         step_fn = jax.jit(
@@ -125,7 +134,15 @@ def main(argv=None) -> list[dict]:
             weights = method.forward(state.opt_state, state.params)
             loss = bits_per_byte(weights, validation[::8])
             leaves = training.leaf_metrics(method.masks(state.opt_state), weights)
-            return {"validation_bits_per_byte": loss, **leaves}
+            metrics = {"validation_bits_per_byte": loss, **leaves}
+            if sparse_layers(args):
+                density = densities(weights, validation[0])
+                metrics["density"] = {
+                    f"{kind} {layer}": value
+                    for kind in sparse_layers(args)
+                    for layer, value in enumerate(density[kind])
+                }
+            return metrics
 
         return training.fit(
             run,
@@ -178,6 +195,8 @@ def main(argv=None) -> list[dict]:
     for row in rows:
         row["to dense, %"] = 100 * (row["bits per byte"] / rows[1]["bits per byte"] - 1)
     finish(run, rows, final, config)
+    if sparse_layers(args):
+        draw_density(run)
     return rows
 
 
@@ -199,6 +218,23 @@ def finish(run, rows, final, config) -> None:
         mask_name="blocks.0.attention.query",
     )
     print(f"{run.folder}: report.png, table.md, metrics.jsonl, sparse.safetensors")
+
+
+def draw_density(run) -> None:
+    """Draws the share of neurons and of tokens in sight that each layer uses."""
+    rows = [row for row in run.rows() if row.get("density")]
+    way = ("dense", rows[-1]["phase"])  # up to the fork, and one way after it
+    rows = [row for row in rows if row["phase"] in way]
+    figure = sj.metrics.plot_density(
+        [row["step"] for row in rows],
+        [list(row["density"].values()) for row in rows],
+        names=list(rows[0]["density"]),
+        title=f"{run.folder.name}: density of activations",
+    )
+    figure.savefig(run.folder / "density.png")
+    last = rows[-1]["density"]
+    print("density: " + ", ".join(f"{name} {x:.1%}" for name, x in last.items()))
+    print(f"{run.folder}: density.png")
 
 
 # --- The methods ---
@@ -387,6 +423,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--d-model", type=positive, default=128)
     add("--num-layers", type=positive, default=4)
     add("--num-heads", type=positive, default=4)
+    add("--ffn", choices=FFNS, default="gated")
+    add(
+        "--density",
+        type=float,
+        default=0.08,
+        help="share of the neurons that a spark or gemma3n layer uses for a token",
+    )
+    add("--attention", choices=("dense", "spark"), default="dense")
+    add(
+        "--attended",
+        type=positive,
+        default=32,
+        metavar="TOKENS",
+        help="tokens that spark attention attends to",
+    )
     add("--lr", type=float, default=2e-3, help="peak learning rate")
     add(
         "--cast-lr",
@@ -440,8 +491,39 @@ def model_sizes(args) -> dict[str, int]:
         "num_heads": args.num_heads,
         "num_kv_heads": max(1, args.num_heads // 2),
         "head_dim": args.d_model // args.num_heads,
-        "d_ff": 3 * args.d_model,
+        "d_ff": d_ff(args),
     }
+
+
+def d_ff(args) -> int:
+    """A Spark FFN has as many weights as a gated one of two thirds its width."""
+    return 3 * args.d_model * 3 // 2 if args.ffn == "spark" else 3 * args.d_model
+
+
+FFNS = {
+    "gated": lambda args: nn.GatedFFN,
+    "spark": lambda args: functools.partial(
+        nn.SparkFFN, k=args.density * d_ff(args), split=args.d_model // 2
+    ),
+    "gemma3n": lambda args: functools.partial(
+        nn.SparkFFN, k=args.density * d_ff(args), split=None
+    ),
+}
+
+
+def layers(args) -> dict:
+    """What the blocks of the decoder are made of."""
+    attention = nn.Attention
+    if args.attention == "spark":
+        split = args.d_model // args.num_heads // 2
+        attention = functools.partial(nn.SparkAttention, k=args.attended, split=split)
+    return {"ffn": FFNS[args.ffn](args), "attention": attention}
+
+
+def sparse_layers(args) -> list[str]:
+    """The kinds of layers that use a part of their neurons or of the tokens."""
+    kinds = {"ffn": args.ffn != "gated", "attention": args.attention != "dense"}
+    return [kind for kind, sparse in kinds.items() if sparse]
 
 
 def run_config(args, text, sizes) -> dict:

@@ -97,7 +97,7 @@ def test_cast_ends_at_exact_2_4(tmp_path, text, capsys):
         ("static", ("--pattern", "block:16x16", "--sparsity", "0.5"), 0.5),
         ("set", ("--pattern", "unstructured", "--sparsity", "0.75"), 0.75),
         ("rigl", ("--dense-steps", "0"), 0.5),
-        ("dense", (), 0.5),
+        ("dense", ("--ffn", "gemma3n"), 0.5),
     ],
 )
 def test_every_method_runs(tmp_path, text, method, options, sparsity):
@@ -162,3 +162,20 @@ def test_a_run_is_never_overwritten(tmp_path, text, capsys):
     said = refused(capsys, *runs, "--method", "dense", "--resume")
     assert "text.sha256" in said
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_spark_layers(tmp_path, text, capsys):
+    """Densities are logged, printed and drawn, and a bad one is named."""
+    spark = ("--method", "dense", "--ffn", "spark", "--attention", "spark")
+    run(tmp_path, text, *spark, "--attended", "4", "--density", "0.1")
+    folder = tmp_path / "runs" / "train_lm"
+    assert (folder / "density.png").read_bytes().startswith(b"\x89PNG")
+    rows = [row for row in training.Run(folder).rows() if "density" in row]
+    assert rows and set(rows[0]["density"]) == {"ffn 0", "attention 0"}
+    for row in rows:
+        assert row["density"]["ffn 0"] == pytest.approx(0.1, abs=0.04)
+        assert row["density"]["attention 0"] < 0.75
+    assert "density: ffn 0 " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other", text, *spark, "--density", "0.0001")
+    assert "error: `k` must be at least 1" in capsys.readouterr().err
