@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 import sparsejax as sj
@@ -12,6 +13,14 @@ from tests.activations import oracle
 
 # The card's gradient of the sum at k=2 of 0..7.
 GOLDEN = [0.00758, -0.06602, -0.13961, -0.2132, -0.2868, -0.36039, 0.56602, 0.49242]
+
+
+@pytest.fixture(autouse=True)
+def _compile_fast():
+    """Nearly all of a test here is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def gradient(x, g, k, **kwargs):

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,14 @@ topk = jax.jit(sj.topk_activation, static_argnames=("k", "axis", "straight_throu
 block_topk = jax.jit(
     sj.block_statistical_topk, static_argnames=("k", "block", "axis", "pool")
 )
+
+
+@pytest.fixture(autouse=True)
+def _compile_fast():
+    """Nearly all of a test here is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def normal(shape, seed=0, dtype=jnp.float32):

@@ -36,8 +36,8 @@ def value_and_gradient(x, where, g, *, masked, **kwargs):
 
 
 class ShardingTest(parameterized.TestCase):
-    @parameterized.product(
-        spec=[P("data", "model"), P(None, ("data", "model"))], masked=[True, False]
+    @parameterized.parameters(
+        (P("data", "model"), True), (P(None, ("data", "model")), False)
     )
     def test_under_jit(self, spec, masked):
         fn = jax.jit(lambda *args: value_and_gradient(*args, masked=masked))
@@ -47,7 +47,7 @@ class ShardingTest(parameterized.TestCase):
         for a, b in zip(fn(*sharded), want, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
-    @parameterized.product(axis=["model", ("data", "model")], masked=[True, False])
+    @parameterized.parameters(("model", False), (("data", "model"), True))
     def test_under_shard_map(self, axis, masked):
         rows = "data" if axis == "model" else None
         spec = P(rows, axis)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -13,6 +14,14 @@ from sparsejax.ops.gaussian_topk import _mosaic_gpu, _pallas_tpu, _reference
 
 ATOL = {jnp.float32: 2e-6, jnp.float16: 4e-3, jnp.bfloat16: 3e-2}
 NEEDS_INTERPRETER = "this jax cannot interpret Mosaic GPU kernels on a CPU"
+
+
+@pytest.fixture
+def compile_fast():
+    """Nearly all of a tiny test is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def operands(shape, dtype=jnp.float32, seed=0):
@@ -53,6 +62,7 @@ def value_and_gradients(fn, x, z, g):
     return out, dx, dz
 
 
+@pytest.mark.usefixtures("compile_fast")
 class ReferenceTest(parameterized.TestCase):
     @parameterized.product(huber_delta=[0.0, 0.4], per_row=[True, False])
     def test_matches_oracle(self, huber_delta, per_row):
@@ -102,6 +112,7 @@ class ReferenceTest(parameterized.TestCase):
             fn(x, 1.0, implementation="triton")
 
 
+@pytest.mark.usefixtures("compile_fast")
 class KernelTest(parameterized.TestCase):
     """Values and gradients of both kernels, run on a CPU."""
 
