@@ -84,7 +84,9 @@ def block_statistical_topk(
     z = _arguments.quantile(k, num, 0)
     theta = ops.gaussian_threshold(scores, z, where=used)
     # not `scores > theta`: a NaN is to be seen in the values, not to become 0
-    mask = jnp.repeat(~(scores <= theta), block, axis=-1) & everything
+    kept = ~(scores <= theta)
+    mask = jnp.broadcast_to(kept[..., None], (*kept.shape, block)).reshape(rows.shape)
+    mask = mask & everything
     unchanged = theta == -jnp.inf
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     # an infinite difference would make the gradient of an unchanged row NaN

@@ -18,7 +18,8 @@ def topk_activation(
 
     Exactly `k` are kept, also under ties: of equal entries those with the lower index
     win. NaN ranks below every number. Values are not clipped: a negative entry among
-    the k highest stays, and a ReLU after it is the caller's.
+    the k highest stays, and a ReLU after it is the caller's. The values of a sharded
+    `axis` are gathered; on a mesh of explicit axes JAX asks you to reshard them first.
 
     Args:
       x: any floating dtype.
