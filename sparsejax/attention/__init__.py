@@ -2,5 +2,6 @@
 
 from sparsejax.attention._masks import causal_mask as causal_mask
 from sparsejax.attention._spark import masked_softmax as masked_softmax
+from sparsejax.attention._spark import scaled_scores as scaled_scores
 from sparsejax.attention._spark import spark_attention as spark_attention
 from sparsejax.attention._spark import spark_selection as spark_selection

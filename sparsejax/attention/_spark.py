@@ -81,25 +81,32 @@ def spark_attention(
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3. The scales are not
       stated there.
     """
-    batch, num_queries, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    query = query.reshape(batch, num_queries, kv_heads, heads // kv_heads, head_dim)
-
-    def scores(part: slice) -> jax.Array:
-        q, k = query[..., part], key[..., part]
-        products = jnp.einsum(
-            "bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32
-        )
-        return products * q.shape[-1] ** -0.5
-
+    batch, num_queries, heads, _ = query.shape
     valid = valid[:, :, None]
-    predicted = scores(slice(split))
+    predicted = scaled_scores(query[..., :split], key[..., :split])
     attended = spark_selection(predicted, valid, k=k)
     weights = masked_softmax(predicted, attended, valid.any(axis=-1, keepdims=True))
-    weights *= jax.nn.softplus(scores(slice(split, None)))
+    weights *= jax.nn.softplus(scaled_scores(query[..., split:], key[..., split:]))
     out = jnp.einsum("bhgqk,bkhd->bqhgd", weights.astype(value.dtype), value)
     shape = (batch, heads, num_queries, key.shape[1])
     return out.reshape(batch, num_queries, heads, -1), attended.reshape(shape)
+
+
+def scaled_scores(
+    query: Float[Array, "batch queries heads dim"],
+    key: Float[Array, "batch keys kv_heads dim"],
+) -> Float[Array, "batch kv_heads group queries keys"]:
+    """Products over the root of their width, float32; heads by the key that they use.
+
+    Training and decoding both take the predictor's scores from here: a rounding of
+    another kind would move keys across the threshold.
+    """
+    dim = query.shape[-1]
+    query = query.reshape(*query.shape[:2], key.shape[2], -1, dim)
+    products = jnp.einsum(
+        "bqhgd,bkhd->bhgqk", query, key, preferred_element_type=jnp.float32
+    )
+    return products * dim**-0.5
 
 
 def masked_softmax(scores: jax.Array, kept: jax.Array, nonempty: jax.Array):

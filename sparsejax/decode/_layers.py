@@ -62,7 +62,8 @@ def gathered_attention(
     """Spark attention of one query a sequence, reading the selected keys and values.
 
     The predictor's part of every key is read; of the others' part and of the values,
-    the rows of the selected keys alone.
+    the rows of the selected keys alone. Where the heads that share a key head would
+    together gather as many rows as it has, all are read at once instead.
 
     Args:
       layer: of which the settings are used.
@@ -75,24 +76,18 @@ def gathered_attention(
     Returns:
       What `layer.attend` gives, and 1 if there was no room, so that all was read.
     """
-    slots, kv_heads = key.shape[1:3]
+    # a gather reads a row for each head, the dense products for each key head
     capacity = key_capacity(layer, factor)
-    if capacity >= slots:
+    if capacity * (layer.num_heads // layer.num_kv_heads) >= key.shape[1]:
         return layer.attend(query, key, value, valid)[0], jnp.int32(0)
-    batch, _, heads, head_dim = query.shape
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    first, rest = jnp.split(grouped, [layer.split], axis=-1)
-    scores = jnp.einsum(
-        "bhgd,bshd->bhgs",
-        first,
-        key[..., : layer.split],
-        preferred_element_type=jnp.float32,
-    )
-    scores *= layer.split**-0.5
+    scores = attention.scaled_scores(
+        query[..., : layer.split], key[..., : layer.split]
+    )[..., 0, :]
     attended = attention.spark_selection(scores, valid, k=layer.k)
     overflowed = jnp.any(jnp.sum(attended, axis=-1) > capacity)
 
     def sparse():
+        rest = query[:, 0, :, layer.split :].reshape(*scores.shape[:3], -1)
         return _gathered(layer, scores, attended, rest, key, value, capacity)
 
     def dense():
