@@ -32,7 +32,6 @@ def active_ffn(
     indices, num_active, overflowed = ops.active_indices(
         (gate != 0).any(axis=0), capacity
     )
-    down = ffn.down.kernel[...]
 
     def sparse():
         return ops.active_ffn(
@@ -40,8 +39,8 @@ def active_ffn(
             jnp.take(gate, indices, axis=1),
             indices,
             num_active,
-            up.astype(x.dtype),
-            down.astype(x.dtype),
+            up,
+            ffn.down.kernel[...],
         )
 
     def dense():

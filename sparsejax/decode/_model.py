@@ -9,6 +9,7 @@ from flax import nnx
 
 from sparsejax import nn
 from sparsejax.models import Decoder
+from sparsejax.typing import KeyPath, plain_path
 
 
 @jax.tree_util.register_dataclass
@@ -42,8 +43,8 @@ def prepare(
     """Makes a trained model ready for `generate`.
 
     Of a `SparkFFN` whose threshold leaves neurons out, the kernel of `up` is stored a
-    second time, a row for each neuron (that of `down` has such rows already). Dense
-    layers stay as they are.
+    second time, a row for each neuron (that of `down` has such rows already). Kernels
+    are stored in the dtype of the computation.
 
     Args:
       model: any `sj.models.Decoder`; dense and sparse layers may be mixed.
@@ -71,13 +72,22 @@ def prepare(
             f"`capacity_factor` must be at least 1; got {capacity_factor}."
         )
     graph, state = nnx.split(model)
+    dtype = jnp.dtype(model.config.dtype)
+    # layers would cast them in every step, and read them whole for it
+    state = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if _is_matrix(path) else leaf, state
+    )
     up = tuple(
-        jnp.asarray(block.ffn.up.kernel[...]).T
+        jnp.asarray(block.ffn.up.kernel[...], dtype).T
         if sparse and is_sparse(block.ffn)
         else None
         for block in model.blocks
     )
     return DecodeModel(state, up, graph, sparse, float(capacity_factor))
+
+
+def _is_matrix(path: KeyPath) -> bool:
+    return plain_path(path)[-1] in ("kernel", "embedding")
 
 
 def is_sparse(ffn: object) -> bool:

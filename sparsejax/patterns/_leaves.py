@@ -116,7 +116,8 @@ def governed(
       params: arrays or `ShapeDtypeStruct`s; only paths, shapes and dtypes are read.
       where: predicate `(path, leaf) -> bool`, a tree (prefix) of bools, or None for
         `is_default_governed`.
-      pattern: one pattern, a tree prefix of patterns, or a function of `(path, leaf)`.
+      pattern: one pattern, a tree prefix of patterns, or a function of `(path, leaf)`,
+        which is asked about governed leaves alone.
       stacked: one count of stacked axes, a tree prefix, or a function likewise.
 
     Returns:
@@ -133,7 +134,6 @@ def governed(
       [None, "['kernel']"]
     """
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
-    patterns = _per_leaf(pattern, params, flat, name="pattern")
     stacks = _per_leaf(stacked, params, flat, name="stacked")
     for (path, _), stack in zip(flat, stacks, strict=True):
         if stack is not None and not isinstance(stack, numbers.Integral):
@@ -157,10 +157,15 @@ def governed(
                     "`where` must be a predicate `(path, leaf) -> bool`, a tree prefix "
                     f"of bools, or None; got {keep!r} at {jax.tree_util.keystr(path)}."
                 )
+    kept = [
+        (path, leaf if keep else None)
+        for (path, leaf), keep in zip(flat, chosen, strict=True)
+    ]
+    patterns = _per_leaf(pattern, params, kept, name="pattern")
     leaves = tuple(
-        _resolve(path, leaf, leaf_pattern, stack) if keep and leaf is not None else None
-        for (path, leaf), leaf_pattern, stack, keep in zip(
-            flat, patterns, stacks, chosen, strict=True
+        None if leaf is None else _resolve(path, leaf, leaf_pattern, stack)
+        for (path, leaf), leaf_pattern, stack in zip(
+            kept, patterns, stacks, strict=True
         )
     )
     if not any(leaves):

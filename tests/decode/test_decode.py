@@ -40,8 +40,8 @@ KINDS = {
 
 
 @functools.cache
-def made(kind, dtype):
-    config = dataclasses.replace(CONFIG, **KINDS[kind], dtype=dtype, param_dtype=dtype)
+def made(kind):
+    config = dataclasses.replace(CONFIG, **KINDS[kind])
 
     @nnx.jit
     def create():
@@ -53,8 +53,8 @@ def made(kind, dtype):
     return nnx.split(create())
 
 
-def make(kind, dtype=jnp.float32):
-    return nnx.merge(*made(kind, dtype))
+def make(kind):
+    return nnx.merge(*made(kind))
 
 
 def prompts(batch=3, seq=20):
@@ -179,8 +179,18 @@ class GenerateTest(parameterized.TestCase):
             np.testing.assert_array_equal(row[:end], want[:end])
             np.testing.assert_array_equal(row[end:], np.full(12 - end, stop))
 
-    def test_bfloat16(self):
-        ready = decode.prepare(make("spark", jnp.bfloat16))
+    def test_bfloat16_over_float32_weights(self):
+        config = dataclasses.replace(CONFIG, **SPARK, dtype=jnp.bfloat16)
+        model = nnx.jit(lambda: models.Decoder(config, rngs=nnx.Rngs(0)))()
+        ready = decode.prepare(model)
+        dtypes = jax.tree.map(lambda x: x.dtype, (ready.state, ready.up))
+        self.assertEqual(
+            set(jax.tree.leaves(dtypes)), {jnp.dtype("float32"), jnp.dtype("bfloat16")}
+        )
+        lengths = jnp.full(3, 20)
+        got, _ = prefill(ready, prompts(), lengths, capacity=20)
+        want = np.asarray(whole(model, prompts())[:, -1])
+        np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
         out = decode.generate(ready, prompts(), num_tokens=4)
         self.assertEqual(out.tokens.dtype, jnp.int32)
 
