@@ -1,7 +1,9 @@
 """What every benchmark shares: arguments, timing, the environment, tables and JSON."""
 
 import argparse
+import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -73,20 +75,83 @@ def time_ms(
     Returns:
       The median and the interquartile range over `repeats` samples, ms per call.
     """
-    jax.block_until_ready(fn(*args))
-
-    def sample(calls: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            out = fn(*args)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - begin) * 1e3 / calls
-
-    calls = max(1, min(1000, math.ceil(sample_ms / max(sample(1), 1e-3))))
+    call = functools.partial(fn, *args)
+    _sample_ms(call, 1)
+    calls = _calls(_sample_ms(call, 1)[0], sample_ms)
     low, median, high = np.percentile(
-        [sample(calls) for _ in range(repeats)], [25, 50, 75]
+        [_sample_ms(call, calls)[0] for _ in range(repeats)], [25, 50, 75]
     )
     return float(median), float(high - low)
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Of one unit of work, ms: median, interquartile range, least.
+
+    `cpu_ms` and `min_cpu_ms` are the time of all threads of the process, median and
+    least.
+    """
+
+    ms: float
+    iqr_ms: float
+    min_ms: float
+    cpu_ms: float
+    min_cpu_ms: float
+
+
+def time_in_turn(
+    fns: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    units: int = 1,
+    sample_ms: float = 20.0,
+) -> dict[str, Time]:
+    """Times functions side by side, so that a busy or a warm machine slows all alike.
+
+    Two calls of each warm up, and progress is printed. Then come `repeats` rounds; in
+    each, every function gives one sample: as many calls in a row as take about
+    `sample_ms`, results awaited together.
+
+    Args:
+      fns: by name; without arguments.
+      repeats: rounds.
+      units: of work in one call, as layers or tokens; times are of one.
+      sample_ms: least length of a sample.
+
+    Returns:
+      The times, by name.
+    """
+    calls = {}
+    for name, fn in fns.items():
+        first, again = _sample_ms(fn, 1)[0], _sample_ms(fn, 1)[0]
+        print(f"  {name}: {first:.0f} ms, then {again:.4g} ms", flush=True)
+        calls[name] = _calls(again, sample_ms)
+    samples = {name: [] for name in fns}
+    for _ in range(repeats):
+        for name, fn in fns.items():
+            samples[name].append(_sample_ms(fn, calls[name]) / units)
+    times = {}
+    for name, found in samples.items():
+        wall, cpu = np.array(found).T
+        low, median, high = np.percentile(wall, [25, 50, 75])
+        values = (median, high - low, wall.min(), np.median(cpu), cpu.min())
+        times[name] = Time(*map(float, values))
+    return times
+
+
+def _sample_ms(fn: Callable[[], Any], calls: int) -> np.ndarray:
+    """Wall time and the time of all threads of one of `calls` calls in a row, ms."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(calls):
+        out = fn()
+    jax.block_until_ready(out)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return np.array([wall, cpu]) * 1e3 / calls
+
+
+def _calls(call_ms: float, sample_ms: float) -> int:
+    """How many calls of that time make a sample."""
+    return min(1000, math.ceil(sample_ms / max(call_ms, 1e-3)))
 
 
 def mean_and_error(values: Any) -> tuple[float, float]:

@@ -1,71 +1,35 @@
 """How many tokens a second does a whole Spark model decode, against a dense one?
 
-Two decoders of as many parameters, random weights: dense gated FFNs of 4 d_model
-neurons, and Spark layers (half of the input and half of each head predict; 8 % of the
-neurons and 256 keys are used). Grouped queries, one sequence, contexts of 512 and 4096
-tokens in the cache. `spark, all computed` is the same Spark model without skipping.
-Before anything is timed, the first layer is compared with it, and the logits: over many
-layers and keys, one that is a rounding away from the threshold may be attended in one
-and not in the other, so that these differ more. `ideal` is the quotient of the bytes
-that a step must read: weights, and the cache up to the context. The models take turns,
-so that a busy machine slows all alike.
+Decoders of `spark_models`, random weights; Spark attends to 256 keys. Grouped queries,
+one sequence, contexts of 512 and 4096 tokens in the cache. `spark, all computed` is the
+same Spark model without skipping. Before anything is timed, the first layer is compared
+with it, and the logits: over many layers and keys, one that is a rounding away from the
+threshold may be attended in one and not in the other, so that these differ more.
+`ideal` is the quotient of the bytes that a step must read: weights, and the cache up to
+the context. The models take turns, so that a busy machine slows all alike.
 """
 
 import dataclasses
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import common
-from sparsejax import decode, models, nn
+from benchmarks import common, spark_models
+from benchmarks.spark_models import DENSITY, Size
+from sparsejax import decode, models
 
-DENSITY = 0.08
 ATTENDED = 256
+SIZE = Size(1536, 10, 12, 4, 128, 32000)
+ON_GPU = Size(2048, 16, 16, 4, 128, 32000)
+QUICK = Size(64, 2, 2, 1, 32, 256)
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """One pair of models."""
-
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    dtype: str
-
-
-SIZE = Size(1536, 10, 12, 4, 128, 32000, "float32")
-ON_GPU = Size(2048, 16, 16, 4, 128, 32000, "bfloat16")
-QUICK = Size(64, 2, 2, 1, 32, 256, "float32")
-
-
-def configs(size: Size) -> dict[str, models.DecoderConfig]:
-    """Dense and Spark, of the same number of weights."""
-    shared = dataclasses.asdict(size)
-    dtype = jnp.dtype(shared.pop("dtype"))
-    shared |= {"dtype": dtype, "param_dtype": dtype}
-    d_ff = 6 * size.d_model
-    ffn = functools.partial(nn.SparkFFN, k=DENSITY * d_ff, split=size.d_model // 2)
-    attention = functools.partial(
-        nn.SparkAttention, k=ATTENDED, split=size.head_dim // 2
-    )
-    return {
-        "dense": models.DecoderConfig(**shared, d_ff=4 * size.d_model),
-        "spark": models.DecoderConfig(
-            **shared, d_ff=d_ff, ffn=ffn, attention=attention
-        ),
-    }
-
-
-def bytes_of_step(size: Size, kind: str, context: int) -> dict[str, float]:
+def bytes_of_step(size: Size, dtype: str, kind: str, context: int) -> dict[str, float]:
     """What one token has to read, in bytes."""
-    item, d = jnp.dtype(size.dtype).itemsize, size.d_model
+    item, d = jnp.dtype(dtype).itemsize, size.d_model
     heads, kv_heads = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
     projections = d * (2 * heads + 2 * kv_heads)
     if kind == "dense":
@@ -86,14 +50,14 @@ def bytes_of_step(size: Size, kind: str, context: int) -> dict[str, float]:
 
 
 def make(config: models.DecoderConfig, seed: int) -> models.Decoder:
-    return nnx.jit(lambda: models.Decoder(config, rngs=nnx.Rngs(seed)))()
+    return models.Decoder(config, rngs=nnx.Rngs(seed))
 
 
-def make_cache(size: Size, context: int, num_tokens: int) -> decode.Cache:
+def make_cache(size: Size, dtype: str, context: int, num_tokens: int) -> decode.Cache:
     """Random keys and values, rotated or not: only the time depends on them."""
     shape = (1, context + num_tokens, size.num_kv_heads, size.head_dim)
     keys = jax.random.split(jax.random.key(0), (2, size.num_layers))
-    draw = functools.partial(jax.random.normal, shape=shape, dtype=size.dtype)
+    draw = functools.partial(jax.random.normal, shape=shape, dtype=dtype)
     keys, values = (tuple(map(draw, row)) for row in keys)
     return decode.Cache(keys, values, jnp.full(1, context, jnp.int32))
 
@@ -130,64 +94,62 @@ def compare(ready: dict, num_layers: int, token: jax.Array, cache) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def run(size: Size, context: int, num_tokens: int, repeats: int) -> list[dict]:
-    made = {kind: make(config, 0) for kind, config in configs(size).items()}
+def run(
+    size: Size, dtype: str, context: int, num_tokens: int, repeats: int
+) -> list[dict]:
+    numerics = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+    dense = make(spark_models.dense(size, **numerics), 0)
+    spark = make(spark_models.spark(size, attended=ATTENDED, **numerics), 0)
     params = {
-        kind: sum(x.size for x in jax.tree.leaves(nnx.state(model)))
-        for kind, model in made.items()
+        name: sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+        for name, model in (("dense", dense), ("spark", spark))
     }
     ready = {
-        "dense": decode.prepare(made["dense"]),
-        "spark, all computed": decode.prepare(made["spark"], sparse=False),
-        "spark": decode.prepare(made["spark"]),
+        "dense": decode.prepare(dense),
+        "spark, all computed": decode.prepare(spark, sparse=False),
+        "spark": decode.prepare(spark),
     }
-    del made
+    del dense, spark
     token = jnp.zeros(1, jnp.int32)
-    cache = make_cache(size, context, num_tokens)
+    cache = make_cache(size, dtype, context, num_tokens)
     errors = {
         f"{name}_error": compare(ready, layers, token, cache)
         for name, layers in (("layer", 1), ("logits", size.num_layers))
     }
-    if errors["layer_error"] > (1e-5 if size.dtype == "float32" else 2e-2):
+    if errors["layer_error"] > (1e-5 if dtype == "float32" else 2e-2):
         raise AssertionError(f"one layer differs: {errors}")
 
     steps = {
         kind: functools.partial(decode_tokens, m, token, cache, num_tokens=num_tokens)
         for kind, m in ready.items()
     }
-    overflows = {kind: jax.block_until_ready(f())[1] for kind, f in steps.items()}
-    times = {kind: [] for kind in steps}
-    for _ in range(repeats):
-        for kind, step in steps.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(step())
-            times[kind].append((time.perf_counter() - begin) * 1e3 / num_tokens)
-    dense = np.median(times["dense"])
+    times = common.time_in_turn(steps, repeats=repeats, units=num_tokens)
+    overflows = steps["spark"]()[1]
+    dense_ms = times["dense"].ms
     rows = []
-    for kind, values in times.items():
-        low, median, high = np.percentile(values, [25, 50, 75])
-        moved = bytes_of_step(size, "spark" if kind == "spark" else "dense", context)
-        ideal = bytes_of_step(size, "dense", context)["all"] / moved["all"]
+    for kind, found in times.items():
         row = {
             "model": kind,
             "context": context,
             "params_million": params[kind.split(",")[0]] / 1e6,
-            "ms_per_token": float(median),
-            "iqr_ms": float(high - low),
-            "tokens_per_s": float(1e3 / median),
-            "speedup": float(dense / median),
+            "ms_per_token": found.ms,
+            "iqr_ms": found.iqr_ms,
+            "tokens_per_s": 1e3 / found.ms,
+            "speedup": dense_ms / found.ms,
         }
         if kind != "spark, all computed":
+            moved = bytes_of_step(size, dtype, kind, context)
+            ideal = bytes_of_step(size, dtype, "dense", context)["all"] / moved["all"]
             row |= {
                 "ideal": ideal,
-                "share_of_ideal": float(dense / median / ideal),
+                "share_of_ideal": dense_ms / found.ms / ideal,
                 "ffn_share_of_bytes": moved["ffn"] / moved["all"],
-                "gb_per_s": moved["all"] / median / 1e6,
+                "gb_per_s": moved["all"] / found.ms / 1e6,
             }
         if kind == "spark":
             row |= {
-                "ffn_overflows": int(overflows[kind].ffn),
-                "attention_overflows": int(overflows[kind].attention),
+                "ffn_overflows": int(overflows.ffn),
+                "attention_overflows": int(overflows.attention),
                 **errors,
             }
         rows.append(row)
@@ -196,20 +158,23 @@ def run(size: Size, context: int, num_tokens: int, repeats: int) -> list[dict]:
 
 def main(argv=None):
     args = common.parse_args(__doc__, repeats=7, quick_repeats=2, argv=argv)
-    size = ON_GPU if jax.default_backend() == "gpu" else SIZE
+    on_gpu = jax.default_backend() == "gpu"
+    size, dtype = (ON_GPU, "bfloat16") if on_gpu else (SIZE, "float32")
     if args.quick:
         size = QUICK
     contexts, num_tokens = ((300, 600), 2) if args.quick else ((512, 4096), 32)
-    rows = []
-    for context in contexts:
-        rows += run(size, context, num_tokens, args.repeats)
-        common.print_table(rows[-3:])
     notes = [
         f"{num_tokens} greedy tokens in one program; medians of {args.repeats} turns.",
         "speedup: over the dense model of as many parameters at the same context.",
     ]
-    env = common.environment(repeats=args.repeats, **dataclasses.asdict(size))
-    common.write_json(args.json, env=env, rows=rows, notes=notes)
+    env = common.environment(
+        repeats=args.repeats, **dataclasses.asdict(size), dtype=dtype
+    )
+    rows = []
+    for context in contexts:
+        rows += run(size, dtype, context, num_tokens, args.repeats)
+        common.print_table(rows[-3:])
+        common.write_json(args.json, env, rows, notes)
 
 
 if __name__ == "__main__":

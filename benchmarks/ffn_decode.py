@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import math
-import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -71,45 +71,6 @@ def implementations() -> dict[str, str]:
     if has_kernel():
         found["kernel"] = "mosaic_gpu"
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Time:
-    """Of one layer, ms: median, interquartile range, least; threads' time, median."""
-
-    ms: float
-    iqr_ms: float
-    min_ms: float
-    cpu_ms: float
-    min_cpu_ms: float
-
-
-def time_in_turn(fns, num_layers: int, repeats: int) -> dict[str, Time]:
-    """Times functions without arguments, one sample of each in every round."""
-
-    def sample(fn, calls):
-        cpu, wall = time.process_time(), time.perf_counter()
-        for _ in range(calls):
-            out = fn()
-        jax.block_until_ready(out)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return np.array([wall, cpu]) * 1e3 / (calls * num_layers)
-
-    calls = {}
-    for name, fn in fns.items():
-        sample(fn, 1)  # compiles
-        calls[name] = math.ceil(2.0 / max(sample(fn, 1)[0] * num_layers, 0.01))
-    samples = {name: [] for name in fns}
-    for _ in range(repeats):
-        for name, fn in fns.items():
-            samples[name].append(sample(fn, calls[name]))
-    times = {}
-    for name, found in samples.items():
-        wall, cpu = np.array(found).T
-        low, median, high = np.percentile(wall, [25, 50, 75])
-        values = (median, high - low, wall.min(), np.median(cpu), cpu.min())
-        times[name] = Time(*map(float, values))
-    return times
 
 
 def chain(layer_form):
@@ -221,11 +182,11 @@ def check(name, got, want, dtype) -> None:
 
 def measure(forms, layers, h, dtype, repeats):
     """Checks that all forms give what the first gives, then times them."""
-    fns = {name: functools.partial(chain(f), layers, h) for name, f in forms.items()}
+    fns = {name: functools.partial(f, layers, h) for name, f in forms.items()}
     want = next(iter(fns.values()))()
     for name, fn in fns.items():
         check(name, fn(), want, dtype)
-    return time_in_turn(fns, len(layers), repeats)
+    return common.time_in_turn(fns, repeats=repeats, units=len(layers))
 
 
 def best_of(times, names):
@@ -233,7 +194,7 @@ def best_of(times, names):
 
 
 def columns_of(times) -> dict:
-    fields = [field.name for field in dataclasses.fields(Time)]
+    fields = [field.name for field in dataclasses.fields(common.Time)]
     return {
         f"{name}_{field}": getattr(of_form, field)
         for name, of_form in times.items()
@@ -241,16 +202,25 @@ def columns_of(times) -> dict:
     }
 
 
-def run_given(layers, size: Size, case: Case, repeats: int) -> dict:
-    layers = with_active(layers, size, case)
-    h = jax.random.normal(jax.random.key(1), (case.batch, size.d_model), size.dtype)
+def given_forms() -> dict[str, Callable]:
+    """Whole chains, so that what depends on no list of neurons compiles once."""
     dense = {f"dense_{by}": functools.partial(dense_form, by=by) for by in BY}
     ours = {
         name: functools.partial(active_form, implementation=implementation)
         for name, implementation in implementations().items()
     }
-    times = measure(dense | ours, layers, h, size.dtype, repeats)
-    dense_name, ours_name = best_of(times, dense), best_of(times, ours)
+    return {name: chain(form) for name, form in (dense | ours).items()}
+
+
+def run_given(
+    forms: dict[str, Callable], layers, size: Size, case: Case, repeats: int
+) -> dict:
+    layers = with_active(layers, size, case)
+    h = jax.random.normal(jax.random.key(1), (case.batch, size.d_model), size.dtype)
+    times = measure(forms, layers, h, size.dtype, repeats)
+    dense = [f"dense_{by}" for by in BY]
+    dense_name = best_of(times, dense)
+    ours_name = best_of(times, implementations())
     num_bytes = 2 * size.d_model * size.d_ff * jnp.dtype(size.dtype).itemsize
     active_bytes = num_bytes * int(layers[0]["num_active"]) / size.d_ff
     return (
@@ -349,18 +319,19 @@ def run_spark(layers, size: Size, batch: int, repeats: int) -> dict:
         )
         for name, implementation in implementations().items()
     }
-    times = measure(
-        {"spark_dense": spark_dense_form} | ours, layers, h, size.dtype, repeats
-    )
     gated = {f"gated_{by}": functools.partial(gated_form, by=by) for by in BY}
+    gated, ours, dense = (
+        {name: chain(form) for name, form in forms.items()}
+        for forms in (gated, ours, {"spark_dense": spark_dense_form})
+    )
+    times = measure(dense | ours, layers, h, size.dtype, repeats)
     # once more, side by side with what they are compared with
-    fns = {
-        name: functools.partial(chain(form), layers, h)
-        for name, form in (gated | ours).items()
-    }
-    times |= time_in_turn(fns, size.num_layers, repeats)
+    fns = {n: functools.partial(f, layers, h) for n, f in (gated | ours).items()}
+    times |= common.time_in_turn(fns, repeats=repeats, units=size.num_layers)
     listing = jax.jit(functools.partial(ops.active_indices, capacity=capacity))
-    listing_time = time_in_turn({"x": lambda: listing(active)}, 1, repeats)["x"]
+    listing_time = common.time_in_turn(
+        {"indices": lambda: listing(active)}, repeats=repeats
+    )["indices"]
     gated_name, ours_name = best_of(times, gated), best_of(times, ours)
     density = float(jnp.mean(active))
     # in numbers of weights of a d_model x d_ff matrix
@@ -395,7 +366,7 @@ def run_tiles(layers, size: Size, case: Case, repeats: int) -> list[dict]:
     ]
     layers = with_active(layers, size, case)
     h = jax.random.normal(jax.random.key(1), (case.batch, size.d_model), size.dtype)
-    rows = []
+    forms = {}
     for change in changes:
         tiles = dataclasses.replace(default, **change)
         slot_bytes = 2 * (size.d_model + size.d_model // tiles.parts)
@@ -403,13 +374,13 @@ def run_tiles(layers, size: Size, case: Case, repeats: int) -> list[dict]:
         if used * tiles.blocks_per_sm > 220 * 1024 or tiles.slots < 2:
             continue
         form = functools.partial(active_form, implementation="mosaic_gpu", tiles=tiles)
-        form = {"x": functools.partial(chain(form), layers, h)}
-        found = time_in_turn(form, size.num_layers, repeats)["x"]
-        rows.append(
-            {"part": "tiles", **dataclasses.asdict(case), **dataclasses.asdict(tiles)}
-            | {"ms": found.ms, "iqr_ms": found.iqr_ms, "min_ms": found.min_ms}
-        )
-    return rows
+        forms[tiles] = functools.partial(chain(form), layers, h)
+    times = common.time_in_turn(forms, repeats=repeats, units=size.num_layers)
+    return [
+        {"part": "tiles", **dataclasses.asdict(case), **dataclasses.asdict(tiles)}
+        | {"ms": found.ms, "iqr_ms": found.iqr_ms, "min_ms": found.min_ms}
+        for tiles, found in times.items()
+    ]
 
 
 def crossover_notes(rows) -> list[str]:
@@ -447,23 +418,31 @@ def main(argv=None) -> None:
     print(f"{size}; times are of one layer")
     cases = QUICK if args.quick else CASES
 
+    env = common.environment(repeats=args.repeats, **dataclasses.asdict(size))
+    rows, notes = [], []
+
+    def measured(row):
+        rows.append(row)
+        common.write_json(args.json, env, rows, notes)  # a long run loses nothing
+        return row
+
     weights = given_weights(size)
-    given = [run_given(weights, size, case, args.repeats) for case in cases]
-    notes = crossover_notes(given)
+    forms = given_forms()
+    given = [
+        measured(run_given(forms, weights, size, case, args.repeats)) for case in cases
+    ]
+    notes += crossover_notes(given)
     show(given, notes)
-    tiles = []
     if has_kernel() and not args.quick:
-        for batch in (1, 4, 8):
-            tiles += run_tiles(weights, size, Case(batch, 0.08), args.repeats)
-        show(tiles)
+        for batch in (1, 8):
+            case = Case(batch, 0.08)
+            found = run_tiles(weights, size, case, args.repeats)
+            show([measured(row) for row in found])
     del weights  # before the others are made
 
     weights = spark_weights(size)
     batches = sorted({case.batch for case in cases})
-    spark = [run_spark(weights, size, batch, args.repeats) for batch in batches]
-    show(spark)
-    env = common.environment(repeats=args.repeats, **dataclasses.asdict(size))
-    common.write_json(args.json, env, [*given, *tiles, *spark], notes)
+    show([measured(run_spark(weights, size, b, args.repeats)) for b in batches])
 
 
 if __name__ == "__main__":

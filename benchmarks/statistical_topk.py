@@ -107,7 +107,7 @@ def run(case: Case, repeats: int) -> list[dict]:
     exact = jax.jit(forward_only["lax.top_k"])(x)
     assert bool(jnp.all(exact[:, 0] == x.max(-1)))
 
-    def works(fn: Callable, *operands: jax.Array) -> bool:
+    def works(name: str, fn: Callable, *operands: jax.Array) -> bool:
         try:
             jax.block_until_ready(fn(*operands))
         except (ValueError, jax.errors.JaxRuntimeError) as error:
@@ -118,33 +118,41 @@ def run(case: Case, repeats: int) -> list[dict]:
             return False
         return True
 
-    rows, relu = [], {}
+    forward, both, found = {}, {}, {}
     for name, fn in (differentiable | forward_only).items():
-        row: dict = dataclasses.asdict(case) | {"operator": name}
-        only, both = jax.jit(fn), with_backward(fn)
-        if not works(only, x):
+        only, pair = jax.jit(fn), with_backward(fn)
+        if not works(name, only, x):
             continue
-        has_backward = name in differentiable and works(both, x, grad)
+        forward[name] = functools.partial(only, x)
+        found[name] = {}
         if name.startswith("kernel"):
-            row["error"] = relative_error(only(x), want)
-            assert row["error"] < 0.02, row
-            if has_backward:
-                row["grad_error"] = relative_error(both(x, grad)[1], want_grad)
-                assert row["grad_error"] < 0.02, row
-        few = repeats if name in differentiable else max(3, repeats // 5)
-        ms, iqr_ms = common.time_ms(only, x, repeats=few)
-        row |= {"forward_ms": ms, "forward_iqr_ms": iqr_ms}
-        row["forward_gb_per_s"] = 2 * array_bytes / ms / 1e6
-        if has_backward:
-            ms, iqr_ms = common.time_ms(both, x, grad, repeats=repeats)
-            row |= {"both_ms": ms, "both_iqr_ms": iqr_ms}
-            row["both_gb_per_s"] = (4 if name == "relu" else 5) * array_bytes / ms / 1e6
-        relu = relu or row
-        for which in ("forward", "both"):
-            if f"{which}_ms" in row:
-                row[f"{which}_times_relu"] = row[f"{which}_ms"] / relu[f"{which}_ms"]
-        rows.append(row | {"kept_percent": kept_percent})
-    return rows
+            found[name]["error"] = relative_error(only(x), want)
+        if name in differentiable and works(name, pair, x, grad):
+            both[name] = functools.partial(pair, x, grad)
+            if name.startswith("kernel"):
+                error = relative_error(pair(x, grad)[1], want_grad)
+                found[name]["grad_error"] = error
+        assert max(found[name].values(), default=0) < 0.02, (name, found[name])
+
+    def columns(which: str, fns: dict[str, Callable]) -> None:
+        times = common.time_in_turn(fns, repeats=repeats)
+        for name, time in times.items():
+            arrays = 2 if which == "forward" else 4 if name == "relu" else 5
+            found[name] |= {
+                f"{which}_ms": time.ms,
+                f"{which}_iqr_ms": time.iqr_ms,
+                f"{which}_gb_per_s": arrays * array_bytes / time.ms / 1e6,
+                f"{which}_times_relu": time.ms / times["relu"].ms,
+            }
+
+    columns("forward", forward)
+    columns("both", both)
+    return [
+        dataclasses.asdict(case)
+        | {"operator": name, "kept_percent": kept_percent}
+        | of_name
+        for name, of_name in found.items()
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -36,15 +36,21 @@ def check_where(where: Any, x: jax.Array) -> jax.Array | None:
     where = jnp.asarray(where)
     if where.dtype != jnp.bool_:
         raise TypeError(f"`where` must be bool; got {jax.typeof(where)}.")
+    check_broadcasts("where", where, x)
+    return where.reshape((1,) * (x.ndim - where.ndim) + where.shape)
+
+
+def check_broadcasts(name: str, value: jax.Array, x: jax.Array) -> None:
+    """Raises a ValueError unless `value` broadcasts to the shape that `x` has."""
     try:
-        fits = jnp.broadcast_shapes(where.shape, x.shape) == x.shape
+        fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
     except ValueError:
         fits = False
     if not fits:
         raise ValueError(
-            f"`where` must broadcast to the shape of `x`, {x.shape}; got {where.shape}."
+            f"`{name}` must broadcast to the shape of `x`, {x.shape}; got "
+            f"{value.shape}."
         )
-    return where.reshape((1,) * (x.ndim - where.ndim) + where.shape)
 
 
 def check_int(name: str, value: Any) -> int:

@@ -35,14 +35,6 @@ def magnitude_threshold(
     """
     x = _arguments.check_floating(x)
     threshold = jnp.asarray(threshold)
-    try:
-        fits = jnp.broadcast_shapes(threshold.shape, x.shape) == x.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`threshold` must broadcast to the shape of `x`, {x.shape}; got "
-            f"{threshold.shape}."
-        )
+    _arguments.check_broadcasts("threshold", threshold, x)
     mask = jnp.abs(x) > threshold
     return jnp.where(mask, x, 0), mask

@@ -95,14 +95,10 @@ def is_sparse(ffn: object) -> bool:
     return isinstance(ffn, nn.SparkFFN) and ffn.k < ffn.gate.out_features
 
 
-def neuron_capacity(ffn: nn.SparkFFN, batch: int, factor: float) -> int:
-    """Room for the neurons that any of `batch` tokens uses; at most all.
-
-    Expected is the union of independent choices of `k` neurons for each token.
-    """
+def expected_neurons(ffn: nn.SparkFFN, batch: int) -> float:
+    """Number of neurons in the union of a choice of `k` for each of `batch` tokens."""
     d_ff = ffn.gate.out_features
-    expected = d_ff * -math.expm1(batch * math.log1p(-ffn.k / d_ff))
-    return min(d_ff, math.ceil(factor * expected))
+    return d_ff * -math.expm1(batch * math.log1p(-ffn.k / d_ff))
 
 
 def key_capacity(attention: nn.SparkAttention, factor: float) -> int:

@@ -50,7 +50,7 @@ def prefill(
     for block in decoder.blocks:
         query, key, value = block.attention.project(block.attention_norm(x), positions)
         y, _ = block.attention.attend(query, key, value)
-        x = x + block.attention.out(y.reshape(*y.shape[:2], -1))
+        x = x + block.attention.combine(y)
         x = x + block.ffn(block.ffn_norm(x))
         room = ((0, 0), (0, capacity - seq), (0, 0), (0, 0))
         keys.append(jnp.pad(key, room))
@@ -87,7 +87,7 @@ def decode_step(
         valid = attention.causal_mask(positions, slots, window=block.attention.window)
         y, overflow = _attend(model, block.attention, query, key, value, valid)
         attention_overflows.append(overflow)
-        x = x + block.attention.out(y.reshape(*y.shape[:2], -1))
+        x = x + block.attention.combine(y)
         y, overflow = _feed_forward(model, layer, block.ffn, block.ffn_norm(x)[:, 0])
         ffn_overflows.append(overflow)
         x = x + y[:, None]

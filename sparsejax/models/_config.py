@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -52,6 +52,9 @@ class FFNFactory(Protocol):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> Callable[..., Any]: ...
+
+
+_Factory = TypeVar("_Factory", AttentionFactory, FFNFactory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +117,12 @@ class DecoderConfig:
 
     def attention_of(self, layer: int) -> AttentionFactory:
         """Gives the factory of that layer, counted from 0."""
-        return (
-            self.attention[layer]
-            if isinstance(self.attention, tuple)
-            else self.attention
-        )
+        return _of_layer(self.attention, layer)
 
     def ffn_of(self, layer: int) -> FFNFactory:
         """Gives the factory of that layer, counted from 0."""
-        return self.ffn[layer] if isinstance(self.ffn, tuple) else self.ffn
+        return _of_layer(self.ffn, layer)
+
+
+def _of_layer(factories: _Factory | tuple[_Factory, ...], layer: int) -> _Factory:
+    return factories[layer] if isinstance(factories, tuple) else factories

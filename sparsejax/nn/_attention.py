@@ -109,6 +109,12 @@ class Attention(nnx.Module):
         )
         return y, jnp.ones(query.shape[:2])
 
+    def combine(
+        self, y: Float[Array, "batch seq heads head_dim"]
+    ) -> Float[Array, "batch seq d_model"]:
+        """Projects what the heads give, side by side, back to the model's width."""
+        return self.out(y.reshape(*y.shape[:-2], -1))
+
     def __call__(
         self,
         x: Float[Array, "batch seq d_model"],
@@ -128,5 +134,5 @@ class Attention(nnx.Module):
           tokens in sight that was attended, a mean over heads.
         """
         y, density = self.attend(*self.project(x, positions))
-        y = self.out(y.reshape(*y.shape[:-2], -1))
+        y = self.combine(y)
         return (y, density) if with_density else y

@@ -132,5 +132,5 @@ class SparkAttention(Attention):
         It may be traced, so that layers of different `k` can share one `nnx.scan`.
         """
         y, density = self.attend(*self.project(x, positions), k=k)
-        y = self.out(y.reshape(*y.shape[:-2], -1))
+        y = self.combine(y)
         return (y, density) if with_density else y

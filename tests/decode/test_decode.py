@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -11,7 +12,7 @@ import pytest
 from absl.testing import parameterized
 from flax import nnx
 
-from sparsejax import decode, models, nn
+from sparsejax import decode, models, nn, ops
 from sparsejax.decode import _layers
 
 CONFIG = models.DecoderConfig(
@@ -106,6 +107,28 @@ class StepTest(parameterized.TestCase):
             got.append(overflows.ffn.tolist())
         self.assertEqual(got[0][1], 1)
         self.assertEqual(got[1:], [[0, 0], [0, 0]])
+
+    def test_with_a_kernel_there_is_room_for_all(self):
+        """Nothing overflows then; here the kernel's place is taken by the loop."""
+        ffn = make("spark").blocks[0].ffn
+        kernel = ffn.gate.kernel
+        kernel[...] = jnp.where(jnp.arange(192) < 48, kernel[...][:, :1], 0)
+        up = ffn.up.kernel[...].T
+        x = jax.random.normal(jax.random.key(0), (2, 32))
+        _, overflowed = _layers.active_ffn(ffn, up, x, factor=1.0)
+        self.assertEqual(int(overflowed), 1)
+        with mock.patch.object(ops, "has_active_ffn_kernel", return_value=True):
+            got, overflowed = _layers.active_ffn(ffn, up, x, factor=1.0)
+        self.assertEqual(int(overflowed), 0)
+        np.testing.assert_allclose(got, ffn(x), rtol=1e-4, atol=1e-5)
+
+    def test_a_batch_that_uses_most_neurons_is_computed_densely(self):
+        ffn = make("spark").blocks[0].ffn
+        x = jax.random.normal(jax.random.key(0), (8, 32))
+        nothing = jnp.full((192, 16), jnp.nan)
+        got, overflowed = _layers.active_ffn(ffn, nothing, x, factor=1.0)
+        self.assertEqual(int(overflowed), 0)
+        np.testing.assert_allclose(got, ffn(x), rtol=1e-4, atol=1e-5)
 
     def test_reads_few_neurons(self):
         """Rows of neurons that are not active may hold anything."""

@@ -70,9 +70,30 @@ def active_ffn(
     """
     x, gate, indices, up, down = map(jnp.asarray, (x, gate, indices, up, down))
     _check(x, gate, indices, num_active, up, down)
-    num_active = jnp.clip(jnp.asarray(num_active, jnp.int32), 0, indices.size)
+    num_active = jnp.asarray(num_active, jnp.int32)
     operands = (x, gate, indices.astype(jnp.int32), num_active, up, down)
     return _no_gradient(implementation, *operands)
+
+
+def has_active_ffn_kernel(x: jax.Array, up: jax.Array, down: jax.Array) -> bool:
+    """Whether `active_ffn` runs a kernel on the visible devices, by its default.
+
+    The time of a kernel follows `num_active`. Without one, on anything but a CPU, all
+    of `indices` is gathered, so that the capacity should be as small as can be.
+
+    Args:
+      x: `[batch, d_in]`; of all operands shapes and dtypes are read.
+      up: `[d_ff, d_in]`.
+      down: `[d_ff, d_model]`.
+
+    Example:
+      >>> has_active_ffn_kernel(jnp.ones((1, 8)), jnp.ones((9, 8)), jnp.ones((9, 8)))
+      False
+    """
+    if "mosaic_gpu" not in _platform.visible_kernels():
+        return False
+    reason = _mosaic_gpu_kernel().unsupported_reason(x, None, None, None, up, down)
+    return reason is None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -7,7 +7,7 @@ registers and writes it once; the sums of the blocks are then added by XLA. No a
 the result does not depend on which block is done first.
 
 A block is a single warpgroup, since a reduction over a whole row is not to be had
-across several; where the arithmetic counts, blocks share a multiprocessor instead.
+across several; blocks share a multiprocessor instead.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Tiles:
 
         Example:
           >>> Tiles.default(1, 4096, 4096, itemsize=2)
-          Tiles(slots=8, parts=1, blocks_per_sm=1, chunk=1024, num_sms=132)
+          Tiles(slots=5, parts=1, blocks_per_sm=2, chunk=1024, num_sms=132)
           >>> Tiles.default(8, 4096, 4096, itemsize=2)
           Tiles(slots=3, parts=2, blocks_per_sm=2, chunk=1024, num_sms=132)
         """
@@ -78,8 +78,8 @@ class Tiles:
             left = _SHARED_BYTES // blocks - batch * d_in * itemsize
             return min(_MAX_SLOTS, left // slot_bytes)
 
-        # a batch of 1 or 2 is so little arithmetic that one block keeps up
-        blocks_per_sm = 2 if batch > 2 and slots(2) >= 3 else 1
+        # one computes while the other waits for its row
+        blocks_per_sm = 2 if slots(2) >= 3 else 1
         return cls(slots(blocks_per_sm), parts, blocks_per_sm)
 
 
@@ -138,7 +138,7 @@ def active_ffn(
       x: `[batch, d_in]`; see `unsupported_reason`.
       gate: `[batch, capacity]`.
       indices: `[capacity]`, int32.
-      num_active: a scalar, int32, in `[0, capacity]`.
+      num_active: a scalar, int32; clipped to `[0, capacity]`.
       up: `[d_ff, d_in]`.
       down: `[d_ff, d_model]`.
       tiles: how the work is cut; None for the default.
@@ -151,7 +151,7 @@ def active_ffn(
         tiles = Tiles.default(batch, d_in, d_model, x.dtype.itemsize)
     sums = _sums_of_blocks(
         x.reshape(batch, -1, _COLUMNS),
-        gate.astype(jnp.float32),
+        gate,
         indices,
         num_active.reshape(1),
         up.reshape(len(up), -1, _COLUMNS),
@@ -192,7 +192,7 @@ def _sums_of_blocks(x, gate, indices, num_active, up, down, tiles):
 
         # all at once: each of these reads waits for memory
         first = [neuron(i) for i in range(slots)]
-        left = jnp.maximum(num_gmem[0] - block, 0)
+        left = jnp.maximum(jnp.minimum(num_gmem[0], capacity) - block, 0)
         mine = jax.lax.div(left + (num_blocks - 1), num_blocks)
         plgpu.copy_gmem_to_smem(x_gmem, x_smem, x_full)
         for i in range(slots):
@@ -208,7 +208,7 @@ def _sums_of_blocks(x, gate, indices, num_active, up, down, tiles):
             # the slot of the step before is loaded again in this one
             upcoming = i - 1 + slots
             next_neuron = neuron(upcoming)
-            gates = [gate_gmem[b, entry(i)] for b in range(batch)]
+            gates = [gate_gmem[b, entry(i)].astype(jnp.float32) for b in range(batch)]
             plgpu.barrier_wait(full.at[slot])
 
             dots = _dots(up_ring, slot, x_smem, up_chunks)

@@ -32,6 +32,7 @@ def active_ffn(
 ) -> jax.Array:
     """As the public function, by a loop."""
     batch, d_in = x.shape
+    num_active = jnp.clip(num_active, 0, indices.size)
     num_steps = (num_active + _ROWS - 1) // _ROWS
     slots = jnp.arange(-(-indices.size // _ROWS) * _ROWS)
     valid = slots < num_active

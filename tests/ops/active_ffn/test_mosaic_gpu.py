@@ -61,13 +61,14 @@ class InterpretTest(parameterized.TestCase):
             np.asarray(got, np.float32), np.asarray(want, np.float32)
         )
 
-    def test_public_function_with_a_traced_count(self):
+    @parameterized.parameters((4, 4), (99, 6), (-2, 0))
+    def test_public_function_with_a_traced_count(self, count, clipped):
         x, gate, indices, _, up, down = operands(2, 256, 256, 6, 6)
         with plgpu.force_gpu_interpret_mode(
             plgpu.InterpretGPUParams(detect_races=True)
         ):
-            got = jax.jit(kernel)(x, gate, indices, jnp.int32(4), up, down)
-        want = _reference.active_ffn(x, gate, indices, jnp.int32(4), up, down)
+            got = jax.jit(kernel)(x, gate, indices, jnp.int32(count), up, down)
+        want = _reference.active_ffn(x, gate, indices, jnp.int32(clipped), up, down)
         np.testing.assert_array_equal(got, want)
 
 

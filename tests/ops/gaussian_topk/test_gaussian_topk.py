@@ -152,6 +152,19 @@ class KernelTest(parameterized.TestCase):
         want = jax.jit(_reference.gaussian_topk)(x, z)
         np.testing.assert_allclose(got[:, 0], want, atol=2e-6)
 
+    # More rows than blocks of threads; a slot that holds one row alone.
+    @parameterized.parameters(
+        ((1000, 16384), jnp.bfloat16, 0.0),
+        ((600, 13824), jnp.bfloat16, 0.1),
+        ((900, 1024), jnp.float32, 0.0),
+        ((2, 150, 51200), jnp.float16, 0.0),
+    )
+    @pytest.mark.gpu
+    def test_on_a_gpu(self, shape, dtype, huber_delta):
+        x, g = operands(shape, dtype)
+        kernel = functools.partial(_mosaic_gpu.gaussian_topk, huber_delta=huber_delta)
+        self.check(kernel, x, jnp.float32(1.2), g, huber_delta)
+
     def check_gpu(self, x, z, g, huber_delta, tiles):
         if not _compat.can_interpret_mosaic_gpu(plgpu):
             self.skipTest(NEEDS_INTERPRETER)
