@@ -23,7 +23,7 @@ from sparsejax import decode, models
 
 ATTENDED = 256
 SIZE = Size(1536, 10, 12, 4, 128, 32000)
-ON_GPU = Size(2048, 16, 16, 4, 128, 32000)
+ON_GPU = Size(4096, 6, 32, 8, 128, 32000)
 QUICK = Size(64, 2, 2, 1, 32, 256)
 
 

@@ -118,15 +118,17 @@ def dense_form(layer, h, by):
     return down_product(layer, hidden.astype(h.dtype), by).astype(h.dtype)
 
 
+def room_of(implementation: str) -> str:
+    """The time of the kernel follows the count, so that it takes a list of any length.
+
+    The decoding loop gives it room for all neurons, so that none overflows.
+    """
+    return "all" if implementation == "mosaic_gpu" else "tight"
+
+
 def active_form(layer, h, implementation, tiles=None):
-    operands = [
-        h,
-        layer["gate"],
-        layer["indices"],
-        layer["num_active"],
-        layer["up"],
-        layer["down"],
-    ]
+    gate, indices = layer[room_of(implementation)]
+    operands = h, gate, indices, layer["num_active"], layer["up"], layer["down"]
     if tiles is None:
         return ops.active_ffn(*operands, implementation=implementation)
     from sparsejax.ops.active_ffn import _mosaic_gpu
@@ -163,13 +165,12 @@ def with_active(layers, size: Size, case: Case):
         if case.batch > 1:
             gate *= rng.random(gate.shape) < 0.5
         gate = jnp.asarray(gate, size.dtype)
-        indices, count, overflowed = ops.active_indices(jnp.asarray(active), capacity)
-        assert int(count) == num_active and not overflowed
-        found.append(
-            layer
-            | {"dense_gate": gate, "gate": gate[:, indices]}
-            | {"indices": indices, "num_active": count}
-        )
+        lists = {}
+        for room, length in (("tight", capacity), ("all", size.d_ff)):
+            indices, count, overflowed = ops.active_indices(jnp.asarray(active), length)
+            assert int(count) == num_active and not overflowed
+            lists[room] = gate[:, indices], indices
+        found.append(layer | lists | {"dense_gate": gate, "num_active": count})
     return found
 
 
@@ -315,7 +316,9 @@ def run_spark(layers, size: Size, batch: int, repeats: int) -> dict:
     active = jnp.any(first > 0, axis=0)
     ours = {
         name: functools.partial(
-            spark_form, implementation=implementation, capacity=capacity
+            spark_form,
+            implementation=implementation,
+            capacity=size.d_ff if room_of(implementation) == "all" else capacity,
         )
         for name, implementation in implementations().items()
     }
@@ -359,8 +362,10 @@ def run_tiles(layers, size: Size, case: Case, repeats: int) -> list[dict]:
     default = Tiles.default(case.batch, size.d_model, size.d_model, itemsize=2)
     changes = [
         {},
-        *({"slots": n} for n in (2, 4, 6, 8, 10)),
-        *({"blocks_per_sm": n, "slots": 12 // n - 1} for n in (1, 2, 3)),
+        *({"blocks_per_sm": 1, "slots": n} for n in (4, 8)),
+        *({"blocks_per_sm": 2, "slots": n} for n in (2, 3, 4)),
+        *({"blocks_per_sm": n, "slots": 2} for n in (3, 4, 6)),
+        {"blocks_per_sm": 3, "slots": 3},
         *({"parts": n} for n in (1, 2, 4)),
         *({"chunk": n} for n in (512, 2048, 4096)),
     ]

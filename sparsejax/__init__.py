@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparsejax import activations as activations
 from sparsejax import attention as attention
+from sparsejax import formats as formats
 from sparsejax import masks as masks
 from sparsejax import metrics as metrics
 from sparsejax import ops as ops
@@ -23,6 +24,8 @@ from sparsejax.activations import topk_activation as topk_activation
 from sparsejax.allocation import erdos_renyi as erdos_renyi
 from sparsejax.allocation import erdos_renyi_kernel as erdos_renyi_kernel
 from sparsejax.allocation import uniform as uniform
+from sparsejax.formats import BlockMask as BlockMask
+from sparsejax.formats import BlockSparse as BlockSparse
 from sparsejax.masks import apply_masks as apply_masks
 from sparsejax.masks import block_mask as block_mask
 from sparsejax.masks import global_topk as global_topk

@@ -1,0 +1,290 @@
+"""`BlockMask`: which blocks of a matrix are kept, as lists by row and by column.
+
+One type serves weights and attention. A kernel walks the list of a block row, or of a
+block column, and never meets the blocks that are not in it.
+"""
+
+import dataclasses
+import math
+from typing import Self, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Capacity: TypeAlias = int | tuple[int | None, int | None] | None
+"""Room for kept blocks: `(in a block row, in a block column)`, one number for a block
+row alone, None for all."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockMask:
+    """Which blocks `(height, width)` of a matrix `[..., rows, columns]` are kept.
+
+    A block is kept or dropped whole. For weights rows are d_in and columns d_out; for
+    attention rows are queries and columns keys, and leading axes are batch and heads,
+    of size 1 where all share one mask. Rules about single elements (causal, windows,
+    segments) are arguments of the operation and never stored here.
+
+    Built by `from_dense`, `from_blocks` or `from_scores`: on the device, inside `jit`,
+    in O(blocks) without a sort. Lists have a static length, so a new topology needs no
+    new trace. Entries beyond a count repeat the last index (0 in an empty list).
+
+    Attributes:
+      num: int32 `[..., block_rows]`, kept blocks of each block row.
+      indices: int32 `[..., block_rows, capacity]`, their block columns, ascending.
+      num_t: int32 `[..., block_columns]`, kept blocks of each block column.
+      indices_t: int32 `[..., block_columns, capacity_t]`, their block rows, ascending.
+      overflowed: bool `[...]`, whether blocks had to be dropped for want of room.
+      block_shape: `(height, width)`, elements of a block.
+
+    Example:
+      >>> mask = BlockMask.from_blocks(jnp.array([[True, False], [True, True]]), (2, 4))
+      >>> print(mask.num, mask.indices[1], mask.indices_t[1], mask.density())
+      [1 2] [0 1] [1 1] 0.75
+      >>> mask.shape
+      (4, 8)
+    """
+
+    num: jax.Array
+    indices: jax.Array
+    num_t: jax.Array
+    indices_t: jax.Array
+    overflowed: jax.Array
+    block_shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def from_blocks(
+        cls,
+        kept: Bool[Array, "*lead block_rows block_columns"],
+        block_shape: tuple[int, int],
+        *,
+        capacity: Capacity = None,
+    ) -> Self:
+        """Builds the lists from one bool a block.
+
+        Args:
+          kept: True = kept.
+          block_shape: `(height, width)`.
+          capacity: room of the lists. A row that has more keeps its first blocks, then
+            a column likewise; `overflowed` tells.
+
+        Returns:
+          The mask, of `lead`.
+
+        Raises:
+          TypeError: if `kept` is not bool.
+          ValueError: if it has fewer than 2 axes, or a size or capacity is below 1.
+
+        Example:
+          >>> mask = BlockMask.from_blocks(jnp.ones((1, 3), bool), (8, 8), capacity=2)
+          >>> print(mask.indices, mask.overflowed)
+          [[0 1]] True
+        """
+        kept = jnp.asarray(kept)
+        if kept.dtype != jnp.bool_:
+            raise TypeError(f"a mask must be bool; got {jax.typeof(kept)}.")
+        if kept.ndim < 2:
+            raise ValueError(
+                f"a mask must have rows and columns; got shape {kept.shape}."
+            )
+        height, width = map(int, block_shape)
+        if height < 1 or width < 1:
+            raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
+        row_room, column_room = _rooms(capacity, kept.shape[-2:])
+        fitting = _first(_first(kept, row_room).mT, column_room).mT
+        num, indices = _lists(fitting, row_room)
+        num_t, indices_t = _lists(fitting.mT, column_room)
+        overflowed = jnp.any(kept != fitting, axis=(-2, -1))
+        return cls(num, indices, num_t, indices_t, overflowed, (height, width))
+
+    @classmethod
+    def from_dense(
+        cls,
+        mask: Bool[Array, "*lead rows columns"],
+        block_shape: tuple[int, int],
+        *,
+        capacity: Capacity = None,
+    ) -> Self:
+        """Keeps each block that holds a True.
+
+        Args:
+          mask: elementwise, True = kept.
+          block_shape: `(height, width)`; must divide rows and columns.
+          capacity: as in `from_blocks`.
+
+        Raises:
+          TypeError: if `mask` is not bool.
+          ValueError: as in `from_blocks`, or if a block does not divide its axis.
+
+        Example:
+          >>> mask = BlockMask.from_dense(jnp.eye(4, dtype=bool), (2, 2))
+          >>> print(mask.to_blocks())
+          [[ True False]
+           [False  True]]
+        """
+        mask = jnp.asarray(mask)
+        height, width = block_shape
+        if mask.ndim >= 2 and (mask.shape[-2] % height or mask.shape[-1] % width):
+            raise ValueError(
+                f"blocks of {block_shape} must divide the last two axes; got shape "
+                f"{mask.shape}. Pad the mask or choose other blocks."
+            )
+        if mask.dtype != jnp.bool_ or mask.ndim < 2:  # says which, and raises
+            return cls.from_blocks(mask, block_shape)
+        *lead, rows, columns = mask.shape
+        tiled = (*lead, rows // height, height, columns // width, width)
+        kept = jnp.any(mask.reshape(tiled), axis=(-3, -1))
+        return cls.from_blocks(kept, block_shape, capacity=capacity)
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Float[Array, "*lead block_rows block_columns"],
+        block_shape: tuple[int, int],
+        num_kept: int,
+        *,
+        capacity: Capacity = None,
+    ) -> Self:
+        """Keeps the blocks of highest score in each block row.
+
+        Args:
+          scores: one a block, higher is kept; -inf and NaN are never kept.
+          block_shape: `(height, width)`.
+          num_kept: blocks to keep in each block row; of equal scores the one further
+            left wins.
+          capacity: as in `from_blocks`; by default `num_kept` blocks in a row.
+
+        Raises:
+          TypeError: if `scores` are not floating.
+          ValueError: as in `from_blocks`, or if `num_kept` is out of range.
+
+        Example:
+          >>> scores = jnp.array([[3.0, 1.0, 2.0], [-jnp.inf, 0.0, -jnp.inf]])
+          >>> print(BlockMask.from_scores(scores, (64, 64), 2).to_blocks())
+          [[ True False  True]
+           [False  True False]]
+        """
+        scores = jax.lax.stop_gradient(jnp.asarray(scores))
+        if not jnp.issubdtype(scores.dtype, jnp.floating):
+            raise TypeError(f"`scores` must be floating; got {jax.typeof(scores)}.")
+        columns = scores.shape[-1] if scores.ndim else 0
+        if not 1 <= num_kept <= columns:
+            raise ValueError(
+                f"`num_kept` must be in [1, {columns}], the block columns; got "
+                f"{num_kept}."
+            )
+        usable = scores > -jnp.inf  # False for NaN too
+        _, best = jax.lax.top_k(jnp.where(usable, scores, -jnp.inf), num_kept)
+        kept = jnp.zeros(scores.shape, jnp.bool_)
+        kept = jnp.put_along_axis(kept, best, True, axis=-1, inplace=False) & usable
+        return cls.from_blocks(
+            kept, block_shape, capacity=num_kept if capacity is None else capacity
+        )
+
+    @property
+    def blocks_shape(self) -> tuple[int, ...]:
+        """Shape in blocks: `(*lead, block_rows, block_columns)`."""
+        return (*self.num.shape, self.num_t.shape[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in elements: `(*lead, rows, columns)`."""
+        *lead, rows, columns = self.blocks_shape
+        height, width = self.block_shape
+        return (*lead, rows * height, columns * width)
+
+    @property
+    def T(self) -> "BlockMask":
+        """The mask of the transposed matrix; the lists change their roles."""
+        return BlockMask(
+            self.num_t,
+            self.indices_t,
+            self.num,
+            self.indices,
+            self.overflowed,
+            (self.block_shape[1], self.block_shape[0]),
+        )
+
+    def density(self) -> jax.Array:
+        """Computes the share of kept blocks, float32 `[...]`."""
+        rows, columns = self.blocks_shape[-2:]
+        return jnp.sum(self.num, axis=-1).astype(jnp.float32) / (rows * columns)
+
+    def to_blocks(self) -> jax.Array:
+        """Gives one bool a block, `[..., block_rows, block_columns]`."""
+        listed = jnp.arange(self.indices.shape[-1]) < self.num[..., None]
+        # an entry beyond the count goes to a column that is dropped
+        columns = self.blocks_shape[-1]
+        to = jnp.where(listed, self.indices, columns)
+        flat = to.reshape(-1, to.shape[-1])
+        kept = jnp.zeros((len(flat), columns), jnp.bool_)
+        kept = kept.at[jnp.arange(len(flat))[:, None], flat].set(True, mode="drop")
+        return kept.reshape(self.blocks_shape)
+
+    def to_dense(self) -> jax.Array:
+        """Gives the elementwise mask: each block whole, `[..., rows, columns]`."""
+        *lead, rows, columns = self.blocks_shape
+        height, width = self.block_shape
+        tiled = (*lead, rows, height, columns, width)
+        blocks = self.to_blocks()[..., :, None, :, None]
+        return jnp.broadcast_to(blocks, tiled).reshape(self.shape)
+
+    def __and__(self, other: "BlockMask") -> "BlockMask":
+        """The blocks that both keep."""
+        return self._combine(other, jnp.logical_and, min)
+
+    def __or__(self, other: "BlockMask") -> "BlockMask":
+        """The blocks that either keeps, with room for the lists of both."""
+        return self._combine(other, jnp.logical_or, sum)
+
+    def _combine(self, other, operation, room) -> "BlockMask":
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        mine = (self.block_shape, self.blocks_shape[-2:])
+        theirs = (other.block_shape, other.blocks_shape[-2:])
+        if mine != theirs:
+            raise ValueError(
+                "two block masks must have equal blocks, and as many; got "
+                f"{mine[1]} blocks of {mine[0]} and {theirs[1]} blocks of {theirs[0]}."
+            )
+        kept = operation(self.to_blocks(), other.to_blocks())
+        capacity = (
+            room([self.indices.shape[-1], other.indices.shape[-1]]),
+            room([self.indices_t.shape[-1], other.indices_t.shape[-1]]),
+        )
+        made = BlockMask.from_blocks(kept, self.block_shape, capacity=capacity)
+        overflowed = made.overflowed | self.overflowed | other.overflowed
+        return dataclasses.replace(made, overflowed=overflowed)
+
+
+def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
+    """The lengths of the lists of a row and of a column."""
+    rows, columns = blocks
+    asked = capacity if isinstance(capacity, tuple) else (capacity, None)
+    if any(room is not None and room < 1 for room in asked):
+        raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
+    row_room, column_room = (math.inf if room is None else room for room in asked)
+    return int(min(row_room, columns)), int(min(column_room, rows))
+
+
+def _first(kept: jax.Array, room: int) -> jax.Array:
+    """The first `room` True entries along the last axis."""
+    if room >= kept.shape[-1]:
+        return kept
+    return kept & (jnp.cumsum(kept, axis=-1, dtype=jnp.int32) <= room)
+
+
+def _lists(kept: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
+    """Counts and ascending indices of the True entries along the last axis."""
+    *lead, size = kept.shape
+    rows = kept.reshape(math.prod(lead), size)
+    slot = jnp.cumsum(rows, axis=-1, dtype=jnp.int32) - 1
+    slot = jnp.where(rows, slot, room)  # beyond the list: dropped
+    index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), rows.shape)
+    lists = jnp.zeros((len(rows), room), jnp.int32)
+    lists = lists.at[jnp.arange(len(rows))[:, None], slot].set(index, mode="drop")
+    lists = jax.lax.cummax(lists, axis=1)  # ascending, so the rest repeats the last
+    num = jnp.sum(rows, axis=-1, dtype=jnp.int32)
+    return num.reshape(lead), lists.reshape(*lead, room)
