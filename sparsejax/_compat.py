@@ -3,7 +3,12 @@
 This module imports no pallas: what needs it is given the module as an argument.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
+
+import jax
+from jax.extend.core import Literal
 
 
 def mosaic_gpu_params(plgpu: Any, **settings: Any) -> Any:
@@ -38,3 +43,64 @@ def can_interpret_mosaic_gpu(plgpu: Any) -> bool:
       True if `plgpu.force_gpu_interpret_mode` is there.
     """
     return hasattr(plgpu, "force_gpu_interpret_mode")
+
+
+def mosaic_gpu_load(plgpu: Any, ref: Any, layout: Any) -> Any:
+    """Loads a reference to registers of a given layout.
+
+    jax 0.10 takes the indices apart from the reference, jax 0.12 does not.
+
+    Args:
+      plgpu: the module `jax.experimental.pallas.mosaic_gpu`.
+      ref: of shared or device memory.
+      layout: of `plgpu.Layout`, maybe reduced.
+
+    Returns:
+      The array.
+    """
+    apart = "idx" in inspect.signature(plgpu.load).parameters
+    indices = ((),) if apart else ()
+    return plgpu.load(ref, *indices, layout=layout, optimized=False)
+
+
+def without_custom_rules(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of arrays without the derivative rules that it carries.
+
+    A Mosaic GPU kernel of jax 0.10 cannot hold a function with a rule of its own, as
+    `jax.nn.relu` is one. Inside a kernel nothing is differentiated.
+
+    Args:
+      fn: takes arrays, gives one array.
+
+    Returns:
+      The function.
+
+    Example:
+      >>> import jax
+      >>> float(without_custom_rules(jax.nn.relu)(2.0))
+      2.0
+    """
+
+    def evaluate(jaxpr, consts, *args):
+        values = dict(zip(jaxpr.constvars, consts, strict=True))
+        values |= zip(jaxpr.invars, args, strict=True)
+
+        def read(atom):
+            return atom.val if isinstance(atom, Literal) else values[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            inner = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
+            if inner is None:
+                out = eqn.primitive.bind(*operands, **eqn.params)
+            else:
+                out = evaluate(inner.jaxpr, inner.consts, *operands)
+            several = eqn.primitive.multiple_results or inner is not None
+            values |= zip(eqn.outvars, out if several else [out], strict=True)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def without_rules(*args):
+        closed = jax.make_jaxpr(fn)(*args)
+        return evaluate(closed.jaxpr, closed.consts, *args)[0]
+
+    return without_rules

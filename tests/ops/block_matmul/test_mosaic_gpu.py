@@ -1,0 +1,196 @@
+"""The Hopper kernels of block_matmul: values in interpret mode, lowering, limits."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsejax import _compat
+from sparsejax.formats import BlockMask, BlockSparse
+from sparsejax.ops import block_matmul
+
+# by name: the function hides the package of that name
+_mosaic_gpu, _dw, _reference = (
+    importlib.import_module(f"sparsejax.ops.block_matmul.{name}")
+    for name in ("_mosaic_gpu", "_mosaic_gpu_dw", "_reference")
+)
+Tiles = _mosaic_gpu.Tiles
+
+needs_interpreter = pytest.mark.skipif(
+    not _compat.can_interpret_mosaic_gpu(plgpu),
+    reason="this jax cannot run Mosaic GPU kernels on a CPU",
+)
+kernel = functools.partial(block_matmul, implementation="mosaic_gpu")
+
+
+def interpret():
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    return plgpu.force_gpu_interpret_mode(params)
+
+
+def integers(rng, shape, dtype):
+    """Small, so that sums are exact and every order of them gives equal bits."""
+    return jnp.asarray(rng.integers(-2, 3, shape), dtype)
+
+
+def operands(kept, block_shape, num_rows, dtype, compact=False):
+    """x, w, dy and the mask; blocks of w that are not kept are NaN."""
+    rng = np.random.default_rng([num_rows, *block_shape])
+    mask = BlockMask.from_blocks(jnp.asarray(kept, bool), block_shape)
+    d_in, d_out = mask.shape
+    x, dy = (
+        integers(rng, (num_rows, d_in), dtype),
+        integers(rng, (num_rows, d_out), dtype),
+    )
+    w = integers(rng, (d_in, d_out), dtype)
+    w = jnp.where(mask.to_dense(), w, jnp.nan)
+    if compact:
+        w = BlockSparse.from_dense(w, mask, capacity=int(np.sum(kept)) + 1).values
+    return x, w, dy, mask
+
+
+def reference(x, w, dy, mask):
+    """y, dx and dw."""
+    y, vjp = jax.vjp(lambda x, w: _reference.block_matmul(x, w, mask), x, w)
+    return y, *vjp(dy)
+
+
+def assert_equal(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a, np.float32), b.astype(jnp.float32))
+
+
+@needs_interpreter
+class InterpretTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        # blocks shared by the two warpgroups; an empty row and an empty column
+        (
+            "wide",
+            ([[1, 0, 0], [0, 0, 0], [1, 0, 1]], (128, 128), 16, jnp.bfloat16),
+            Tiles(128, 8, stages=2, parts=1, num_sms=2),
+            Tiles(128, 8, stages=3, parts=1, num_sms=4),
+            _dw.Tiles(stages=2, num_sms=2),
+        ),
+        # two row tiles in two windows; more programs than tiles; ragged rows
+        (
+            "narrow",
+            ([[1, 1], [0, 1], [1, 0]], (64, 64), 60, jnp.float16),
+            Tiles(64, 16, stages=2, parts=2, window=1, num_sms=3),
+            Tiles(64, 16, stages=2, parts=2, window=2, num_sms=132),
+            _dw.Tiles(stages=3, num_sms=4),
+        ),
+        # one side of a block wide, the other narrow; kept blocks alone are stored
+        (
+            "compact",
+            ([[1, 0], [1, 1], [0, 1]], (64, 128), 40, jnp.bfloat16, True),
+            Tiles(128, 16, stages=2, parts=2, num_sms=2),
+            Tiles(64, 24, stages=2, parts=1, num_sms=2),
+            _dw.Tiles(stages=2, num_sms=2),
+        ),
+    )
+    def test_products(self, case, tiles, tiles_dx, tiles_dw):
+        x, w, dy, mask = operands(*case)
+        with interpret():
+            y = jax.jit(functools.partial(_mosaic_gpu.forward, tiles=tiles))(
+                x, w, mask, None, None
+            )
+            dx = jax.jit(functools.partial(_mosaic_gpu.grad_x, tiles=tiles_dx))(
+                dy, w, mask
+            )
+            dw = jax.jit(functools.partial(_dw.grad_w, tiles=tiles_dw))(x, dy, mask, w)
+        assert_equal((y, dx, dw), reference(x, w, dy, mask))
+
+    def test_public_function(self):
+        x, w, dy, mask = operands([[0, 1], [1, 0]], (64, 64), 8, jnp.bfloat16)
+        bias = jnp.arange(128, dtype=jnp.bfloat16) - 64
+
+        def fn(implementation, x, w, bias):
+            return block_matmul(
+                x.reshape(2, 4, -1),
+                w,
+                mask,
+                bias=bias,
+                activation=jax.nn.relu,
+                implementation=implementation,
+            )
+
+        def both(implementation):
+            call = functools.partial(fn, implementation)
+            y, vjp = jax.vjp(call, x, w, bias)
+            return call(x, w, bias), y, *vjp(dy.reshape(2, 4, -1))
+
+        with interpret():
+            got = jax.jit(functools.partial(both, "mosaic_gpu"))()
+        assert_equal(got, both("reference"))
+
+
+class LoweringTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ((128, 128), 8192, jnp.bfloat16, jax.nn.silu),
+        ((64, 64), 1000, jnp.float16, None),
+        ((128, 256), 3, jnp.bfloat16, jax.nn.relu),
+    )
+    def test_for_cuda(self, block_shape, num_rows, dtype, activation):
+        grid = (2048 // block_shape[0], 2048 // block_shape[1])
+        mask = jax.eval_shape(
+            lambda kept: BlockMask.from_blocks(kept, block_shape),
+            jax.ShapeDtypeStruct(grid, jnp.bool_),
+        )
+        x = jax.ShapeDtypeStruct((num_rows, 2048), dtype)
+        w = jax.ShapeDtypeStruct((2048, 2048), dtype)
+        bias = jax.ShapeDtypeStruct((2048,), jnp.float32)
+
+        def fn(x, w, mask, bias):
+            def loss(x, w):
+                return kernel(x, w, mask, bias=bias).astype(jnp.float32).sum()
+
+            y = kernel(x, w, mask, bias=bias, activation=activation)
+            return y, jax.grad(loss, (0, 1))(x, w)
+
+        exported = jax.export.export(jax.jit(fn), platforms=["cuda"])(x, w, mask, bias)
+        # y once with the activation; dx; dw
+        self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 3)
+
+
+class LimitsTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ((64, 64), jnp.float32, 8, "must be bfloat16 or float16"),
+        ((64, 32), jnp.bfloat16, 8, "multiples of 64; got \\(64, 32\\)"),
+        ((64, 64), jnp.bfloat16, 0, "there must be a row"),
+    )
+    def test_says_why(self, block_shape, dtype, num_rows, reason):
+        x, w, _, mask = operands([[1]], block_shape, num_rows, dtype)
+        with self.assertRaisesRegex(NotImplementedError, reason):
+            kernel(x, w, mask)
+
+
+@pytest.mark.gpu
+class DeviceTest(parameterized.TestCase):
+    @parameterized.product(
+        block_shape=[(128, 128), (64, 64), (64, 128), (128, 256)],
+        num_rows=[3, 100, 1000],
+        compact=[False, True],
+        density=[0.0, 0.3, 1.0],
+    )
+    def test_products(self, block_shape, num_rows, compact, density):
+        kept = np.random.default_rng(num_rows).random((9, 7)) < density
+        x, w, dy, mask = operands(kept, block_shape, num_rows, jnp.bfloat16, compact)
+
+        def products(implementation, x, w):
+            def call(x, w):
+                if compact:
+                    w = BlockSparse(w, mask)
+                masks = None if compact else mask
+                return block_matmul(x, w, masks, implementation=implementation)
+
+            y, vjp = jax.vjp(call, x, w)
+            return y, *vjp(dy)
+
+        got = jax.jit(functools.partial(products, "mosaic_gpu"))(x, w)
+        assert_equal(got, jax.jit(functools.partial(products, "reference"))(x, w))
