@@ -1,0 +1,288 @@
+"""At which density is a block-sparse product faster than the dense one?
+
+y = x W, dx = dy W^T and dW = x^T dy with random blocks of W kept, each against the same
+product by XLA with all of W, and y against PyTorch's BSR product where torch is there.
+TFLOP/s count kept blocks only. `dw` is as large as W, with zeros; `dw compact` has the
+kept blocks alone. A small batch is bound by reading W: there the bytes of kept blocks a
+second are given, beside those that a copy of a large array moves.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable
+
+# torch needs room on the same device
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sparsejax as sj
+from benchmarks import common
+
+KERNELS = {"gpu": "mosaic_gpu", "tpu": "pallas_tpu"}
+STREAMED_BYTES = 200e6  # of kept blocks in distinct matrices: more than any cache holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One product; masks of one shape share what is compiled."""
+
+    rows: int
+    d_in: int
+    d_out: int
+    block: int
+    dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One mask: random blocks, or one row and one column whole and random others."""
+
+    density: float
+    skewed: bool = False
+
+
+SQUARE = Shape(8192, 8192, 8192, 128)
+CASES = [
+    (SQUARE, [Case(d) for d in (1, 0.8, 0.5, 0.25, 0.1, 0.05)] + [Case(0.1, True)]),
+    (dataclasses.replace(SQUARE, block=64), [Case(d) for d in (0.5, 0.25, 0.1)]),
+    (Shape(8192, 2048, 8192, 128), [Case(d) for d in (0.5, 0.25, 0.1)]),
+    (Shape(8192, 8192, 2048, 128), [Case(d) for d in (0.5, 0.25, 0.1)]),
+]
+STREAMS = [
+    (Shape(rows, 4096, 8192, 128), Case(d)) for rows in (1, 8, 64) for d in (0.5, 0.1)
+]
+QUICK_CASES = [
+    (Shape(64, 256, 384, 64, "float32"), [Case(1), Case(0.5), Case(0.5, True)])
+]
+QUICK_STREAMS = [(Shape(2, 256, 384, 64, "float32"), Case(0.5))]
+
+
+def make_mask(shape: Shape, case: Case, seed: int = 0) -> sj.BlockMask:
+    """Random blocks, exactly as many as the density says."""
+    grid = (shape.d_in // shape.block, shape.d_out // shape.block)
+    kept = np.zeros(grid, bool)
+    if case.skewed:
+        kept[grid[0] // 3, :] = kept[:, grid[1] // 3] = True
+    missing = max(0, round(case.density * kept.size) - int(kept.sum()))
+    free = np.flatnonzero(~kept)
+    rng = np.random.default_rng(seed)
+    kept.reshape(-1)[rng.choice(free, missing, replace=False)] = True
+    return sj.BlockMask.from_blocks(jnp.asarray(kept), (shape.block, shape.block))
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def relative_error(got: jax.Array, want: jax.Array) -> float:
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    norm = jnp.linalg.norm(want)
+    return float(jnp.linalg.norm(got - want) / jnp.where(norm > 0, norm, 1))
+
+
+def products(implementation: str | None) -> dict[str, Callable]:
+    """Jitted y, dx, dw and compact dw of `(x, w, values, dy, mask)`."""
+    call = functools.partial(sj.ops.block_matmul, implementation=implementation)
+
+    def dx(x, w, values, dy, mask):
+        return jax.vjp(lambda x: call(x, w, mask), x)[1](dy)[0]
+
+    def dw(x, w, values, dy, mask):
+        return jax.vjp(lambda w: call(x, w, mask), w)[1](dy)[0]
+
+    def dw_compact(x, w, values, dy, mask):
+        of_values = lambda values: call(x, sj.BlockSparse(values, mask))  # noqa: E731
+        return jax.vjp(of_values, values)[1](dy)[0]
+
+    found = {
+        "y": lambda x, w, values, dy, mask: call(x, w, mask),
+        "dx": dx,
+        "dw": dw,
+        "dw compact": dw_compact,
+    }
+    return {name: jax.jit(fn) for name, fn in found.items()}
+
+
+def dense_products() -> dict[str, Callable]:
+    """The same by XLA, with all of w."""
+
+    def dot(a, b):
+        return jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+    found = {
+        "y": lambda x, w, values, dy, mask: dot(x, w),
+        "dx": lambda x, w, values, dy, mask: dot(dy, w.T),
+        "dw": lambda x, w, values, dy, mask: dot(x.T, dy),
+    }
+    return {name: jax.jit(fn) for name, fn in found.items()}
+
+
+def torch_bsr(x: jax.Array, w: jax.Array, mask: sj.BlockMask) -> Callable | None:
+    """y^T = W^T x^T with W^T in torch's BSR format; None without torch and its GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    try:
+        import torch
+    except ImportError:
+        return None
+
+    def to_torch(a):
+        return torch.from_numpy(np.asarray(a, np.float32)).cuda().bfloat16()
+
+    kept = jnp.where(mask.to_dense(), w, 0)
+    sparse = to_torch(kept.T).to_sparse_bsr(mask.block_shape[::-1])
+    operand = to_torch(x).T
+    want = np.asarray(jnp.dot(x[:64], kept, preferred_element_type=jnp.float32))
+    got = (sparse @ operand).T[:64].float().cpu().numpy()
+    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+    assert error < 0.02, error
+
+    def call():
+        sparse @ operand
+        torch.cuda.synchronize()
+
+    return call
+
+
+def run_shape(shape: Shape, cases: list[Case], repeats: int) -> list[dict]:
+    """Checks, then times the three products under each mask; one row for each."""
+    x = normal(0, (shape.rows, shape.d_in), shape.dtype)
+    w = normal(1, (shape.d_in, shape.d_out), shape.dtype) / math.sqrt(shape.d_in)
+    dy = normal(2, (shape.rows, shape.d_out), shape.dtype)
+    ours = products(KERNELS.get(jax.default_backend()))
+    reference, dense = products("reference"), dense_products()
+    rows = []
+    for case in cases:
+        mask = make_mask(shape, case)
+        values = sj.BlockSparse.from_dense(w, mask).values
+        operands = (x, w, values, dy, mask)
+        density = float(mask.density())
+        flops = 2 * shape.rows * shape.d_in * shape.d_out * density
+        errors = {}
+        for name, fn in ours.items():
+            errors[name] = relative_error(fn(*operands), reference[name](*operands))
+            assert errors[name] < 0.01, (shape, case, name, errors[name])
+        fns = {
+            f"{kind} {name}": functools.partial(fn, *operands)
+            for kind, found in (("ours", ours), ("dense", dense))
+            for name, fn in found.items()
+        }
+        if bsr := torch_bsr(x, w, mask):
+            fns["torch y"] = bsr
+        times = common.time_in_turn(fns, repeats=repeats)
+        for name in ours:
+            time = times[f"ours {name}"]
+            dense_ms = times[f"dense {name.removesuffix(' compact')}"].ms
+            row = dataclasses.asdict(shape) | dataclasses.asdict(case)
+            row |= {
+                "product": name,
+                "ms": time.ms,
+                "iqr_ms": time.iqr_ms,
+                "tflops": flops / time.ms / 1e9,
+                "dense_ms": dense_ms,
+                "dense_tflops": flops / density / dense_ms / 1e9,
+                "speedup": dense_ms / time.ms,
+                "error": errors[name],
+            }
+            if name == "y" and bsr:
+                torch_ms = times["torch y"].ms
+                row |= {
+                    "torch_bsr_ms": torch_ms,
+                    "torch_bsr_tflops": flops / torch_ms / 1e9,
+                }
+            rows.append(row)
+        common.print_table(rows[-len(ours) :])
+    return rows
+
+
+def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
+    """A few rows through many matrices, one after the other, y alone."""
+    itemsize = jnp.dtype(shape.dtype).itemsize
+    kept_bytes = case.density * shape.d_in * shape.d_out * itemsize
+    layers = 2 if shape.dtype == "float32" else math.ceil(STREAMED_BYTES / kept_bytes)
+    x = normal(0, (shape.rows, shape.d_in), shape.dtype)
+    masks = [make_mask(shape, case, seed) for seed in range(layers)]
+    make = jax.jit(
+        lambda i: normal(i, (shape.d_in, shape.d_out), shape.dtype), static_argnums=0
+    )
+    ws = [make(i) / math.sqrt(shape.d_in) for i in range(layers)]
+    kernel = KERNELS.get(jax.default_backend())
+    call = functools.partial(sj.ops.block_matmul, implementation=kernel)
+
+    # a result each, so that no product is left out
+    sparse = jax.jit(
+        lambda x, ws, masks: list(map(functools.partial(call, x), ws, masks))
+    )
+    dense = jax.jit(lambda x, ws: [jnp.dot(x, w) for w in ws])
+    want = jnp.dot(x, jnp.where(masks[-1].to_dense(), ws[-1], 0))
+    error = relative_error(sparse(x, ws, masks)[-1], want)
+    assert error < 0.01, (shape, case, error)
+    large = jnp.concatenate([w.reshape(-1) for w in ws])
+    copy = jax.jit(lambda x: jax.lax.optimization_barrier(x) + 0)
+    times = common.time_in_turn(
+        {
+            "ours": functools.partial(sparse, x, ws, masks),
+            "dense": functools.partial(dense, x, ws),
+            "copy": functools.partial(copy, large),
+        },
+        repeats=repeats,
+    )
+    total = sum(float(mask.density()) for mask in masks) * shape.d_in * shape.d_out
+    return (
+        dataclasses.asdict(shape)
+        | dataclasses.asdict(case)
+        | {
+            "product": "y",
+            "layers": layers,
+            "ms": times["ours"].ms / layers,
+            "iqr_ms": times["ours"].iqr_ms / layers,
+            "gb_per_s": total * itemsize / times["ours"].ms / 1e6,
+            "copy_gb_per_s": 2 * large.nbytes / times["copy"].ms / 1e6,
+            "dense_ms": times["dense"].ms / layers,
+            "speedup": times["dense"].ms / times["ours"].ms,
+            "error": error,
+        }
+    )
+
+
+def run_building(shape: Shape, repeats: int) -> list[dict]:
+    """The lists of a mask, from bools of blocks and from an elementwise mask."""
+    mask = make_mask(shape, Case(0.1))
+    block = (shape.block, shape.block)
+    fns = {
+        "mask from blocks": functools.partial(
+            jax.jit(lambda kept: sj.BlockMask.from_blocks(kept, block)),
+            mask.to_blocks(),
+        ),
+        "mask from dense": functools.partial(
+            jax.jit(lambda kept: sj.BlockMask.from_dense(kept, block)), mask.to_dense()
+        ),
+    }
+    times = common.time_in_turn(fns, repeats=repeats)
+    return [
+        dataclasses.asdict(shape)
+        | {"product": name, "ms": time.ms, "iqr_ms": time.iqr_ms}
+        for name, time in times.items()
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs all cases."""
+    args = common.parse_args(__doc__, argv=argv)
+    cases, streams = (QUICK_CASES, QUICK_STREAMS) if args.quick else (CASES, STREAMS)
+    rows = []
+    for shape, of_shape in cases:
+        rows += run_shape(shape, of_shape, args.repeats)
+    rows += [run_stream(shape, case, args.repeats) for shape, case in streams]
+    rows += run_building(cases[0][0], args.repeats)
+    common.print_table(rows)
+    common.write_json(args.json, common.environment(repeats=args.repeats), rows)
+
+
+if __name__ == "__main__":
+    main()
