@@ -75,7 +75,7 @@ class BlockMask:
 
         Raises:
           TypeError: if `kept` is not bool.
-          ValueError: if it has fewer than 2 axes, or a size or capacity is below 1.
+          ValueError: if it has no rows or columns, or a size or capacity is below 1.
 
         Example:
           >>> mask = BlockMask.from_blocks(jnp.ones((1, 3), bool), (8, 8), capacity=2)
@@ -85,7 +85,7 @@ class BlockMask:
         kept = jnp.asarray(kept)
         if kept.dtype != jnp.bool_:
             raise TypeError(f"a mask must be bool; got {jax.typeof(kept)}.")
-        if kept.ndim < 2:
+        if kept.ndim < 2 or 0 in kept.shape[-2:]:
             raise ValueError(
                 f"a mask must have rows and columns; got shape {kept.shape}."
             )
@@ -126,13 +126,13 @@ class BlockMask:
         """
         mask = jnp.asarray(mask)
         height, width = block_shape
-        if mask.ndim >= 2 and (mask.shape[-2] % height or mask.shape[-1] % width):
+        if mask.dtype != jnp.bool_ or mask.ndim < 2 or height < 1 or width < 1:
+            return cls.from_blocks(mask, block_shape)  # says which, and raises
+        if mask.shape[-2] % height or mask.shape[-1] % width:
             raise ValueError(
                 f"blocks of {block_shape} must divide the last two axes; got shape "
                 f"{mask.shape}. Pad the mask or choose other blocks."
             )
-        if mask.dtype != jnp.bool_ or mask.ndim < 2:  # says which, and raises
-            return cls.from_blocks(mask, block_shape)
         *lead, rows, columns = mask.shape
         tiled = (*lead, rows // height, height, columns // width, width)
         kept = jnp.any(mask.reshape(tiled), axis=(-3, -1))
@@ -176,6 +176,7 @@ class BlockMask:
                 f"{num_kept}."
             )
         usable = scores > -jnp.inf  # False for NaN too
+        scores = jnp.where(scores == 0, 0, scores)  # top_k ranks -0.0 below 0.0
         _, best = jax.lax.top_k(jnp.where(usable, scores, -jnp.inf), num_kept)
         kept = jnp.zeros(scores.shape, jnp.bool_)
         kept = jnp.put_along_axis(kept, best, True, axis=-1, inplace=False) & usable

@@ -18,7 +18,7 @@ class BlockSparse:
 
     Memory follows what is kept: hold `values` as the parameter, and gradients and
     moments are as small. Blocks stand in row-major order; `values` beyond the kept
-    ones are unused, and no operation reads them.
+    ones are 0 at first, and no operation reads them.
 
     Attributes:
       values: `[capacity, height, width]`, the kept blocks.
@@ -80,7 +80,9 @@ class BlockSparse:
                 f"{total} blocks."
             )
         rows, columns = block_positions(mask, capacity)
-        return cls(_tiles(matrix, mask)[rows, columns], mask)
+        used = jnp.arange(capacity) < total
+        tiles = _tiles(matrix, mask)[rows, columns]
+        return cls(jnp.where(used[:, None, None], tiles, 0), mask)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -150,7 +152,9 @@ def block_slots(mask: BlockMask) -> tuple[jax.Array, jax.Array]:
     slots = starts + jnp.clip(within, 0, jnp.maximum(mask.num - 1, 0)[:, None])
     position = jnp.zeros(mask.blocks_shape, jnp.int32)
     rows = jnp.arange(len(slots))[:, None]
-    position = position.at[rows, mask.indices].set(slots)
+    # an entry beyond the count goes to a column that is dropped
+    to = jnp.where(within < mask.num[:, None], mask.indices, mask.blocks_shape[1])
+    position = position.at[rows, to].set(slots, mode="drop")
     columns = jnp.arange(len(mask.num_t))[:, None]
     return slots, position[mask.indices_t, columns]
 

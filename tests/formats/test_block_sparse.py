@@ -1,0 +1,118 @@
+"""BlockSparse: what is stored and where, against loops over the blocks."""
+
+import dataclasses
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+from hypothesis import given, settings
+
+import sparsejax as sj
+from sparsejax.formats import block_positions, block_slots
+
+BLOCK = (2, 3)
+ROWS, COLUMNS = 4, 5
+CAPACITY = 14
+blocks = hnp.arrays(np.bool_, (ROWS, COLUMNS))
+few = settings(max_examples=25)
+matrix = np.random.default_rng(0).normal(size=(8, 15)).astype(np.float32)
+
+
+@jax.jit
+def stored(kept, matrix):
+    """A matrix with room for some blocks more or less, and what is computed of it."""
+    mask = sj.BlockMask.from_blocks(kept, BLOCK)
+    w = sj.BlockSparse.from_dense(matrix, mask, capacity=CAPACITY)
+    positions = block_positions(mask, ROWS * COLUMNS)
+    return w, w.to_dense(), positions, block_slots(mask)
+
+
+@few
+@given(kept=blocks)
+def test_matches_oracle(kept):
+    poisoned = np.where(np.kron(kept, np.ones(BLOCK, bool)), matrix, np.nan)
+    w, dense, (rows, columns), (slots, slots_t) = stored(kept, poisoned)
+    order = np.argwhere(kept)  # row-major
+    position = {tuple(at): slot for slot, at in enumerate(order)}
+    np.testing.assert_array_equal(rows[: len(order)], order[:, 0])
+    np.testing.assert_array_equal(columns[: len(order)], order[:, 1])
+    assert (rows < ROWS).all() and (columns < COLUMNS).all()
+    want = np.zeros((CAPACITY, *BLOCK), np.float32)
+    want_dense = np.zeros_like(matrix)
+    for (i, j), slot in position.items():
+        if slot < CAPACITY:  # more are not stored where the mask is traced
+            at = np.s_[2 * i : 2 * i + 2, 3 * j : 3 * j + 3]
+            want[slot] = want_dense[at] = matrix[at]
+    np.testing.assert_array_equal(w.values, want)
+    np.testing.assert_array_equal(dense, want_dense)
+    for lists, found in [(kept, slots), (kept.T, slots_t)]:
+        for i, line in enumerate(lists):
+            keys = [(i, j) if lists is kept else (j, i) for j in np.flatnonzero(line)]
+            listed = [position[key] for key in keys]
+            padding = [listed[-1]] * (line.size - len(listed)) if listed else []
+            got = np.asarray(found[i])[: len(listed + padding)]
+            np.testing.assert_array_equal(got, listed + padding)
+
+
+class BlockSparseTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.kept = np.random.default_rng(1).random((ROWS, COLUMNS)) < 0.5
+        self.mask = sj.BlockMask.from_blocks(self.kept, BLOCK)
+
+    def test_default_capacity(self):
+        w = sj.BlockSparse.from_dense(matrix, self.mask)  # outside of jit
+        self.assertEqual(w.values.shape, (self.kept.sum(), *BLOCK))
+        self.assertEqual((w.shape, w.dtype), (matrix.shape, jnp.float32))
+        want = np.where(np.kron(self.kept, np.ones(BLOCK, bool)), matrix, 0)
+        np.testing.assert_array_equal(w.to_dense(), want)
+        # the count of a traced mask is not known: room for all
+        traced = jax.eval_shape(sj.BlockSparse.from_dense, matrix, self.mask)
+        self.assertEqual(traced.values.shape, (ROWS * COLUMNS, *BLOCK))
+        none = sj.BlockMask.from_blocks(jnp.zeros((ROWS, COLUMNS), bool), BLOCK)
+        empty = sj.BlockSparse.from_dense(matrix, none)
+        self.assertEqual(empty.values.shape, (1, *BLOCK))
+        np.testing.assert_array_equal(empty.to_dense(), 0)
+
+    def test_what_is_beyond_the_kept_is_not_read(self):
+        total = self.kept.sum()
+        w = sj.BlockSparse.from_dense(matrix, self.mask, capacity=total + 3)
+        poisoned = dataclasses.replace(w, values=w.values.at[total:].set(jnp.nan))
+
+        def loss(values):
+            dense = sj.BlockSparse(values, self.mask).to_dense()
+            return jnp.sum(dense**2), dense
+
+        (_, dense), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+            poisoned.values
+        )
+        np.testing.assert_array_equal(dense, w.to_dense())
+        np.testing.assert_array_equal(grad, 2 * w.values)
+
+    def test_slots_do_not_depend_on_entries_beyond_a_count(self):
+        slots = jax.jit(block_slots)
+        want, want_t = slots(self.mask)
+        beyond = np.arange(COLUMNS) >= np.asarray(self.mask.num)[:, None]
+        indices = np.asarray(self.mask.indices)
+        other = np.where(beyond, COLUMNS - 1 - indices, indices)
+        got, got_t = slots(dataclasses.replace(self.mask, indices=other))
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got_t, want_t)
+
+    def test_errors(self):
+        build = sj.BlockSparse.from_dense
+        with self.assertRaisesRegex(
+            ValueError, r"`matrix` must have the shape.*got \(2, 2\) and .*\(8, 15\)"
+        ):
+            build(jnp.ones((2, 2)), self.mask)
+        stacked = sj.BlockMask.from_blocks(self.kept[None], BLOCK)
+        with self.assertRaisesRegex(ValueError, "without leading axes"):
+            build(matrix[None], stacked)
+        total = self.kept.sum()
+        for capacity in (0, total - 1):
+            with self.assertRaisesRegex(
+                ValueError, f"all kept .*got capacity={capacity} and {total} blocks"
+            ):
+                build(matrix, self.mask, capacity=capacity)
