@@ -80,7 +80,9 @@ class Tiles:
 
         # one computes while the other waits for its row
         blocks_per_sm = 2 if slots(2) >= 3 else 1
-        return cls(slots(blocks_per_sm), parts, blocks_per_sm)
+        # more rows of `x` beside a chunk would not fit into the registers
+        chunk = 1024 if batch <= 8 else 512
+        return cls(slots(blocks_per_sm), parts, blocks_per_sm, chunk)
 
 
 def unsupported_reason(x, gate, indices, num_active, up, down) -> str | None:
