@@ -1,6 +1,10 @@
 """Flax NNX layers: thin shells around pure functions, which `models` is built from."""
 
 from sparsejax.nn._attention import Attention as Attention
+from sparsejax.nn._block_masks import set_block_masks as set_block_masks
+from sparsejax.nn._block_sparse_ffn import BlockSparseFFN as BlockSparseFFN
+from sparsejax.nn._block_sparse_linear import BlockSparseLinear as BlockSparseLinear
+from sparsejax.nn._block_sparse_linear import Topology as Topology
 from sparsejax.nn._gated_ffn import GatedFFN as GatedFFN
 from sparsejax.nn._rope import apply_rope as apply_rope
 from sparsejax.nn._spark_attention import SparkAttention as SparkAttention

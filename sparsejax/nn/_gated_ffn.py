@@ -20,6 +20,7 @@ class GatedFFN(nnx.Module):
       d_model: width of input and output.
       d_ff: number of neurons.
       activation: of the gate; `jax.nn.silu` gives SwiGLU.
+      linear: makes a layer: `linear(d_in, d_out, dtype=, param_dtype=, rngs=)`.
       dtype: of the computation.
       param_dtype: of the kernels.
       rngs: draws the kernels.
@@ -41,6 +42,7 @@ class GatedFFN(nnx.Module):
         d_ff: int,
         *,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+        linear: Callable[..., Callable[[jax.Array], jax.Array]] = linear,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -73,7 +75,9 @@ class GatedFFN(nnx.Module):
         return apply_down(self.down, self.hidden(x), with_density)
 
 
-def apply_down(down: nnx.Linear, hidden: jax.Array, with_density: bool) -> Any:
+def apply_down(
+    down: Callable[[jax.Array], jax.Array], hidden: jax.Array, with_density: bool
+) -> Any:
     """The last product of a feed-forward layer, with the density if asked for."""
     y = down(hidden)
     if not with_density:

@@ -12,12 +12,13 @@ from sparsejax import allocation as allocations
 from sparsejax import masks
 from sparsejax.patterns import Leaf
 from sparsejax.transforms._arguments import check_count, check_update
-from sparsejax.transforms._forward import by_magnitude, is_due
+from sparsejax.transforms._forward import by_magnitude
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
     Plain,
     Settings,
     SparseState,
+    is_due,
     loaded_masks,
     store_masks,
 )

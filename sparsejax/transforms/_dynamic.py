@@ -176,6 +176,7 @@ def rigl(
         drop_fraction=drop_fraction,
         key=key,
         skips_step=True,
+        grows_by_gradient=True,
         pack_masks=pack_masks,
     )
 
@@ -193,6 +194,7 @@ def _dynamic(
     pack_masks: bool,
     steps_first: bool = False,
     skips_step: bool = False,
+    grows_by_gradient: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Random masks at first, then drop by magnitude and grow by `grow_scores`."""
     check_count("update_every", update_every)
@@ -235,6 +237,7 @@ def _dynamic(
         stop_step=stop_step,
         steps_first=steps_first,
         skips_step=skips_step,
+        grows_by_gradient=grows_by_gradient,
         key=key,
     )
     return hard_method(inner, topology, pack_masks=pack_masks)

@@ -18,6 +18,7 @@ from sparsejax.transforms._state import (
     align,
     array,
     find_states,
+    is_due,
     is_hole,
     leaf_mask,
 )
@@ -137,15 +138,6 @@ def is_mask_update(opt_state: optax.OptState) -> jax.Array:
     """
     due = [is_due(state) for state in find_states(opt_state)]
     return jnp.any(jnp.stack(due), axis=0)
-
-
-def is_due(state: SparseState) -> jax.Array:
-    """Whether the next update of one state may change its masks."""
-    step, settings = array(state.step), state.settings
-    if settings.update_every is None:
-        return jnp.zeros(step.shape, jnp.bool_)
-    due = step % settings.update_every == 0
-    return due if settings.stop_step is None else due & (step <= settings.stop_step)
 
 
 def project(

@@ -17,12 +17,12 @@ import optax
 from sparsejax import masks
 from sparsejax.patterns import Leaf
 from sparsejax.transforms._arguments import check_update, optimizer
-from sparsejax.transforms._forward import is_due
 from sparsejax.transforms._regrown import regrown_resets
 from sparsejax.transforms._state import (
     Masked,
     Settings,
     SparseState,
+    is_due,
     loaded_masks,
     settled,
     store_masks,
@@ -66,6 +66,7 @@ class Topology:
       stop_step: last step of a refresh; None for no end.
       steps_first: the refresh reads the weights after the optimizer's step.
       skips_step: on a refresh the optimizer takes no step.
+      grows_by_gradient: the refresh reads the gradient of pruned weights.
       key: the key whose folds each refresh gets.
     """
 
@@ -77,6 +78,7 @@ class Topology:
     stop_step: int | None = None
     steps_first: bool = False
     skips_step: bool = False
+    grows_by_gradient: bool = False
     key: jax.Array | None = None
 
 
@@ -97,6 +99,7 @@ def hard_method(
             sparsities=(None,) * len(leaves),
             update_every=topology.update_every,
             stop_step=topology.stop_step,
+            grows_by_gradient=topology.grows_by_gradient,
         )
         arrays = {}
         if topology.key is not None:

@@ -16,7 +16,7 @@ import optax
 
 from sparsejax import masks
 from sparsejax.patterns import Leaf
-from sparsejax.typing import MaskTree, Params, is_none, plain_path
+from sparsejax.typing import GovernedLeaf, MaskTree, Params, is_none, plain_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Settings:
         and for hard methods, whose masks are in the state.
       update_every: steps between two changes of the topology; None for never.
       stop_step: the last step that may change it; None for no end.
+      grows_by_gradient: a change reads the gradient of pruned weights.
     """
 
     method: str
@@ -76,6 +77,7 @@ class Settings:
     sparsities: tuple[float | None, ...]
     update_every: int | None = None
     stop_step: int | None = None
+    grows_by_gradient: bool = False
 
 
 class SparseState(NamedTuple):
@@ -86,6 +88,38 @@ class SparseState(NamedTuple):
     inner_state: Any  # of the inner optimizer
     arrays: dict[str, jax.Array]  # small: a key, a decay factor, a frame
     settings: Settings
+
+    def governed_leaves(self) -> Iterator[GovernedLeaf]:
+        """Its leaves, then those of the states in its inner state: a `MaskSource`."""
+        for state in (self, *_states_in(self.inner_state)):
+            yield from _own_leaves(state)
+
+
+def _own_leaves(state: SparseState) -> Iterator[GovernedLeaf]:
+    settings = state.settings
+    due = is_due(state) if settings.grows_by_gradient else jnp.zeros([], jnp.bool_)
+    stored = jax.tree_util.tree_flatten_with_path(state.masks, is_leaf=is_none)[0]
+    for (path, mask), leaf in zip(stored, settings.leaves, strict=True):
+        if leaf is not None:
+            units = zip(leaf.shape, leaf.unit_shape, strict=True)
+            yield GovernedLeaf(
+                plain_path(path),
+                settings.method,
+                leaf.pattern,
+                unit=tuple(size // max(count, 1) for size, count in units),
+                mask=leaf_mask(mask, leaf),
+                is_masked=isinstance(settings.forward, Masked),
+                needs_dense_gradient=due,
+            )
+
+
+def is_due(state: SparseState) -> jax.Array:
+    """Whether the next update of one state may change its masks."""
+    step, settings = array(state.step), state.settings
+    if settings.update_every is None:
+        return jnp.zeros(step.shape, jnp.bool_)
+    due = step % settings.update_every == 0
+    return due if settings.stop_step is None else due & (step <= settings.stop_step)
 
 
 def find_states(opt_state: optax.OptState) -> list[SparseState]:

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from sparsejax import allocation as allocations
 from sparsejax import scores
-from sparsejax.patterns import Leaf, Unstructured, broadcast_prefix, governed
+from sparsejax.masks import select
+from sparsejax.patterns import NM, Leaf, Unstructured, broadcast_prefix, governed
 from sparsejax.transforms._arguments import check_key
 from sparsejax.transforms._hard import FlatMasks, Topology, hard_method
 from sparsejax.transforms._sparsity import Sparsity, by_path, choose_masks
@@ -43,7 +45,8 @@ def static_sparse(
         bools, or None for matrices and kernels that are no embeddings. Of brought
         masks, those that are not None are governed.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
-        Of brought masks it is not read.
+        Of brought masks: what they are made of, such as `Block` for block kernels;
+        checked.
       stacked: leading axes that are layers stacked by scan, likewise.
       allocation: spreads the sparsity over the leaves, such as
         `sj.erdos_renyi_kernel`.
@@ -78,7 +81,7 @@ def static_sparse(
     if callable(sparsity):
         raise ValueError("static masks need a constant `sparsity`; got a schedule.")
     if masks is not None:
-        topology = _brought(masks, stacked)
+        topology = _brought(masks, pattern, stacked)
     else:
         check_key(key)
         rule = Sparsity(
@@ -98,7 +101,7 @@ def static_sparse(
     return hard_method(inner, topology, pack_masks=pack_masks)
 
 
-def _brought(masks: MaskTree, stacked) -> Topology:
+def _brought(masks: MaskTree, pattern, stacked) -> Topology:
     """Masks that the user made."""
 
     def spread(params: Params) -> list:
@@ -106,7 +109,8 @@ def _brought(masks: MaskTree, stacked) -> Topology:
 
     def leaves_of(params: Params) -> tuple[Leaf | None, ...]:
         flags = [mask is not None for mask in spread(params)]
-        return governed(params, where=by_path(params, flags), stacked=stacked)
+        where = by_path(params, flags)
+        return governed(params, where=where, pattern=pattern, stacked=stacked)
 
     def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
         found = spread(params)
@@ -118,7 +122,27 @@ def _brought(masks: MaskTree, stacked) -> Topology:
                     f"a mask must be bool and of its leaf's shape {leaf.shape}; got "
                     f"{jnp.result_type(mask)} {jnp.shape(mask)} at {leaf.name}."
                 )
+            if leaf is not None and not _is_made_of(mask, leaf):
+                raise ValueError(
+                    f"a mask must be made of its pattern, {leaf.pattern}; that at "
+                    f"{leaf.name} is not. Pass the `pattern` that it was made with, or "
+                    "none."
+                )
         # copies: the state may be donated, the user's masks must outlive it
         return [None if m is None else jnp.array(m, copy=True) for m in found]
 
     return Topology("static_sparse", leaves_of, first)
+
+
+def _is_made_of(mask: jax.Array, leaf: Leaf) -> bool:
+    """Whether a mask follows its leaf's pattern; under jit, where none knows, True."""
+    if isinstance(mask, Tracer):
+        return True
+    with jax.ensure_compile_time_eval():  # concrete arrays that a jit closes over
+        if isinstance(leaf.pattern, NM):
+            return bool(jnp.all(select(jnp.asarray(mask, float), leaf, None) == mask))
+        sizes = zip(leaf.shape, leaf.unit_shape, strict=True)
+        tiled = [n for size, units in sizes for n in (units, size // max(units, 1))]
+        inner = tuple(range(1, len(tiled), 2))
+        tiles = jnp.reshape(mask, tiled)
+        return bool(jnp.all(tiles.any(inner) == tiles.all(inner)))

@@ -92,7 +92,7 @@ class StaticSparseTest(parameterized.TestCase):
     def test_brought_masks_of_prune_on_bfloat16(self):
         params = {"kernel": jnp.arange(1.0, 9).reshape(4, 2).astype(jnp.bfloat16)}
         masks = sj.prune(params, pattern=sj.NM(1, 2))
-        tx = sj.static_sparse(optax.sgd(0.1), masks=masks)
+        tx = sj.static_sparse(optax.sgd(0.1), masks=masks, pattern=sj.NM(1, 2))
         state = tx.init(params)
         updates, state = tx.update(params, state, params)
         left = optax.apply_updates(params, updates)["kernel"]
@@ -191,6 +191,14 @@ BAD = {
     "one": (dict(sparsity=1.0, key=KEY), r"\[0, 1\); got 1.0"),
     "shape": (dict(masks={"kernel": jnp.ones((2, 2), bool)}), r"\(4, 2\).*'kernel'"),
     "dtype": (dict(masks={"kernel": jnp.ones((4, 2))}), "bool.*float32.*'kernel'"),
+    "not made of blocks": (
+        dict(masks={"kernel": jnp.eye(4, 2, dtype=bool)}, pattern=sj.Block((2, 1))),
+        r"made of its pattern, Block\(shape=\(2, 1\)\); that at \['kernel'\]",
+    ),
+    "not n of m": (
+        dict(masks={"kernel": jnp.ones((4, 2), bool)}, pattern=sj.NM(2, 4)),
+        r"made of its pattern, NM\(n=2, m=4",
+    ),
     "nothing": (dict(masks={"kernel": None}), "at least one leaf"),
     "missing": (dict(key=KEY), "`sparsity` must be given.*'kernel'"),
 }
