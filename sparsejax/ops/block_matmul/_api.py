@@ -31,6 +31,17 @@ def block_matmul(
     or transposed. The gradient of `w` is computed at kept blocks and 0 elsewhere. Sums
     are float32. The mask is an operand: another topology needs no new trace.
 
+    Several devices: XLA cannot cut a kernel, so on sharded arrays under a plain `jit`
+    None takes the reference and a named kernel does not lower ("Mosaic kernels cannot
+    be automatically partitioned"). Call it inside of `jax.shard_map` over all axes of
+    the mesh, with `check_vma=False`, and build the mask there from the device's own
+    blocks. Where d_in is sharded, `psum` the result, and bias and activation come after
+    the sum:
+
+        def local(x, w, kept):  # x P("data", "k"), w and kept P("k", "n")
+            y = block_matmul(x, w, BlockMask.from_blocks(kept, block_shape))
+            return jax.lax.psum(y, "k")  # P("data", "n")
+
     Args:
       x: any leading axes; bfloat16, float16 or float32.
       w: `[d_in, d_out]` of the dtype of `x`, or the kept blocks alone.
