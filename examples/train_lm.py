@@ -6,6 +6,8 @@
         --pattern unstructured --sparsity 0.8
     python examples/train_lm.py --name spark --method dense \
         --ffn spark --attention spark
+    python examples/train_lm.py --name blocks --method rigl --dense-steps 0 \
+        --pattern block:16x16 --sparsity 0.8 --ffn block
 
 A small decoder learns the source of Python's standard library, byte by byte. At the
 fork it goes on in two ways, on the same batches: dense, and by one of the library's
@@ -42,6 +44,7 @@ class Method:
     forward: Callable = sj.forward_params  # (opt_state, params) -> weights in the loss
     finish: Callable = sj.sparse_params  # (opt_state, params) -> exactly sparse weights
     masks: Callable = sj.masks_of  # opt_state -> masks of the weights
+    place: Callable = lambda model, opt_state: None  # masks into block-sparse layers
     eta: float = 0.0  # share of the dense teacher in the loss
 
 
@@ -50,12 +53,18 @@ def begin(method, weights, step=0):
     return training.TrainState(jnp.int32(step), params, method.tx.init(params))
 
 
+def try_begin(method, make_model, weights):
+    """Raises what is wrong with the method, or with block-sparse layers under it."""
+    method.place(make_model(weights), begin(method, weights).opt_state)
+
+
 def train_step(method, apply, state, batch, teacher):
     inputs, labels = batch[:, :-1], batch[:, 1:]
 
     def loss_fn(params):
         weights = method.forward(state.opt_state, params)
-        logits = apply(weights, inputs)
+        place = functools.partial(method.place, opt_state=state.opt_state)
+        logits = apply(weights, inputs, place)
         nats = cross_entropy(logits, labels)
         if not method.eta:
             return nats, nats
@@ -93,10 +102,18 @@ def main(argv=None) -> list[dict]:
         sizes = model_sizes(args)
         decoder = models.DecoderConfig(**sizes, **layers(args))
         model = models.Decoder(decoder, rngs=nnx.Rngs(args.seed))
-        graph, weights = nnx.split(model, nnx.Param)
+        graph, weights, rest = nnx.split(model, nnx.Param, ...)
+
+        def make_model(weights):
+            return nnx.merge(graph, weights, rest, copy=True)  # its masks are its own
+
         methods = {"dense": dense(args), args.method: METHODS[args.method](args)}
+        if args.ffn == "block" and args.method != "dense":
+            methods[args.method] = dataclasses.replace(
+                methods[args.method], place=nn.set_block_masks
+            )
         for method in methods.values():
-            jax.eval_shape(functools.partial(begin, method), weights)
+            jax.eval_shape(functools.partial(try_begin, method, make_model), weights)
         config = run_config(args, text, sizes)
         run = training.open_run(args.runs / args.name, config, resume=args.resume)
     except (OSError, ValueError) as error:
@@ -109,8 +126,10 @@ def main(argv=None) -> list[dict]:
     shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
     validation = training.validation_batches(text.validation, num_batches=128, **shape)
 
-    def apply(weights, tokens, **options):
-        return nnx.merge(graph, weights)(tokens, **options)
+    def apply(weights, tokens, place=lambda model: None, **options):
+        model = make_model(weights)
+        place(model)
+        return model(tokens, **options)
 
     @jax.jit
     def bits_per_byte(weights, batches):
@@ -508,7 +527,19 @@ FFNS = {
     "gemma3n": lambda args: functools.partial(
         nn.SparkFFN, k=args.density * d_ff(args), split=None
     ),
+    "block": lambda args: functools.partial(
+        nn.BlockSparseFFN, block_shape=block_shape(args)
+    ),
 }
+
+
+def block_shape(args) -> tuple[int, int]:
+    """That of the pattern: the layers skip the blocks that the method prunes."""
+    if not isinstance(args.pattern, sj.Block):
+        raise ValueError(
+            f"--ffn block needs --pattern block:HEIGHTxWIDTH; got {args.pattern}."
+        )
+    return args.pattern.shape
 
 
 def layers(args) -> dict:
@@ -522,7 +553,10 @@ def layers(args) -> dict:
 
 def sparse_layers(args) -> list[str]:
     """The kinds of layers that use a part of their neurons or of the tokens."""
-    kinds = {"ffn": args.ffn != "gated", "attention": args.attention != "dense"}
+    kinds = {
+        "ffn": args.ffn in ("spark", "gemma3n"),
+        "attention": args.attention == "spark",
+    }
     return [kind for kind, sparse in kinds.items() if sparse]
 
 

@@ -97,6 +97,14 @@ def test_cast_ends_at_exact_2_4(tmp_path, text, capsys):
         ("static", ("--pattern", "block:16x16", "--sparsity", "0.5"), 0.5),
         ("set", ("--pattern", "unstructured", "--sparsity", "0.75"), 0.75),
         ("rigl", ("--dense-steps", "0"), 0.5),
+        (
+            "rigl",
+            (
+                *("--ffn", "block", "--pattern", "block:16x16"),
+                *("--sparsity", "0.5", "--dense-steps", "0"),
+            ),
+            0.5,
+        ),
         ("dense", ("--ffn", "gemma3n"), 0.5),
     ],
 )
@@ -140,6 +148,14 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, text, capsys):
         (("--pattern", "unstructured"), "`sparsity` must be given"),
         (("--pattern", "unstructured", "--sparsity", "1.5"), "1.5"),
         (("--method", "structure_decay", "--pattern", "channel"), "needs an N:M"),
+        (("--ffn", "block"), "needs --pattern block:HEIGHTxWIDTH; got NM"),
+        (
+            (
+                *("--ffn", "block", "--pattern", "block:8x8", "--sparsity", "0.5"),
+                *("--method", "sr_ste"),
+            ),
+            "must be masked; got the method `sr_ste`",
+        ),
         (("--sparsity", "0.9"), "0.9"),
         (("--steps=-1",), "must be 0 or more; got '-1'"),
         (("--evaluate-every", "0"), "must be 1 or more; got '0'"),

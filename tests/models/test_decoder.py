@@ -178,6 +178,15 @@ class DecoderTest(parameterized.TestCase):
         alone = model(TOKENS[:, 2:3])
         np.testing.assert_allclose(model(TOKENS)[:, 2:3], alone, rtol=1e-5, atol=1e-5)
 
+    def test_block_sparse_layers_begin_as_dense_ones(self):
+        config = dataclasses.replace(
+            SMALL, ffn=functools.partial(nn.BlockSparseFFN, block_shape=(4, 4))
+        )
+        run = nnx.jit(lambda model: model(TOKENS, with_density=True))
+        (got, density), (want, _) = run(make(config)), run(make(SMALL))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(density["ffn"], np.ones((2, *TOKENS.shape)))
+
     def test_dense_spark_and_gemma_3n_layers(self):
         """A tuple has one factory a layer; densities come out by layer and token."""
         spark = functools.partial(nn.SparkFFN, k=5, split=6)
