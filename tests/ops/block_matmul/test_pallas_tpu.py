@@ -1,0 +1,218 @@
+"""The TPU kernels of block_matmul: values in interpret mode, lowering, limits.
+
+Operands are small integers, so that sums are exact and every order of them is right.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from jax.experimental.pallas import tpu as pltpu
+
+import sparsejax as sj
+from sparsejax.ops import block_matmul
+
+
+@pytest.fixture
+def compile_fast():
+    """Nearly all of a tiny test is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextlib.contextmanager
+def interpreted():
+    """Runs the kernels on a CPU; a race, which is printed only, is an error."""
+    params = pltpu.InterpretParams(detect_races=True)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with pltpu.force_tpu_interpret_mode(params):
+            yield
+    assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()
+
+
+def masks_of(rows, columns):
+    """Blocks: some, with an empty row and an empty column; none; all."""
+    some = np.random.default_rng(rows).random((rows, columns)) < 0.6
+    some[0], some[-1], some[:, 1] = False, True, False
+    return some, np.zeros_like(some), np.ones_like(some)
+
+
+def operands(blocks_shape, block_shape, num_rows, dtype):
+    """x, w, bias, dy."""
+    rng = np.random.default_rng(num_rows)
+    d_in, d_out = np.multiply(blocks_shape, block_shape)
+    shapes = (num_rows, d_in), (d_in, d_out), (d_out,), (num_rows, d_out)
+    return [jnp.asarray(rng.integers(-2, 3, shape), dtype) for shape in shapes]
+
+
+def with_gradients(
+    implementation, mask, x, w, bias, dy, full_dw=False, activation=None
+):
+    """The result and the gradients; with an activation also the result alone.
+
+    `w` is dense, or the values of a `BlockSparse`.
+    """
+    settings = dict(activation=activation, implementation=implementation)
+
+    def fn(x, w, bias):
+        if w.ndim == 3:
+            return block_matmul(x, sj.BlockSparse(w, mask), bias=bias, **settings)
+        return block_matmul(x, w, mask, bias=bias, full_dw=full_dw, **settings)
+
+    alone = None if activation is None else fn(x, w, bias)  # a fused epilogue
+    y, vjp = jax.vjp(fn, x, w, bias)
+    return alone, y, *vjp(dy)
+
+
+def jitted(implementation, **settings):
+    return jax.jit(functools.partial(with_gradients, implementation, **settings))
+
+
+def assert_equal(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_array_equal(a, b)
+
+
+@functools.partial(jax.jit, static_argnames=("block_shape", "compact"))
+def prepared(kept, w, block_shape, compact):
+    """A mask, and w with NaN where it must not be read: dense, or its kept blocks.
+
+    There is room for all blocks but one. That one counts as zero where all are kept.
+    """
+    mask = sj.BlockMask.from_blocks(kept, block_shape)
+    w = jnp.where(mask.to_dense(), w, jnp.nan)
+    if compact:
+        w = sj.BlockSparse.from_dense(w, mask, capacity=kept.size - 1).values
+        used = jnp.arange(len(w)) < mask.num.sum()
+        w = jnp.where(used[:, None, None], w, jnp.nan)
+    return mask, w
+
+
+@jax.jit
+def repadded(mask):
+    """The same mask; entries beyond a count, which mean nothing, are others."""
+
+    def other(num, indices):
+        listed = jnp.arange(indices.shape[1]) < num[:, None]
+        return jnp.where(listed, indices, 1 - jnp.minimum(indices, 1))
+
+    return dataclasses.replace(
+        mask,
+        indices=other(mask.num, mask.indices),
+        indices_t=other(mask.num_t, mask.indices_t),
+    )
+
+
+@pytest.mark.usefixtures("compile_fast")
+class InterpretTest(parameterized.TestCase):
+    # rows: two tiles, of which the second is not full; fewer than a tile; one tile
+    @parameterized.parameters(
+        ((3, 2), (128, 128), 520, jnp.float32, False, None),
+        ((2, 3), (256, 128), 40, jnp.bfloat16, False, jax.nn.relu),
+        ((3, 3), (128, 256), 5, jnp.bfloat16, True, jax.nn.relu),
+        ((2, 3), (128, 128), 16, jnp.float32, True, None),
+    )
+    def test_values_and_gradients(
+        self, blocks_shape, block_shape, num_rows, dtype, compact, activation
+    ):
+        x, w, bias, dy = operands(blocks_shape, block_shape, num_rows, dtype)
+        kernel = jitted("pallas_tpu", activation=activation)
+        reference = jitted("reference", activation=activation)
+        for kept in masks_of(*blocks_shape):  # one program
+            mask, part = prepared(kept, w, block_shape, compact)
+            want = reference(mask, x, part, bias, dy)
+            ragged = kept.any() and not kept.all()
+            for same in (mask, repadded(mask)) if ragged else (mask,):
+                with interpreted():
+                    got = jax.block_until_ready(kernel(same, x, part, bias, dy))
+                assert_equal(got, want)
+
+
+def shapes_of(blocks_shape, block_shape, num_rows, dtype, compact=None, capacity=None):
+    """Shapes of mask, x, w, bias and dy; nothing is computed."""
+
+    def build(kept):
+        return sj.BlockMask.from_blocks(kept, block_shape, capacity=capacity)
+
+    mask = jax.eval_shape(build, jax.ShapeDtypeStruct(blocks_shape, jnp.bool_))
+    d_in, d_out = mask.shape
+    w = (d_in, d_out) if compact is None else (compact, *block_shape)
+    shapes = (num_rows, d_in), w, (d_out,), (num_rows, d_out)
+    return mask, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+
+
+def num_kernels(fn, *args):
+    exported = jax.export.export(jax.jit(fn), platforms=["tpu"])(*args)
+    return exported.mlir_module().count("@tpu_custom_call")
+
+
+class LoweringTest(parameterized.TestCase):
+    """Programs for a TPU, exported from a CPU."""
+
+    @parameterized.parameters(
+        ((32, 128), (128, 128), 8192, jnp.bfloat16, None, jax.nn.silu),
+        ((8, 32), (512, 512), 4096, jnp.bfloat16, 100, jax.nn.gelu),
+        ((9, 4), (256, 128), 1000, jnp.float32, None, jax.nn.relu),
+        ((4, 3), (128, 384), 3, jnp.float32, 5, jnp.tanh),
+    )
+    def test_exports(self, blocks, block_shape, num_rows, dtype, compact, activation):
+        args = shapes_of(blocks, block_shape, num_rows, dtype, compact)
+        fn = functools.partial(with_gradients, "pallas_tpu", activation=activation)
+        self.assertEqual(num_kernels(fn, *args), 4)  # y with and without, dx, dw
+
+    def test_full_dw(self):
+        args = shapes_of((2, 2), (128, 128), 64, jnp.bfloat16)
+        fn = functools.partial(with_gradients, "pallas_tpu")
+        full = jax.ShapeDtypeStruct((), jnp.bool_)
+        self.assertEqual(num_kernels(fn, *args, full), 3)  # one in a branch
+        known = functools.partial(fn, full_dw=True)
+        self.assertEqual(num_kernels(known, *args), 2)  # that of dw is not there
+
+    def test_under_vmap(self):
+        mask, x, w, *_ = shapes_of((2, 2), (128, 128), 64, jnp.bfloat16)
+        stacked = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), (mask, x, w)
+        )
+
+        def fn(mask, x, w):
+            return block_matmul(x, w, mask, implementation="pallas_tpu")
+
+        self.assertEqual(num_kernels(jax.vmap(fn), *stacked), 1)
+        of_x = jax.vmap(fn, in_axes=(None, 0, None))
+        self.assertEqual(num_kernels(of_x, mask, stacked[1], w), 1)
+
+
+class UnsupportedTest(parameterized.TestCase):
+    @parameterized.parameters(
+        (dict(dtype="float16"), "must be bfloat16 or float32; got float16"),
+        (dict(block_shape=(64, 128)), r"multiples of 128; got \(64, 128\)"),
+        (dict(block_shape=(128, 192)), r"multiples of 128; got \(128, 192\)"),
+        (dict(block_shape=(1024, 1024)), r"room for 128 rows .*\(1024, 1024\) of flo"),
+        (dict(blocks_shape=(257, 256)), "at most 65536 entries .*; got 65792"),
+        (dict(num_rows=0), r"may be empty; got shapes \(0, 256\)"),
+        (dict(compact=0), r"may be empty; got .* \(0, 128, 128\)"),
+    )
+    def test_reasons(self, other, reason):
+        given = dict(
+            blocks_shape=(2, 2), block_shape=(128, 128), num_rows=16, dtype="float32"
+        )
+        args = shapes_of(**(given | other))
+        fn = functools.partial(with_gradients, "pallas_tpu")
+        with self.assertRaisesRegex(
+            NotImplementedError, f"implementation='pallas_tpu': .*{reason}"
+        ):
+            jax.eval_shape(fn, *args)
+
+    def test_capacity_is_what_counts(self):
+        args = shapes_of((257, 256), (128, 128), 16, jnp.bfloat16, capacity=(99, 99))
+        fn = functools.partial(with_gradients, "pallas_tpu")
+        self.assertEqual(jax.eval_shape(fn, *args)[1].shape, (16, 256 * 128))
