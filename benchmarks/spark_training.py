@@ -8,13 +8,12 @@ Forward, backward and update in one program.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from benchmarks import common, spark_models
+from benchmarks.decoder_training import Training, random_tokens
 from benchmarks.spark_models import Size
 from sparsejax import models
 
@@ -43,40 +42,11 @@ def configs(case: Case) -> dict[str, models.DecoderConfig]:
     }
 
 
-def make_training(config: models.DecoderConfig, tokens: jax.Array):
-    """The number of weights, and a function that does one more step: its loss."""
-    graph, params = nnx.split(models.Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
-    tx = optax.adamw(1e-4)
-    state = params, tx.init(params)
-
-    def loss_fn(params):
-        logits = nnx.merge(graph, params)(tokens[:, :-1])
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, tokens[:, 1:]
-        )
-        return jnp.mean(losses)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state):
-        params, opt_state = state
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
-
-    def train() -> jax.Array:
-        nonlocal state
-        state, loss = step(state)
-        return loss
-
-    return sum(x.size for x in jax.tree.leaves(params)), train
-
-
 def run(case: Case, repeats: int) -> list[dict]:
-    shape = (case.batch, case.seq + 1)
-    tokens = jax.random.randint(jax.random.key(0), shape, 0, case.size.vocab_size)
-    steps, losses, counts = {}, {}, {}
+    tokens = random_tokens(case.batch, case.seq, case.size.vocab_size)
+    steps, losses = {}, {}
     for name, config in configs(case).items():
-        counts[name], steps[name] = make_training(config, tokens)
+        steps[name] = Training(config, tokens, optax.adamw(1e-4))
         losses[name] = float([steps[name]() for _ in range(3)][-1])
         if not np.isfinite(losses[name]):
             raise AssertionError(f"{name}: the loss is {losses[name]}")
@@ -90,11 +60,12 @@ def run(case: Case, repeats: int) -> list[dict]:
     return [
         {
             "model": name,
-            "params_million": counts[name] / 1e6,
+            "params_million": steps[name].num_params / 1e6,
             "ms_per_step": found.ms,
             "iqr_ms": found.iqr_ms,
             "tokens_per_s": case.batch * case.seq / found.ms * 1e3,
             "to_dense": found.ms / times["dense"].ms,
+            "memory_gb": steps[name].memory_gb,
             "loss_after_3_steps": losses[name],
         }
         for name, found in times.items()

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import cast_toy, dynamic_sparsity, progressive_gradient_flow
+from benchmarks import (
+    block_training,
+    cast_toy,
+    dynamic_sparsity,
+    progressive_gradient_flow,
+)
 
 
 @pytest.fixture
@@ -22,6 +27,7 @@ def compile_fast():
 @pytest.mark.parametrize(
     "study, columns, num_rows",
     [
+        (block_training, {"model", "speedup", "memory_gb", "ffns_ms"}, 4),
         (cast_toy, {"method", "l1_decay", "mse_after_prune_se"}, 24),
         (dynamic_sparsity, {"method", "allocation", "lr", "test_loss"}, 2),
         (progressive_gradient_flow, {"method", "pattern", "test_acc_percent"}, 2),

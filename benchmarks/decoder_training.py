@@ -1,0 +1,69 @@
+"""A decoder in training on random tokens: what the benchmarks of a step have in common.
+
+Forward, backward and update in one program that donates its state.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from sparsejax import models
+
+
+class Training:
+    """Takes a step at each call and gives its loss.
+
+    `weights` says which weights the loss uses, from the optimizer's state and the
+    params; `prepare` may write into the model, from that state, before it is used.
+    """
+
+    def __init__(
+        self,
+        config: models.DecoderConfig,
+        tokens: jax.Array,
+        tx: optax.GradientTransformation,
+        *,
+        weights: Callable[[Any, Any], Any] = lambda opt_state, params: params,
+        prepare: Callable[[nnx.Module, Any], None] = lambda model, opt_state: None,
+    ):
+        model = models.Decoder(config, rngs=nnx.Rngs(0))
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        self.graph, self.rest = graph, rest
+        self.num_params = sum(x.size for x in jax.tree.leaves(params))
+
+        def loss_fn(params, opt_state):
+            model = nnx.merge(graph, weights(opt_state, params), rest, copy=True)
+            prepare(model, opt_state)
+            losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+                model(tokens[:, :-1]), tokens[:, 1:]
+            )
+            return jnp.mean(losses)
+
+        def step(state):
+            params, opt_state = state
+            loss, grads = jax.value_and_grad(loss_fn)(params, opt_state)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        self.state = params, jax.jit(tx.init)(params)
+        self._step = jax.jit(step, donate_argnums=0).lower(self.state).compile()
+
+    @property
+    def memory_gb(self) -> float:
+        """Of the weights, the optimizer's state and what a step needs besides."""
+        found = self._step.memory_analysis()
+        held = found.argument_size_in_bytes + found.output_size_in_bytes
+        return (held - found.alias_size_in_bytes + found.temp_size_in_bytes) / 1e9
+
+    def __call__(self) -> jax.Array:
+        self.state, loss = self._step(self.state)
+        return loss
+
+
+def random_tokens(batch: int, seq: int, vocab_size: int) -> jax.Array:
+    """Inputs and labels of a step, `[batch, seq + 1]`."""
+    return jax.random.randint(jax.random.key(0), (batch, seq + 1), 0, vocab_size)
