@@ -4,6 +4,8 @@ from sparsejax.ops._platform import Implementation as Implementation
 from sparsejax.ops.active_ffn import active_ffn as active_ffn
 from sparsejax.ops.active_ffn import active_indices as active_indices
 from sparsejax.ops.active_ffn import has_active_ffn_kernel as has_active_ffn_kernel
+from sparsejax.ops.block_attention import block_attention as block_attention
+from sparsejax.ops.block_attention import merge_attention as merge_attention
 from sparsejax.ops.block_matmul import block_matmul as block_matmul
 from sparsejax.ops.gaussian_topk import AxisName as AxisName
 from sparsejax.ops.gaussian_topk import gaussian_threshold as gaussian_threshold

@@ -1,0 +1,4 @@
+"""Attention over the blocks of a mask, forward and backward."""
+
+from sparsejax.ops.block_attention._api import block_attention as block_attention
+from sparsejax.ops.block_attention._merge import merge_attention as merge_attention

@@ -1,0 +1,215 @@
+"""The kernels for Hopper; here the forward, with a softmax that is updated by tile."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsejax.ops.block_attention import _mosaic_gpu_backward
+from sparsejax.ops.block_attention._gradients import Kernels, Lists, differentiable
+from sparsejax.ops.block_attention._walk import (
+    COMPUTING,
+    LOG2_E,
+    ROWS,
+    TILE,
+    Tiles,
+    add_product,
+    constant,
+    copy_tiles,
+    launch,
+    lead_of,
+    list_operands,
+    locate,
+    longest_first,
+    padded,
+    product,
+    ring,
+    smem,
+    spread,
+    visible,
+    walk,
+)
+
+_DTYPES = (jnp.bfloat16, jnp.float16)
+_HEAD_DIMS = (64, 128)
+_LOWEST = -1e30  # in place of -inf, of which differences are NaN
+
+
+def unsupported_reason(q, k, v, block_mask, rules, bias) -> str | None:
+    """Why these kernels cannot take these operands; None if they can.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`; of all operands shapes and dtypes are
+        read.
+      k: `[batch, keys, kv_heads, head_dim]`.
+      v: like `k`.
+      block_mask: `[batch|1, heads|kv_heads|1, queries, keys]`.
+      rules: on positions.
+      bias: of each block, or None.
+
+    Returns:
+      The reason, or None.
+    """
+    del v, rules, bias
+    if q.dtype not in _DTYPES:
+        return (
+            "`q`, `k` and `v` must be bfloat16 or float16, which the tensor cores "
+            f"multiply exactly; got {q.dtype}"
+        )
+    if q.shape[-1] not in _HEAD_DIMS:
+        return f"`head_dim` must be one of {_HEAD_DIMS}; got {q.shape[-1]}"
+    height, width = block_mask.block_shape
+    if height % TILE or width % TILE:
+        return (
+            f"the sides of a block must be multiples of {TILE}; got "
+            f"{block_mask.block_shape}"
+        )
+    if not q.size or not k.size:
+        return f"there must be queries and keys; got {q.shape} and {k.shape}"
+    return None
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: Lists,
+    scale: float,
+    *,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs and log-sum-exp; see `Kernels`."""
+    tiles = tiles or Tiles(columns=128)
+    batch, num_queries, heads, dim = q.shape
+    kv_heads, mask = k.shape[2], lists.whole
+    height, width = mask.block_shape
+    rows, columns = mask.blocks_shape[2:]
+    q = padded(q, rows * height)
+    k, v = (padded(a, columns * width) for a in (k, v))
+    substeps, tile_shape = width // tiles.columns, (ROWS, tiles.columns)
+    to_log2 = scale * LOG2_E
+
+    def place(refs):
+        of_block = height // TILE
+        here = locate(
+            refs["order"], batch=batch, heads=heads, rows=rows, of_block=of_block
+        )
+        return here, lead_of(refs["whole_num"], here.batch, here.head, batch, heads)
+
+    def copying(refs):
+        here, lead = place(refs)
+        kv_head = jax.lax.div(here.head, heads // kv_heads)
+
+        def visit(step, column, substep, partial, carry):
+            keys = pl.ds(column * width + substep * tiles.columns, tiles.columns)
+            at = here.batch, keys, kv_head
+            sources = {"k": (refs["k"].at[at],), "v": (refs["v"].at[at],)}
+            copy_tiles(refs, step, tiles.stages, sources)
+            return carry
+
+        walk(refs, lead, here.row, substeps, visit, None)
+
+    def computing(refs, warpgroup):
+        here, lead = place(refs)
+        first_query = here.tile * TILE + warpgroup * ROWS
+        at = here.batch, pl.ds(first_query, ROWS), here.head
+        mine = refs["q_tile"].at[warpgroup]
+        plgpu.copy_gmem_to_smem(refs["q"].at[at], mine, refs["q_full"].at[warpgroup])
+        plgpu.barrier_wait(refs["q_full"].at[warpgroup])
+        staging = refs["staging"].at[warpgroup] if "staging" in refs else None
+
+        def turn():  # the other warpgroup's, then this one's
+            if tiles.take_turns:
+                plgpu.barrier_arrive(refs["turn"])
+                plgpu.barrier_wait(refs["turn"])
+
+        def visit(step, column, substep, partial, carry):
+            sums, top, total = carry
+            slot = jax.lax.rem(step, tiles.stages)
+            plgpu.barrier_wait(refs["k_full"].at[slot])
+            keys = refs["k_ring"].at[slot]
+            scores = product(mine, keys.T, tile_shape, between=turn)
+            plgpu.barrier_arrive(refs["k_empty"].at[slot])
+            factor = to_log2
+            if "bias" in refs:
+                of_bias = lead_of(refs["bias"], here.batch, here.head, batch, heads)
+                bias = refs["bias"][*of_bias, here.row, column]
+                scores, factor = scores * to_log2 + bias * LOG2_E, 1.0
+            if partial:
+                seen = visible(
+                    lists.rules,
+                    refs,
+                    here.batch,
+                    first_query,
+                    column * width + substep * tiles.columns,
+                    tile_shape,
+                    queries_along=0,
+                )
+                scores = jnp.where(seen, scores, _LOWEST)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
+            shrink = jnp.exp2(top - new_top)
+            powers = jnp.exp2(scores * factor - spread(new_top, tile_shape))
+            if partial:  # where a query has seen no key yet, these are 1
+                powers = jnp.where(seen, powers, 0.0)
+            total = total * shrink + jnp.sum(powers, axis=1)
+            sums *= spread(shrink, sums.shape)
+            weights = powers.astype(v.dtype)
+            turn()
+            plgpu.barrier_wait(refs["v_full"].at[slot])
+            sums = add_product(sums, weights, refs["v_ring"].at[slot], staging)
+            plgpu.barrier_arrive(refs["v_empty"].at[slot])
+            return sums, new_top, total
+
+        pl.when(warpgroup == 1)(turn)
+        start = (
+            constant(0.0, (ROWS, dim)),
+            constant(_LOWEST, (ROWS,)),
+            constant(0.0, (ROWS,)),
+        )
+        carry, _ = walk(refs, lead, here.row, substeps, visit, start)
+        sums, top, total = carry
+        pl.when(warpgroup == 0)(turn)
+
+        empty = total == 0.0
+        total = jnp.where(empty, 1.0, total)
+        lse = jnp.where(empty, -jnp.inf, top / LOG2_E + jnp.log(total))
+        mine[...] = (sums / spread(total, sums.shape)).astype(q.dtype)
+        refs["lse_tile"][warpgroup] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mine, refs["out"].at[at])
+        plgpu.copy_smem_to_gmem(
+            refs["lse_tile"].at[warpgroup],
+            refs["lse"].at[here.batch, here.head, pl.ds(first_query, ROWS)],
+        )
+
+    scratch = {
+        "q_tile": smem((COMPUTING, ROWS, dim), q.dtype),
+        "lse_tile": plgpu.SMEM((COMPUTING, ROWS), jnp.float32),
+        "q_full": plgpu.Barrier(num_barriers=COMPUTING),
+        "turn": plgpu.Barrier(num_arrivals=COMPUTING),
+        **ring("k", (tiles.columns, dim), k.dtype, tiles.stages),
+        **ring("v", (tiles.columns, dim), v.dtype, tiles.stages),
+    }
+    if not tiles.in_registers:
+        scratch["staging"] = smem((COMPUTING, *tile_shape), v.dtype)
+    found = launch(
+        copying,
+        computing,
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "order": longest_first(lists.whole, lists.partial),
+            **list_operands(lists),
+        },
+        {
+            "out": jax.ShapeDtypeStruct(q.shape, q.dtype),
+            "lse": jax.ShapeDtypeStruct((batch, heads, q.shape[1]), jnp.float32),
+        },
+        scratch,
+        programs=batch * heads * (q.shape[1] // TILE),
+    )
+    return found["out"][:, :num_queries], found["lse"][:, :, :num_queries]
+
+
+block_attention = differentiable(Kernels(forward, _mosaic_gpu_backward.backward))

@@ -1,0 +1,68 @@
+"""The definition: softmax over the keys that are kept and seen, all scores computed."""
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.formats import BlockMask
+from sparsejax.ops.block_attention._rules import Rules, elementwise
+
+
+def block_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    block_mask: BlockMask,
+    rules: Rules,
+    bias: jax.Array | None,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """As the public function; its autodiff is the oracle of the kernels.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, kv_heads, head_dim]`.
+      v: like `k`.
+      block_mask: `[batch|1, heads|kv_heads|1, queries, keys]`, queries and keys rounded
+        up to whole blocks.
+      rules: on positions.
+      bias: float32, of each block, `[batch|1, heads|kv_heads|1, block_rows,
+        block_columns]`, or None.
+      scale: of the products.
+
+    Returns:
+      `[batch, queries, heads, head_dim]` and float32 `[batch, heads, queries]`.
+    """
+    batch, num_queries, heads, _ = q.shape
+    num_keys, kv_heads = k.shape[1:3]
+    q = q.reshape(batch, num_queries, kv_heads, -1, q.shape[-1])
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, num_queries, num_keys) * scale
+
+    def cut(by_pair):  # from whole blocks, and to all heads
+        by_pair = by_pair[..., :num_queries, :num_keys]
+        return of_heads(by_pair, heads)
+
+    kept = cut(block_mask.to_dense()) & elementwise(rules, num_queries, num_keys)
+    if bias is not None:
+        height, width = block_mask.block_shape
+        spread = jnp.repeat(jnp.repeat(bias, height, axis=-2), width, axis=-1)
+        scores += cut(spread)
+    top = jax.lax.stop_gradient(
+        jnp.max(scores, axis=-1, keepdims=True, where=kept, initial=-jnp.inf)
+    )
+    empty = ~kept.any(axis=-1, keepdims=True)
+    top = jnp.where(empty, 0, top)
+    powers = jnp.exp(jnp.where(kept, scores - top, -jnp.inf))
+    total = jnp.where(empty, 1, powers.sum(axis=-1, keepdims=True))
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
+    weights = (powers / total).astype(v.dtype)
+    weights = weights.reshape(batch, kv_heads, -1, num_queries, num_keys)
+    out = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
+    return out.reshape(batch, num_queries, heads, v.shape[-1]), lse
+
+
+def of_heads(per_head: jax.Array, heads: int) -> jax.Array:
+    """Repeats what each key head has, on axis 1, for the query heads that share it."""
+    given = per_head.shape[1]
+    return per_head if given in (1, heads) else jnp.repeat(per_head, heads // given, 1)
