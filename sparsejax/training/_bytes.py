@@ -1,6 +1,7 @@
 """Byte-level text: real data without a download, a batch from (seed, step) alone."""
 
 import dataclasses
+import errno
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -115,11 +116,13 @@ def sample_batch(
     step: int,
     batch_size: int,
     seq_len: int,
+    rows: slice = slice(None),
 ) -> Int[np.ndarray, "batch seq+1"]:
     """Cuts `batch_size` windows of `seq_len + 1` bytes at random places.
 
     A pure function of its arguments: a resumed run sees what an uninterrupted one
-    would have seen. Inputs are `batch[:, :-1]`, targets `batch[:, 1:]`.
+    would have seen. Inputs are `batch[:, :-1]`, targets `batch[:, 1:]`. With `rows`
+    only that part of the batch is cut: what one of several processes needs of it.
 
     Example:
       >>> data = np.arange(100, dtype=np.uint8)
@@ -128,7 +131,7 @@ def sample_batch(
              [ 3,  4,  5,  6]], dtype=int32)
     """
     rng = np.random.default_rng((seed, step))
-    starts = rng.integers(0, data.size - seq_len, size=batch_size)
+    starts = rng.integers(0, data.size - seq_len, size=batch_size)[rows]
     return data[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
 
 
@@ -159,6 +162,8 @@ def validation_batches(
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # /dev/zero would never end
+            raise OSError(errno.EINVAL, "not a plain file")
         return path.read_bytes()
     except OSError as error:
         raise OSError(

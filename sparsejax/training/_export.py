@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -11,6 +11,15 @@ from sparsejax.training._files import write_atomic
 from sparsejax.typing import plain_path
 
 Tree = TypeVar("Tree")
+
+
+# Names that are not the letter of the kind and the bits, as F32 or U8.
+_DTYPE_NAMES = {
+    "bool": "BOOL",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
 
 
 def save_weights(path: Path, params: object, metadata: Mapping[str, str]) -> None:
@@ -23,18 +32,21 @@ def save_weights(path: Path, params: object, metadata: Mapping[str, str]) -> Non
       path: of the file; replaced as a whole.
       params: a pytree of arrays.
       metadata: texts to store with them.
+
+    Raises:
+      ValueError: two leaves would have one name.
     """
     from safetensors.numpy import save  # of the extra `examples`
 
-    tensors = {
-        ".".join(plain_path(key_path)): np.ascontiguousarray(leaf)
-        for key_path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    named, _ = _named_leaves(params)
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named.items()}
     write_atomic(path, save(tensors, dict(metadata)))
 
 
 def load_weights(path: Path, like: Tree) -> tuple[Tree, dict[str, str]]:
     """Reads what `save_weights` wrote into a tree like `like`.
+
+    Nothing in the file is run; a name in it is only compared.
 
     Args:
       path: of the file.
@@ -45,32 +57,58 @@ def load_weights(path: Path, like: Tree) -> tuple[Tree, dict[str, str]]:
       `(params, metadata)`.
 
     Raises:
-      ValueError: a name, shape or dtype in the file is not that of `like`; checked
-        for all of them before a tensor is read.
+      ValueError: it is no sound safetensors file, or a name, shape or dtype in it is
+        not that of `like`; checked for all of them before a tensor is read.
+      FileNotFoundError: there is no such file.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    paths, treedef = jax.tree.flatten_with_path(like)
-    wanted = {".".join(plain_path(key_path)): leaf for key_path, leaf in paths}
-    with safe_open(path, framework="flax") as file:
-        if unmatched := wanted.keys() ^ set(file.keys()):
-            raise ValueError(
-                f"{path} must hold the leaves of `like`, no more and no less; in only "
-                f"one of the two: {', '.join(sorted(unmatched))}."
-            )
-        for name, leaf in wanted.items():
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != leaf.shape:
-                raise ValueError(
-                    f"{name} in {path} must have the shape {leaf.shape} of `like`; "
-                    f"got {shape}."
-                )
-        leaves = [file.get_tensor(name) for name in wanted]
-        metadata = file.metadata() or {}
-    for (name, leaf), tensor in zip(wanted.items(), leaves, strict=True):
-        if tensor.dtype != leaf.dtype:
-            raise ValueError(
-                f"{name} in {path} must have the dtype {leaf.dtype} of `like`; "
-                f"got {tensor.dtype}."
-            )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a safetensors file; it is no file at all.")
+    wanted, treedef = _named_leaves(like)
+    try:
+        with safe_open(path, framework="flax") as file:
+            _require_alike(path, file, wanted)
+            leaves = [file.get_tensor(name) for name in wanted]
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a sound safetensors file: {error}. Get it again from "
+            "where it was written."
+        ) from error
     return treedef.unflatten(leaves), metadata
+
+
+def _named_leaves(tree: object) -> tuple[dict[str, Any], Any]:
+    paths, treedef = jax.tree.flatten_with_path(tree)
+    named = {}
+    for key_path, leaf in paths:
+        name = ".".join(plain_path(key_path))
+        if name in named:
+            raise ValueError(
+                f"each leaf must have a name of its own; got two named {name!r}, one "
+                f"at {jax.tree_util.keystr(key_path)}. Rename a key with a dot in it."
+            )
+        named[name] = leaf
+    return named, treedef
+
+
+def _require_alike(path: Path, file: Any, wanted: Mapping[str, Any]) -> None:
+    """Compares the header with what is wanted; no tensor is read."""
+    if unmatched := wanted.keys() ^ set(file.keys()):
+        raise ValueError(
+            f"{path} must hold the leaves of `like`, no more and no less; in only "
+            f"one of the two: {', '.join(sorted(unmatched))}."
+        )
+    for name, leaf in wanted.items():
+        stored, dtype = file.get_slice(name), np.dtype(leaf.dtype)
+        if (shape := tuple(stored.get_shape())) != leaf.shape:
+            raise ValueError(
+                f"{name} in {path} must have the shape {leaf.shape} of `like`; "
+                f"got {shape}."
+            )
+        plain = f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+        if (got := stored.get_dtype()) != _DTYPE_NAMES.get(dtype.name, plain):
+            raise ValueError(
+                f"{name} in {path} must have the dtype {dtype} of `like`; got {got}."
+            )

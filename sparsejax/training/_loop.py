@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.training._checkpoint import restore_checkpoint, save_checkpoint
+from sparsejax.training._processes import asked_to_stop, is_first
 from sparsejax.training._runs import Run
 
 
@@ -63,6 +64,10 @@ def fit(
     On SIGINT or SIGTERM the current step is finished and saved, then `Stopped` is
     raised; a second signal acts at once.
 
+    Of several processes (`jax.distributed`) each makes the same call, with a state of
+    global arrays. They share the run's folder; on SIGTERM to one of them, as a cluster
+    sends it before it takes a machine, all stop after the same step.
+
     Args:
       run: where metrics and checkpoints go.
       phase: names this part of the run in both.
@@ -102,6 +107,8 @@ def fit(
             step += 1
             unread.append({"phase": phase, "step": step, **metrics})
             stop = signals[0] if signals else None
+            if asked_to_stop(step):
+                stop = signal.SIGTERM
             evaluates = step % evaluate_every == 0 or step == num_steps
             saves = step % checkpoint_every == 0 or step == num_steps or stop
             # One row stays unread, so that the device need not wait for this loop.
@@ -119,11 +126,12 @@ def fit(
                 save_checkpoint(folder, step, state)
             if stop:
                 bar.close()
-                print(
-                    f"stopped by {stop.name} in phase {phase!r} at step {step}; all is "
-                    "saved. Go on by --resume.",
-                    file=sys.stderr,
-                )
+                if is_first():
+                    print(
+                        f"stopped by {stop.name} in phase {phase!r} at step {step}; "
+                        "all is saved. Go on by --resume.",
+                        file=sys.stderr,
+                    )
                 raise Stopped(128 + stop)
     return state
 
@@ -139,6 +147,7 @@ def _progress_bar(phase: str, seen: int, total: int):
         unit="tok",
         unit_scale=True,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        disable=not is_first(),
     )
 
 
@@ -147,10 +156,12 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
     """Collects SIGINT and SIGTERM in the list it yields, instead of acting on them.
 
     Each is collected once, then has its old effect again. Outside the main thread,
-    where Python allows no handlers, the list stays empty.
+    where Python allows no handlers, the list stays empty; so it does where several
+    processes have to stop together, see `asked_to_stop`.
     """
     received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or jax.process_count() > 1:
         yield received
         return
     wanted = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,7 @@
-"""A run folder: its configuration, its metrics, and nothing ever overwritten."""
+"""A run folder: its configuration, its metrics, and nothing ever overwritten.
+
+Several processes share a folder that all see: each reads it, the first alone writes.
+"""
 
 import dataclasses
 import json
@@ -10,8 +13,11 @@ from typing import Any
 import jax
 
 from sparsejax.training._files import write_atomic
+from sparsejax.training._processes import is_first, wait_for_all
 
 Row = dict[str, Any]
+
+_MAX_CONFIG_BYTES = 2**24  # a larger file is none of ours: it is not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,25 +40,46 @@ class Run:
         return self.folder / "checkpoints" / phase
 
     def log(self, row: Row) -> Row:
-        """Appends a row to the metrics; returns it as written, arrays as numbers."""
+        """Appends a row to the metrics; returns it as written, arrays as numbers.
+
+        Raises:
+          OSError: it cannot be written, as on a full disk; the message names the file.
+        """
         row = _plain(row)
-        with open(self.metrics_file, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if is_first():
+            try:
+                with open(self.metrics_file, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise OSError(
+                    f"cannot write to {self.metrics_file}: {error.strerror}. What the "
+                    "checkpoints hold is safe. Make room or mend the disk, then resume."
+                ) from error
         return row
 
     def rows(self) -> list[Row]:
-        """Reads the metrics; a last line cut off by a crash is left out."""
+        """Reads the metrics; a last line cut off by a crash is left out.
+
+        Raises:
+          ValueError: another line is no row; the message names the file and the line.
+        """
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = []
+        with open(self.metrics_file, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    rows.append(_parse_row(line, f"line {number} of {file.name}"))
+        return rows
 
     def rewind(self, phase: str, step: int) -> None:
         """Drops the rows of `phase` after `step`: training goes on from there."""
+        if not is_first():
+            return
         rows = self.rows()
         kept = [row for row in rows if row["phase"] != phase or row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        if self.metrics_file.exists() and self.metrics_file.read_text() != text:
+        text = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        if self.metrics_file.exists() and self.metrics_file.read_bytes() != text:
             write_atomic(self.metrics_file, text)
 
 
@@ -68,7 +95,7 @@ def open_run(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Run:
 
     Raises:
       ValueError: `folder` holds a run and `resume` is False, or a run of another
-        configuration. Nothing is written.
+        configuration, or a config.json that is not ours. Nothing is written.
     """
     file = folder / "config.json"
     wanted = json.loads(json.dumps(config))
@@ -78,21 +105,56 @@ def open_run(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Run:
                 f"{folder} already holds a run. Go on with it by `--resume`, or choose "
                 "another `--name`."
             )
-        _require_equal(json.loads(file.read_text())["config"], wanted, folder)
+        _require_equal(_read_config(file), wanted, folder)
+        wait_for_all("open_run: read")
         return Run(folder)
     if folder.exists() and any(p.suffix != ".partial" for p in folder.iterdir()):
         raise ValueError(
             f"{folder} is neither empty nor a run: it has no config.json. Choose "
             "another `--name`."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }
-    content = {"config": wanted, "environment": environment}
-    write_atomic(file, json.dumps(content, indent=2) + "\n")
+    wait_for_all("open_run: read")  # before there is a file that others could find
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
+        content = {"config": wanted, "environment": environment}
+        write_atomic(file, json.dumps(content, indent=2) + "\n")
+    wait_for_all("open_run: written")
     return Run(folder)
+
+
+def _read_config(file: Path) -> Row:
+    try:
+        if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+            raise ValueError('it must be an object that holds an object "config"')
+        _flat(content["config"])
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is not the configuration of a run: {error}. Choose another "
+            "`--name`."
+        ) from error
+    return content["config"]
+
+
+def _parse_row(line: bytes, place: str) -> Row:
+    """A line of metrics; JSON has no code to run."""
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(row.get("phase"), str):
+                return row
+        raise ValueError('a row is an object with a text "phase" and a count "step"')
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{place} is not a row of metrics: {error}. Remove that line, or start a "
+            "run of another name."
+        ) from error
 
 
 def _require_equal(stored: Row, wanted: Row, folder: Path) -> None:

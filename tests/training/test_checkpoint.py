@@ -1,6 +1,14 @@
-"""Checkpoints hold any state bit for bit, and a damaged one is stepped over."""
+"""Checkpoints hold any state bit for bit, and a damaged one is stepped over.
+
+Foreign and hostile folders are read without running anything that is in them.
+"""
 
 import gc
+import json
+import pickle
+import re
+import resource
+import shutil
 from typing import NamedTuple
 
 import chex
@@ -9,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
 from flax import nnx
 
 from sparsejax import models, training
@@ -60,6 +69,52 @@ def test_keeps_the_newest(tmp_path):
     assert training.restore_checkpoint(tmp_path, make_state(0)).step == 10
 
 
+def test_empty_nodes_and_numbers(tmp_path):
+    """What optax and mask trees are made of, beside arrays."""
+    state = (
+        optax.EmptyState(),
+        {"none": None, "masked": optax.MaskedNode(), "nothing": {}, "list": [None]},
+        [None, jnp.ones(3), np.float64(2), 7],
+    )
+    training.save_checkpoint(tmp_path, 0, state)
+    restored = training.restore_checkpoint(tmp_path, state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(restored, state)
+
+
+def checksum_oracle(x):
+    """The sum by hand, word by word."""
+    total = 0
+    for place, word in enumerate(map(int, x.view(np.uint32).ravel())):
+        word = (word + place * 0x9E3779B9) % 2**32
+        word = (word ^ word >> 16) * 0x7FEB352D % 2**32
+        word = (word ^ word >> 15) * 0x846CA68B % 2**32
+        total += word ^ word >> 16
+    return total % 2**32
+
+
+def test_checksums_see_every_bit_and_its_place():
+    def checksum(x):
+        return int(training._checkpoint._checksums([x])[0])
+
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    others = [x[::-1], x[:, ::-1], np.where(x == 3, -x, x)]
+    others.append(np.where(x > 22, -others[-1], others[-1]))
+    for index in ((0, 0, 0), (1, 2, 3)):
+        for bit in range(32):
+            others.append(x.copy())
+            others[-1].view(np.uint32)[index] ^= np.uint32(1 << bit)
+    assert checksum(x) not in [checksum(other) for other in others]
+    assert checksum(x) == checksum_oracle(x)
+    for dtype in (bool, np.int8, np.float16, jnp.bfloat16, np.complex64):
+        some = np.ones(5).astype(dtype)
+        other = np.where(np.arange(5) == 3, 0, some).astype(dtype)
+        assert checksum(some) != checksum(other), dtype
+    with jax.enable_x64(True):
+        other = np.ones(3).view(np.uint64) ^ np.array([0, 1 << 63, 0], np.uint64)
+        assert checksum(np.ones(3)) != checksum(other.view(np.float64))
+
+
 def largest_file(folder):
     return max(
         (p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
@@ -82,8 +137,34 @@ def remove_a_file(folder):
     largest_file(folder).unlink()
 
 
+def remove_everything(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def deep_json(folder):
+    (folder / "default" / "_METADATA").write_text("[" * 100_000)
+
+
+def pickled(folder):
+    """In the place of each file: it would write one, were it unpickled."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.write_bytes(pickle.dumps(Bomb(str(folder.parent / "exploded"))))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, remove_a_file])
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, flip_a_bit, remove_a_file, remove_everything, deep_json, pickled],
+)
 def test_a_damaged_checkpoint_is_stepped_over(tmp_path, damage):
     for step in (1, 2):
         training.save_checkpoint(tmp_path, step, make_state(step))
@@ -98,7 +179,7 @@ def test_a_damaged_checkpoint_is_stepped_over(tmp_path, damage):
     training.save_checkpoint(tmp_path, 2, make_state(2))
     assert training.restore_checkpoint(tmp_path, make_state(0)).step == 2
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["1", "2", "damaged-2"]
+    assert names == ["1", "2", "damaged-2"]  # and nothing exploded
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
@@ -111,10 +192,80 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     assert training.restore_checkpoint(tmp_path, make_state(0)).step == 2
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-def test_another_structure_raises_and_renames_nothing(tmp_path):
-    training.save_checkpoint(tmp_path, 1, {"a": np.zeros(3)})
-    with pytest.raises(ValueError, match="none of the 1 checkpoints in"):
-        training.restore_checkpoint(tmp_path, {"b": np.zeros(4)})
-    gc.collect()
-    assert training.restore_checkpoint(tmp_path, {"a": np.zeros(3)}) is not None
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        ({"b": jnp.zeros(3)}, "in only one of the two: tree.a, tree.b"),
+        ({"a": jnp.zeros(4)}, r"tree.a must be float32 \(4,\); .* float32 \(3,\)"),
+        ({"a": jnp.zeros(3, jnp.bfloat16)}, r"must be bfloat16 .* has float32"),
+        ({"a": jnp.zeros(3), "b": jnp.zeros(3)}, "in only one of the two: tree.b"),
+    ],
+    ids=["name", "shape", "dtype", "more"],
+)
+def test_another_structure_raises_and_renames_nothing(tmp_path, like, message):
+    training.save_checkpoint(tmp_path, 1, {"a": jnp.zeros(3)})
+    folder = re.escape(str(tmp_path))
+    with pytest.raises(
+        ValueError,
+        match=f"none of the 1 checkpoints in {folder} .* step 1: .*{message}",
+    ):
+        training.restore_checkpoint(tmp_path, like)
+    assert training.restore_checkpoint(tmp_path, {"a": jnp.zeros(3)}) is not None
+
+
+def test_all_damaged_names_the_folder_and_renames_nothing(tmp_path):
+    tree = {"a": jnp.arange(3)}
+    for step in (1, 2):
+        training.save_checkpoint(tmp_path, step, tree)
+        remove_everything(tmp_path / str(step))
+    folder = re.escape(str(tmp_path))
+    with pytest.raises(ValueError, match=f"none of the 2 .* {folder} .* at step 2"):
+        training.restore_checkpoint(tmp_path, tree)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_only_folders_named_by_a_step_are_read(tmp_path):
+    tree = {"a": jnp.arange(3)}
+    training.save_checkpoint(tmp_path, 1, tree)
+    (tmp_path / "7").write_text("a file")
+    for name in ("thesis", "-3", "0008", "9" * 30, str(2**31), "1_0"):
+        (tmp_path / name).mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    chex.assert_trees_all_equal(training.restore_checkpoint(tmp_path, tree), tree)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_hostile_shape_takes_no_memory(tmp_path):
+    """A leaf of 4 EB, and chunks of 4 TB for one of 12 bytes."""
+    tree = {"a": jnp.arange(3)}
+    changes = {2: {"shape": [2**60]}, 3: {"chunks": [2**40]}}
+    training.save_checkpoint(tmp_path, 1, tree)
+    for step, change in changes.items():
+        training.save_checkpoint(tmp_path, step, tree, keep=3)
+        base = f"file://{tmp_path}/{step}/default/"
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        content = json.loads(store["tree.a/.zarray"])
+        store["tree.a/.zarray"] = json.dumps(content | change).encode()
+    with pytest.warns(UserWarning, match="going on from step 1") as caught:
+        restored = training.restore_checkpoint(tmp_path, tree)
+    said = "".join(str(w.message) for w in caught)
+    assert f"tree.a must be int32 (3,); the checkpoint has int32 ({2**60},)" in said
+    assert f"tree.a of shape (3,) has larger chunks, ({2**40},)" in said
+    chex.assert_trees_all_equal(restored, tree)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """The system refuses to write more than a few bytes to a file."""
+    rng = np.random.default_rng(0)
+    tree = {"a": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}
+    training.save_checkpoint(tmp_path, 1, tree)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot save step 2 in .*File too large"):
+            training.save_checkpoint(tmp_path, 2, tree)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    chex.assert_trees_all_equal(training.restore_checkpoint(tmp_path, tree), tree)
+    training.save_checkpoint(tmp_path, 2, tree)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]

@@ -1,5 +1,9 @@
 """Weights come back from safetensors as they went in, zeros and dtypes included."""
 
+import json
+import re
+import struct
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -60,7 +64,7 @@ def test_a_transposed_view_is_stored_right(tmp_path):
         ),
         (
             {"a": np.zeros((2, 3), np.int32), "b": np.zeros(1, np.float32)},
-            "a in .* must have the dtype int32 of `like`; got float32",
+            "a in .* must have the dtype int32 of `like`; got F32",
         ),
     ],
 )
@@ -69,3 +73,78 @@ def test_a_file_of_another_model_is_refused(tmp_path, like, message):
     training.save_weights(tmp_path / "w", params, {})
     with pytest.raises(ValueError, match=message):
         training.load_weights(tmp_path / "w", like)
+
+
+def test_two_leaves_of_one_name_are_refused(tmp_path):
+    params = {"a.b": np.ones(1), "a": {"b": np.ones(1)}}
+    for call in (
+        lambda: training.save_weights(tmp_path / "w", params, {}),
+        lambda: training.load_weights(tmp_path / "w", params),
+    ):
+        with pytest.raises(ValueError, match=r"name of its own; got two named 'a.b'"):
+            call()
+    assert not (tmp_path / "w").exists()
+
+
+def write_raw(path, header, data=bytes(24), *, size=None):
+    """A file by hand; `header` as an object or as bytes."""
+    if not isinstance(header, bytes):
+        header = json.dumps(header).encode()
+    size = len(header) if size is None else size
+    path.write_bytes(struct.pack("<Q", size) + header + data)
+
+
+def tensor(dtype="F32", shape=(2, 3), offsets=(0, 24)):
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+TWICE = b'{"a":%(first)s,"a":%(second)s}' % {
+    b"first": json.dumps(tensor()).encode(),
+    b"second": json.dumps(tensor(offsets=(24, 48))).encode(),
+}
+HOSTILE = {
+    "huge shape": {"header": {"a": tensor(shape=(2**40, 2**40))}},
+    "negative shape": {"header": {"a": tensor(shape=(-2, -3))}},
+    "huge offsets": {"header": {"a": tensor(offsets=(0, 2**60))}},
+    "offsets swapped": {"header": {"a": tensor(offsets=(24, 0))}},
+    "overlap": {"header": {"a": tensor(), "b": tensor()}},
+    "huge header": {"header": {"a": tensor()}, "size": 2**63},
+    "cut header": {"header": {"a": tensor()}, "size": 10},
+    "cut data": {"header": {"a": tensor()}, "data": bytes(20)},
+    "more data": {"header": {"a": tensor()}, "data": bytes(28)},
+    "unknown dtype": {"header": {"a": tensor("PICKLE")}},
+    "a name twice": {"header": TWICE, "data": bytes(48)},
+    "metadata of numbers": {"header": {"__metadata__": {"x": 1}, "a": tensor()}},
+    "deep": {"header": b"[" * 50_000},
+    "bytes": {"header": b"\xff\xfe{}"},
+    "pickle": {"header": b"\x80\x04\x95\x0f\x00.", "size": 2**40},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_named(tmp_path, case):
+    path = tmp_path / "w.safetensors"
+    write_raw(path, **HOSTILE[case])
+    like = {"a": np.zeros((2, 3), np.float32)}
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a sound"):
+        training.load_weights(path, like)
+
+
+def test_what_is_read_of_a_sound_header_is_what_is_wanted(tmp_path):
+    path, like = tmp_path / "w", {"a": np.zeros((2, 3), np.float32)}
+    write_raw(path, {"a": tensor()})
+    training.load_weights(path, like)
+    for header, size, message in [
+        ({"a": tensor("F64", offsets=(0, 48))}, 48, "must have the dtype.*got F64"),
+        ({"a": tensor("F8_E8M0", offsets=(0, 6))}, 6, "dtype.*got F8_E8M0"),
+        ({"a": tensor(shape=(3, 2))}, 24, "must have the shape"),
+        ({"../../etc/passwd": tensor()}, 24, "in only one.*: ../../etc/passwd, a"),
+        ({}, 0, "in only one of the two: a"),
+    ]:
+        write_raw(path, header, bytes(size))
+        with pytest.raises(ValueError, match=message):
+            training.load_weights(path, like)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        training.load_weights(tmp_path / "missing", like)
+    with pytest.raises(ValueError, match="is no file at all"):
+        training.load_weights(tmp_path, like)

@@ -1,6 +1,7 @@
 """A run folder goes on with its own configuration only and keeps its metrics once."""
 
 import json
+import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,70 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 def test_a_crash_while_starting_is_no_obstacle(tmp_path):
     (tmp_path / "config.json.partial").write_text('{"conf')
     training.open_run(tmp_path, CONFIG, resume=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"config": {"seed"',
+        "[" * 100_000,
+        "[1, 2]",
+        '{"config": [0]}',
+        '{"config": ' + '{"a": ' * 900 + "0" + "}" * 901,
+        b"\xff\xfe\x00",
+        "gASVCAAAAAAAAACMBHNhZmWULg==",
+    ],
+    ids=["empty", "cut", "deep", "list", "no object", "nested", "bytes", "text"],
+)
+def test_a_foreign_config_is_named(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"config\.json is not the conf|another"):
+        training.open_run(tmp_path, CONFIG, resume=True)
+    assert file.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_huge_config_is_not_read(tmp_path):
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(2**40)  # takes no room
+    with pytest.raises(ValueError, match=r"not the conf.* 1,099,511,627,776 bytes"):
+        training.open_run(tmp_path, CONFIG, resume=True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"phase": "a", "st', "3", "[]", "{}", '{"phase": 1, "step": 2}', "[" * 100_000],
+    ids=["cut", "number", "list", "empty", "phase", "deep"],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    run = training.open_run(tmp_path, CONFIG, resume=False)
+    run.log({"phase": "a", "step": 1})
+    with open(run.metrics_file, "a") as file:
+        file.write(line + "\n")
+    before = run.metrics_file.read_bytes()
+    for read in (run.rows, lambda: run.rewind("a", 0)):
+        with pytest.raises(ValueError, match=r"line 2 of .*\.jsonl is not a row"):
+            read()
+    assert run.metrics_file.read_bytes() == before
+
+
+def test_metrics_on_a_full_disk(tmp_path):
+    run = training.open_run(tmp_path, CONFIG, resume=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        run.log({"phase": "a", "step": 1})
+        with pytest.raises(OSError, match=r"cannot write to .*\.jsonl: File too"):
+            run.log({"phase": "a", "step": 2, "loss": "x" * 64})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run.rows() == [{"phase": "a", "step": 1}]
+    run.rewind("a", 1)
+    run.log({"phase": "a", "step": 2})
+    assert [row["step"] for row in run.rows()] == [1, 2]
 
 
 def test_metrics_are_numbers_and_rewind_by_phase(tmp_path):
