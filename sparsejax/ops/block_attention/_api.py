@@ -1,6 +1,7 @@
 """`block_attention`: checks, then the reference or a kernel."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -53,7 +54,7 @@ def block_attention(
         integer, or int32 `[batch]`.
       segment_ids: int32 `[batch, seq]`, or a pair, for queries and keys: only keys of
         the query's own segment are seen.
-      scale: of the products; `1 / sqrt(head_dim)` by default.
+      scale: of the products, positive; `1 / sqrt(head_dim)` by default.
       bias: added to the scaled scores of all pairs of a block; float32, on the grid of
         the blocks. No gradient is given for it.
       with_lse: return `(out, lse)`.
@@ -107,7 +108,9 @@ def block_attention(
     )
     if bias is not None:
         bias = _check_bias(jnp.asarray(bias), block_mask, batch, heads, kv_heads)
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = float(head_dim**-0.5 if scale is None else scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"`scale` must be positive and finite; got {scale}.")
     out, lse = dispatch(
         (q, k, v, block_mask, rules, bias),
         implementation,

@@ -7,13 +7,14 @@ dS = P * (dP - delta): a gradient of the log-sum-exp needs no kernel of its own.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sparsejax.formats import BlockMask
-from sparsejax.ops.block_attention._rules import Rules, split
+from sparsejax.ops.block_attention._rules import Rules, lengthened, split
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +25,7 @@ class Lists:
     Attributes:
       whole: blocks of which every pair is seen.
       partial: blocks in which the rules are looked at; None if there are none.
-      rules: on positions.
+      rules: on positions, lengthened.
       bias: float32 of each block, `[batch|1, heads|kv_heads|1, rows, columns]`, or
         None; in units of the scores, after scaling.
     """
@@ -50,7 +51,7 @@ class Kernels:
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def differentiable(kernels: Kernels) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def differentiable(kernels: Kernels) -> Callable[..., Any]:
     """Gives a function with the signature of the reference.
 
     Outputs and log-sum-exp are named "block_attention", for a policy of
@@ -58,6 +59,7 @@ def differentiable(kernels: Kernels) -> Callable[..., tuple[jax.Array, jax.Array
     """
 
     def block_attention(q, k, v, block_mask, rules, bias, *, scale):
+        rules = lengthened(rules, block_mask)
         whole, partial = split(block_mask, rules)
         return _call(kernels, scale, q, k, v, Lists(whole, partial, rules, bias))
 

@@ -289,7 +289,7 @@ def _two_products(first, second, shape):
         plgpu.wgmma(b, *second)
         return a[...], b[...]
 
-    acc = plgpu.ACC(shape, jnp.float32)
+    acc = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
     return pl.run_scoped(start, acc, acc)
 
 

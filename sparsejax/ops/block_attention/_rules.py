@@ -87,6 +87,23 @@ def elementwise(rules: Rules, num_queries: int, num_keys: int) -> jax.Array:
     )
 
 
+def lengthened(rules: Rules, block_mask: BlockMask) -> Rules:
+    """The same rules with segments for whole blocks, which a kernel reads."""
+    rows, columns = block_mask.shape[-2:]
+    return dataclasses.replace(
+        rules,
+        query_segments=_to_length(rules.query_segments, rows),
+        key_segments=_to_length(rules.key_segments, columns),
+    )
+
+
+def _to_length(segments: jax.Array | None, length: int) -> jax.Array | None:
+    if segments is None:
+        return None
+    widths = ((0, 0), (0, length - segments.shape[1]))
+    return jnp.pad(segments, widths, mode="edge")
+
+
 def split(block_mask: BlockMask, rules: Rules) -> tuple[BlockMask, BlockMask | None]:
     """Splits a mask in the blocks that are seen whole, and those that are seen in part.
 
@@ -94,7 +111,7 @@ def split(block_mask: BlockMask, rules: Rules) -> tuple[BlockMask, BlockMask | N
 
     Args:
       block_mask: `[batch|1, heads, queries, keys]`.
-      rules: of the same attention.
+      rules: of the same attention, lengthened.
 
     Returns:
       Two masks with lists as long as those given; None instead of the second where no
@@ -150,7 +167,5 @@ def _of_blocks(block_mask: BlockMask, rules: Rules) -> tuple[jax.Array, jax.Arra
 
 def _ranges(segments: jax.Array, blocks: int, size: int) -> tuple[jax.Array, jax.Array]:
     """The least and the highest segment of each block, `[batch, blocks]`."""
-    pad = blocks * size - segments.shape[1]
-    segments = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge")
     tiled = segments.reshape(-1, blocks, size)
     return tiled.min(axis=-1), tiled.max(axis=-1)

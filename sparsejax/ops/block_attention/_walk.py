@@ -112,7 +112,8 @@ def longest_first(*masks: BlockMask | None, heads: int | None = None) -> jax.Arr
     Returns:
       int32, of the shape of `num`, for as many heads.
     """
-    num = sum(mask.num for mask in masks if mask is not None)
+    nums = [mask.num for mask in masks if mask is not None]
+    num = functools.reduce(jnp.add, nums)
     if heads is not None and num.shape[1] > heads:
         num = num.reshape(num.shape[0], heads, -1, num.shape[2]).sum(axis=2)
     return jnp.argsort(-num, axis=-1, stable=True).astype(jnp.int32)
@@ -272,7 +273,7 @@ def product(a: Any, b: Any, shape: tuple[int, int], between=None) -> jax.Array:
             between()
         return sums[...]
 
-    return pl.run_scoped(start, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(start, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def add_product(sums: jax.Array, a: jax.Array, b: Any, staging: Any) -> jax.Array:
@@ -286,10 +287,12 @@ def add_product(sums: jax.Array, a: jax.Array, b: Any, staging: Any) -> jax.Arra
         multiply and add in registers.
     """
     if staging is None:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(sums))
+        start: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))
+        return start(plgpu.WGMMAAccumulatorRef.init(sums))
     staging[...] = a
     plgpu.commit_smem()
-    return sums + product(staging, b, sums.shape)
+    rows, columns = sums.shape
+    return sums + product(staging, b, (rows, columns))
 
 
 def spread(values: jax.Array, shape: tuple[int, int], axis: int = 0) -> jax.Array:

@@ -160,7 +160,9 @@ def _multiply_all(task: Task, full, empty, stages, sums_shape, warpgroup) -> Non
 
             return values
 
-        values = pl.run_scoped(add_up, plgpu.ACC(sums_shape, jnp.float32))
+        values = pl.run_scoped(
+            add_up, plgpu.WGMMAAccumulatorRef(sums_shape, jnp.float32)
+        )
         task.store(tile, values, warpgroup)
         return done + num_steps
 

@@ -108,6 +108,7 @@ class InterpretTest(parameterized.TestCase):
             k, v = (poisoned(a, [False, False, True]) for a in (k, v))
 
         # what `_gradients` does, with tiles that the interpreter can run
+        rule = _rules.lengthened(rule, mask)
         lists = _gradients.Lists(*_rules.split(mask, rule), rule, bias)
         tiles = _walk.Tiles(columns, stages=2, in_registers=False)
         forward = functools.partial(_mosaic_gpu.forward, scale=SCALE, tiles=tiles)
