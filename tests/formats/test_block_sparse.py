@@ -20,6 +20,10 @@ few = settings(max_examples=25)
 matrix = np.random.default_rng(0).normal(size=(8, 15)).astype(np.float32)
 
 
+from_blocks = jax.jit(lambda kept: sj.BlockMask.from_blocks(kept, BLOCK))
+to_dense = jax.jit(lambda w: w.to_dense())
+
+
 @jax.jit
 def stored(kept, matrix):
     """A matrix with room for some blocks more or less, and what is computed of it."""
@@ -60,35 +64,34 @@ class BlockSparseTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.kept = np.random.default_rng(1).random((ROWS, COLUMNS)) < 0.5
-        self.mask = sj.BlockMask.from_blocks(self.kept, BLOCK)
+        self.mask = from_blocks(self.kept)
 
     def test_default_capacity(self):
         w = sj.BlockSparse.from_dense(matrix, self.mask)  # outside of jit
         self.assertEqual(w.values.shape, (self.kept.sum(), *BLOCK))
         self.assertEqual((w.shape, w.dtype), (matrix.shape, jnp.float32))
         want = np.where(np.kron(self.kept, np.ones(BLOCK, bool)), matrix, 0)
-        np.testing.assert_array_equal(w.to_dense(), want)
+        np.testing.assert_array_equal(to_dense(w), want)
         # the count of a traced mask is not known: room for all
         traced = jax.eval_shape(sj.BlockSparse.from_dense, matrix, self.mask)
         self.assertEqual(traced.values.shape, (ROWS * COLUMNS, *BLOCK))
-        none = sj.BlockMask.from_blocks(jnp.zeros((ROWS, COLUMNS), bool), BLOCK)
-        empty = sj.BlockSparse.from_dense(matrix, none)
+        empty = sj.BlockSparse.from_dense(matrix, from_blocks(self.kept & False))
         self.assertEqual(empty.values.shape, (1, *BLOCK))
-        np.testing.assert_array_equal(empty.to_dense(), 0)
+        np.testing.assert_array_equal(to_dense(empty), 0)
 
     def test_what_is_beyond_the_kept_is_not_read(self):
-        total = self.kept.sum()
-        w = sj.BlockSparse.from_dense(matrix, self.mask, capacity=total + 3)
-        poisoned = dataclasses.replace(w, values=w.values.at[total:].set(jnp.nan))
+        w = stored(self.kept, matrix)[0]
+        used = np.arange(CAPACITY) < self.kept.sum()
+        self.assertFalse(used.all())
+        poisoned = np.where(used[:, None, None], w.values, np.nan)
 
         def loss(values):
             dense = sj.BlockSparse(values, self.mask).to_dense()
             return jnp.sum(dense**2), dense
 
-        (_, dense), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-            poisoned.values
-        )
-        np.testing.assert_array_equal(dense, w.to_dense())
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (_, dense), grad = run(poisoned)
+        np.testing.assert_array_equal(dense, to_dense(w))
         np.testing.assert_array_equal(grad, 2 * w.values)
 
     def test_slots_do_not_depend_on_entries_beyond_a_count(self):
@@ -107,7 +110,7 @@ class BlockSparseTest(parameterized.TestCase):
             ValueError, r"`matrix` must have the shape.*got \(2, 2\) and .*\(8, 15\)"
         ):
             build(jnp.ones((2, 2)), self.mask)
-        stacked = sj.BlockMask.from_blocks(self.kept[None], BLOCK)
+        stacked = from_blocks(self.kept[None])
         with self.assertRaisesRegex(ValueError, "without leading axes"):
             build(matrix[None], stacked)
         total = self.kept.sum()
