@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import sparsejax as sj
 from benchmarks import common, mosaic_compile
 
-SIDE = 8192  # of the matrices of a product
+SIDE = 8192  # of the matrices of a product, and of the scores of attention
 D_MODEL, D_FF, ACTIVE = 4096, 32768, 2624  # of a decode step, 8 % of its neurons active
 
 
@@ -51,6 +51,11 @@ def decode_operands(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     return x, gate, indices, num_active, w, w
 
 
+def attention_operands(head_dim: int) -> tuple[Any, ...]:
+    q, k = (array(1, SIDE, heads, head_dim) for heads in (32, 8))
+    return q, k, k, mask(128)
+
+
 def with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The result, and the gradients of the first two operands."""
 
@@ -67,6 +72,8 @@ def cases() -> list[Case]:
     ffn = functools.partial(sj.ops.active_ffn, implementation="mosaic_gpu")
     matmul = functools.partial(sj.ops.block_matmul, implementation="mosaic_gpu")
     silu = functools.partial(matmul, activation=jax.nn.silu)
+    attention = functools.partial(sj.ops.block_attention, implementation="mosaic_gpu")
+    causal = functools.partial(attention, causal=True)
     rows, scalar = array(SIDE, 16384), array(dtype=jnp.float32)
     square, products = array(SIDE, SIDE), ("y", "dx", "dw")
     return [
@@ -114,6 +121,16 @@ def cases() -> list[Case]:
             ("y",),
             lambda x, w, mask, bias: silu(x, w, mask, bias=bias),
             (square, square, mask(128), array(SIDE)),
+        ),
+        *(
+            Case(
+                f"block_attention, {name}heads of {head_dim}",
+                ("forward", "dq", "dk and dv"),
+                with_gradients(fn),
+                attention_operands(head_dim),
+            )
+            for head_dim in (128, 64)
+            for name, fn in (("", attention), ("causal, ", causal))
         ),
     ]
 
