@@ -43,11 +43,13 @@ def test_digest_sees_one_byte(tmp_path):
     assert before["sha256"] != after["sha256"]
 
 
-@pytest.mark.parametrize("what", ["missing", "folder"])
+@pytest.mark.parametrize("what", ["missing", "folder", "endless"])
 def test_unreadable_files_are_named(tmp_path, what):
     path = tmp_path / "text"
     if what == "folder":
         path.mkdir()
+    if what == "endless":
+        path.symlink_to("/dev/zero")
     with pytest.raises(OSError, match=f"cannot read the text {path}: .*Check the path"):
         training.text_from_files([path])
 
@@ -76,6 +78,9 @@ def test_a_batch_depends_on_seed_and_step_alone():
     np.testing.assert_array_equal(batch(3, 5), batch(3, 5))
     assert (batch(3, 5) != batch(3, 6)).any()
     assert (batch(3, 5) != batch(4, 5)).any()
+    rows = slice(2, 5)
+    some = training.sample_batch(data, seed=3, step=5, rows=rows, **sizes)
+    np.testing.assert_array_equal(some, batch(3, 5)[rows])
     for row in batch(3, 5):
         assert bytes(row.astype(np.uint8)) in bytes(data)
 
