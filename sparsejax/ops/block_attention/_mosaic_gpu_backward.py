@@ -57,7 +57,8 @@ def backward(
     length_q, length_k = lists.whole.shape[2:]
     q, do = (padded(a, length_q) for a in (q, do.astype(q.dtype)))
     k, v = (padded(a, length_k) for a in (k, v))
-    lse = padded(lse, length_q, axis=2, value=jnp.inf)  # no weights
+    # in powers of two, as the kernels count; no weights where there is no query
+    lse = padded(lse * LOG2_E, length_q, axis=2, value=jnp.inf)
     delta = padded(delta, length_q, axis=2)
     operands = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta}
     dq = _grad_q(operands, lists, scale, tiles)
@@ -109,7 +110,6 @@ def _grad_q(operands, lists, scale, tiles):
             )
             for name in ("lse", "delta")
         )
-        lse *= LOG2_E
         plgpu.barrier_wait(full)
         staging = refs["staging"].at[warpgroup] if "staging" in refs else None
 
@@ -122,11 +122,11 @@ def _grad_q(operands, lists, scale, tiles):
                 (tile["q"], keys.T), (tile["do"], values.T), tile_shape
             )
             plgpu.barrier_arrive(refs["v_empty"].at[slot])
-            powers = jnp.exp2(scores * (scale * LOG2_E) - spread(lse, tile_shape))
             first_key = column * width + substep * tiles.columns
-            powers = _changed(
-                powers, lists, refs, here, (batch, heads), partial,
-                (here.row, column), first_query, first_key, queries_along=0,
+            powers = _powers(
+                scores, lists, refs, here, (batch, heads), partial,
+                (here.row, column), first_query, first_key,
+                scale=scale, lse=spread(lse, tile_shape), queries_along=0,
             )  # fmt: skip
             ds = powers * (dp - spread(delta, tile_shape))
             dq = add_product(dq, ds.astype(dtype), keys, staging)
@@ -233,13 +233,11 @@ def _grad_kv(operands, lists, scale, tiles):
             queries, grads = refs["q_ring"].at[slot], refs["do_ring"].at[slot]
             plgpu.barrier_wait(refs["q_full"].at[slot])
             scores = product(tile["k"], queries.T, tile_shape)
-            lse = per_query("q", slot) * LOG2_E
-            powers = jnp.exp2(scores * (scale * LOG2_E) - lse)
             first_query = column * width + substep * tiles.columns
-            of_head = dataclasses.replace(here, head=head)
-            powers = _changed(
-                powers, lists, refs, of_head, (batch, heads), partial,
-                (column, here.row), first_query, first_key, queries_along=1,
+            powers = _powers(
+                scores, lists, refs, dataclasses.replace(here, head=head),
+                (batch, heads), partial, (column, here.row), first_query, first_key,
+                scale=scale, lse=per_query("q", slot), queries_along=1,
             )  # fmt: skip
             plgpu.barrier_wait(refs["do_full"].at[slot])
             # one after the other: registers for both at once are not to be had
@@ -293,23 +291,24 @@ def _two_products(first, second, shape):
     return pl.run_scoped(start, acc, acc)
 
 
-def _changed(
-    powers, lists, refs, here, sizes, partial, block, first_query, first_key, *,
-    queries_along,
+def _powers(
+    scores, lists, refs, here, sizes, partial, block, first_query, first_key, *,
+    scale, lse, queries_along,
 ):  # fmt: skip
-    """The weights with the factor of the bias, and 0 where the rules say so."""
+    """The weights of a tile, exp(S - lse) with the bias; 0 where the rules say so."""
+    exponents = scores * (scale * LOG2_E) - lse
     if "bias" in refs:
         lead = lead_of(refs["bias"], here.batch, here.head, *sizes)
-        powers *= jnp.exp2(refs["bias"][*lead, *block] * LOG2_E)
-    if not partial:
-        return powers
-    seen = visible(
-        lists.rules,
-        refs,
-        here.batch,
-        first_query,
-        first_key,
-        powers.shape,
-        queries_along=queries_along,
-    )
-    return jnp.where(seen, powers, 0.0)
+        exponents += refs["bias"][*lead, *block] * LOG2_E
+    if partial:
+        seen = visible(
+            lists.rules,
+            refs,
+            here.batch,
+            first_query,
+            first_key,
+            scores.shape,
+            queries_along=queries_along,
+        )
+        exponents = jnp.where(seen, exponents, -jnp.inf)
+    return jnp.exp2(exponents)

@@ -25,7 +25,7 @@ ROWS = 64  # of a warpgroup, as the tensor cores take
 COMPUTING = 2  # warpgroups
 TILE = COMPUTING * ROWS  # rows of a program
 LOG2_E = math.log2(math.e)
-_COPYING_REGISTERS, _COMPUTING_REGISTERS = 40, 232
+_COPYING_REGISTERS, _COMPUTING_REGISTERS = 24, 240
 
 
 @dataclasses.dataclass(frozen=True)
