@@ -98,8 +98,9 @@ def block_attention(
     query_segments, key_segments = _segments(segment_ids, q, k)
     lowest = None if window is None else 1 - window
     highest = 0 if causal else None if window is None else window - 1
+    prefix = _prefix(prefix, batch)
     rules = Rules(
-        _prefix(prefix, batch) if lowest is not None or highest is not None else None,
+        None if lowest is None and highest is None else prefix,  # all is seen then
         query_segments,
         key_segments,
         lowest,

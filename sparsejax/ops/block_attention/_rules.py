@@ -107,7 +107,8 @@ def _to_length(segments: jax.Array | None, length: int) -> jax.Array | None:
 def split(block_mask: BlockMask, rules: Rules) -> tuple[BlockMask, BlockMask | None]:
     """Splits a mask in the blocks that are seen whole, and those that are seen in part.
 
-    Blocks that no query sees are in neither.
+    Blocks that no query sees are in neither, as far as that shows from one rule at a
+    time, and from the range of the segments of a block: others may be among the second.
 
     Args:
       block_mask: `[batch|1, heads, queries, keys]`.
