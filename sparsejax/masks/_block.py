@@ -36,4 +36,4 @@ def block_mask(
     scores = jnp.asarray(scores)
     check_scores(scores)
     leaf = Leaf("scores", scores.shape, Block(shape), stacked=0)
-    return expand(topk_mask(pool(scores, leaf), num_kept), leaf)
+    return expand(topk_mask(pool(scores, leaf), num_kept), leaf, scores)

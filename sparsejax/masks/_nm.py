@@ -17,7 +17,7 @@ def nm_mask(
 
     Args:
       scores: importance of each weight, any float dtype; higher is kept. Under jit NaN
-        ranks lowest, with -inf.
+        ranks lowest, with -inf. Subnormals tie with 0 where the device flushes them.
       n: kept in a group, `0 < n <= m`.
       m: size of a group; must divide the axis.
       axis: along which the neighbours lie.
@@ -133,7 +133,7 @@ def _by_extraction(
         return jnp.where(best, -jnp.inf, groups), taken | best
 
     rounds = wanted if isinstance(wanted, int) else most_kept
-    taken = jnp.zeros(groups.shape, jnp.bool_)
+    taken = jnp.zeros_like(groups, jnp.bool_)
     if rounds == 1:  # no loop: its carried arrays would double the memory traffic
         _, taken = take_one(0, (groups, taken))
     else:

@@ -63,7 +63,7 @@ def select(scores: jax.Array, leaf: Leaf, sparsity: ArrayLike | None) -> jax.Arr
         return nm_select(scores, n, n, m, leaf.pattern.axis)
     assert sparsity is not None
     count = num_kept(sparsity, layer_units(leaf))
-    return expand(_top_units(pool(scores, leaf), leaf, count), leaf)
+    return expand(_top_units(pool(scores, leaf), leaf, count), leaf, scores)
 
 
 def select_across(
@@ -144,7 +144,7 @@ def drop_and_grow(
         grown = nm_select(grow_scores, free, n, m, axis, among=~keep)
     else:
         grown = _top_units(grow_scores, leaf, target - stay, among=~keep)
-    return expand(keep | grown, leaf)
+    return expand(keep | grown, leaf, mask)
 
 
 def _top_units(

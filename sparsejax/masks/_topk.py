@@ -117,19 +117,23 @@ def topk_of_keys(
             f"one ranking must have fewer than 2**31 entries; got {size}. Rank leaf by "
             "leaf, or mark the axes of stacked layers as `stacked`."
         )
-    num_kept = jnp.broadcast_to(
-        jnp.asarray(num_kept, jnp.int32), keys[0].shape[:stacked]
-    )
+    own_axes = tuple(range(stacked, keys[0].ndim))
+    zero = jnp.sum(jnp.zeros_like(keys[0], jnp.int32), axis=own_axes)
+    # a sum, not a broadcast: sharded as the layers are
+    num_kept = zero + jnp.asarray(num_kept, jnp.int32)
     if all(key.size == 0 for key in keys):
         return [jnp.zeros(key.shape, jnp.bool_) for key in keys]
     search = functools.partial(_search, stacked=stacked)
     return jax.lax.platform_dependent(
         list(keys),
         num_kept,
+        # a CPU pass costs its work, and XLA vectorizes two plain reductions better
+        cpu=functools.partial(search, bits_per_pass=1, unroll=1, two_stage=True),
         # a GPU pass costs a launch, so it settles four bits, and a loop would wait for
-        # the host on each; a CPU pass costs its work
+        # the host on each
         cuda=functools.partial(search, bits_per_pass=4, unroll=True, two_stage=False),
-        default=functools.partial(search, bits_per_pass=1, unroll=1, two_stage=True),
+        # one number a layer travels between devices
+        default=functools.partial(search, bits_per_pass=1, unroll=1, two_stage=False),
     )
 
 
@@ -149,12 +153,12 @@ def _search(
     def count_all(compare, values):
         return sum(
             (count(compare(key[..., None], _spread(values, key.ndim))) for key in keys),
-            jnp.zeros(values.shape, jnp.int32),
+            jnp.zeros_like(values, jnp.int32),
         )
 
     threshold = largest(
         lambda values: count_all(jnp.greater_equal, values) >= num_kept[..., None],
-        jnp.zeros(num_kept.shape, keys[0].dtype),
+        jnp.zeros_like(num_kept, keys[0].dtype),
         num_bits=keys[0].dtype.itemsize * 8,
     )
     wanted = num_kept - count_all(jnp.greater, threshold[..., None])[..., 0]
@@ -175,7 +179,7 @@ def _search(
             layer_size = math.prod(key.shape[stacked:])
             end = largest(
                 few_enough,
-                jnp.zeros(here.shape, jnp.uint32),
+                jnp.zeros_like(here, jnp.uint32),
                 num_bits=layer_size.bit_length(),
             )
             return tied & (index < _spread(end[..., None], key.ndim)[..., 0])
