@@ -22,11 +22,18 @@ def check_scores(scores: ScoreTree, name: str = "scores") -> None:
 
     Raises:
       ValueError: naming the leaf and the number of NaNs.
+      TypeError: if a leaf has a shape but no values.
 
     Example:
       >>> check_scores({"kernel": jnp.array([1.0, 2.0])})
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(scores)[0]:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"`{name}` must be arrays; got {leaf} at "
+                f"{jax.tree_util.keystr(path)}. For shapes alone call "
+                "`jax.eval_shape`, as in `jax.eval_shape(tx.init, params)`."
+            )
         floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         if isinstance(leaf, Tracer) or not floating:
             continue

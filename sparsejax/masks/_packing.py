@@ -1,7 +1,6 @@
 """Masks stored as bits: one bit a weight along the last axis."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +50,9 @@ def is_packable(mask: Bool[Array, "*lead d"]) -> bool:
     return _whole_bytes(mask.shape, jax.typeof(mask).sharding)
 
 
-def _whole_bytes(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding) -> bool:
-    axes = sharding.spec[len(shape) - 1] if len(sharding.spec) == len(shape) else None
-    if axes is None:
-        return True
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
-    return shape[-1] % (8 * parts) == 0
+def _whole_bytes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> bool:
+    part = sharding.shard_shape(shape)[-1]
+    return part == shape[-1] or part % 8 == 0
 
 
 def unpack(packed: UInt8[Array, "*lead bytes"], size: int) -> Bool[Array, "*lead d"]:

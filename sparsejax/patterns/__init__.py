@@ -6,6 +6,7 @@ from sparsejax.patterns._leaves import Leaf as Leaf
 from sparsejax.patterns._leaves import broadcast_prefix as broadcast_prefix
 from sparsejax.patterns._leaves import governed as governed
 from sparsejax.patterns._leaves import is_default_governed as is_default_governed
+from sparsejax.patterns._leaves import shape_on_a_device as shape_on_a_device
 from sparsejax.patterns._patterns import NM as NM
 from sparsejax.patterns._patterns import Block as Block
 from sparsejax.patterns._patterns import Channel as Channel

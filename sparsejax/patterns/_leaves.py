@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sparsejax.patterns._patterns import NM, Pattern, Unstructured
 from sparsejax.typing import KeyPath, Params, Where, is_none, plain_path
@@ -90,7 +91,7 @@ def broadcast_prefix(prefix: Any, params: Params, *, name: str) -> list[Any]:
         if not found:
             raise ValueError(
                 f"`{name}` must be one value or a tree prefix of the params; it has "
-                f"no entry at or above {jax.tree_util.keystr(path)}. Add one (None "
+                f"no entry at or above {_name(path)}. Add one (None "
                 "leaves it dense)."
             )
         values.append(entries[found[0]])
@@ -124,7 +125,8 @@ def governed(
       One entry for each leaf of `params` (None counts as one), None = not governed.
 
     Raises:
-      ValueError: if no leaf is governed, or a pattern does not suit its leaf.
+      ValueError: if no leaf is governed, a pattern does not suit its leaf, or a leaf's
+        sharding cuts a group or block in two.
       TypeError: if a governed leaf is not floating, or an argument holds values of
         another kind.
 
@@ -139,7 +141,7 @@ def governed(
         if stack is not None and not isinstance(stack, numbers.Integral):
             raise TypeError(
                 "`stacked` must be a whole number of axes; got "
-                f"{stack!r} at {jax.tree_util.keystr(path)}."
+                f"{stack!r} at {_name(path)}."
             )
     if where is None or callable(where):
         rule = is_default_governed if where is None else where
@@ -155,7 +157,7 @@ def governed(
             if keep is not None and not isinstance(keep, bool | np.bool_):
                 raise TypeError(
                     "`where` must be a predicate `(path, leaf) -> bool`, a tree prefix "
-                    f"of bools, or None; got {keep!r} at {jax.tree_util.keystr(path)}."
+                    f"of bools, or None; got {keep!r} at {_name(path)}."
                 )
     kept = [
         (path, leaf if keep else None)
@@ -170,7 +172,7 @@ def governed(
     )
     if not any(leaves):
         seen = ", ".join(
-            f"{jax.tree_util.keystr(path)} {jnp.shape(leaf)}"
+            f"{_name(path)} {jnp.shape(leaf)}"
             for path, leaf in flat[:5]
             if leaf is not None
         )
@@ -183,6 +185,11 @@ def governed(
     return leaves
 
 
+def _name(path: KeyPath) -> str:
+    """A leaf's path in words, also of params that are one bare array."""
+    return jax.tree_util.keystr(path) or "the root"
+
+
 def _per_leaf(
     value: Any | Callable[[KeyPath, Any], Any], params: Params, flat: list, *, name: str
 ) -> list[Any]:
@@ -192,7 +199,7 @@ def _per_leaf(
 
 
 def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
-    name = jax.tree_util.keystr(path)
+    name = _name(path)
     shape = jnp.shape(leaf)
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
         raise TypeError(
@@ -203,6 +210,10 @@ def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
         raise TypeError(
             "`pattern` must be Unstructured(), NM(...), Block(...) or Channel(...); "
             f"got {pattern!r} at {name}."
+        )
+    if not isinstance(stacked, numbers.Integral):
+        raise TypeError(
+            f"`stacked` must be a whole number of axes; got {stacked!r} at {name}."
         )
     if not 0 <= stacked <= len(shape):
         raise ValueError(
@@ -226,7 +237,31 @@ def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
         pattern.unit_shape(shape, stacked)
     except ValueError as error:
         raise ValueError(f"{error}; leaf {name}.") from None
+    part = shape_on_a_device(leaf)
+    whole = pattern.whole_shape(shape)
+    if any(size % own for size, own in zip(part, whole, strict=True)):
+        raise ValueError(
+            f"groups and blocks must lie whole on one device; got {pattern} for a leaf "
+            f"of shape {shape}, sharded in parts of {part}, at {name}. Shard another "
+            "axis, or over fewer devices."
+        )
     return Leaf(name, shape, pattern, stacked)
+
+
+def shape_on_a_device(leaf: Any) -> tuple[int, ...]:
+    """The shape of the part of a leaf that one device holds.
+
+    Known of concrete arrays, of `ShapeDtypeStruct`s with a sharding and, under jit, of
+    explicit meshes; else the whole shape.
+
+    Example:
+      >>> shape_on_a_device(jnp.ones((4, 2)))
+      (4, 2)
+    """
+    if isinstance(leaf, Tracer):
+        leaf = jax.typeof(leaf)
+    sharding = getattr(leaf, "sharding", None)
+    return jnp.shape(leaf) if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def _is_convolution(path: KeyPath, own_axes: int) -> bool:

@@ -25,6 +25,10 @@ class Unstructured:
         del stacked
         return shape
 
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What must lie whole on one device: a weight."""
+        return (1,) * len(shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class NM:
@@ -82,6 +86,11 @@ class NM:
             )
         return shape
 
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What must lie whole on one device: a group."""
+        axis = self.axis % len(shape)
+        return tuple(self.m if i == axis else 1 for i in range(len(shape)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -137,6 +146,10 @@ class Block:
         )
         return (*shape[:split], *tiles)
 
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What must lie whole on one device: a block."""
+        return (1,) * (len(shape) - len(self.shape)) + self.shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Channel:
@@ -166,6 +179,10 @@ class Channel:
         return tuple(
             size if i < stacked or i == axis else 1 for i, size in enumerate(shape)
         )
+
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What must lie whole on one device: a weight; of channels only sums travel."""
+        return (1,) * len(shape)
 
 
 Pattern: TypeAlias = Unstructured | NM | Block | Channel

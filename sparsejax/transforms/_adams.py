@@ -11,7 +11,7 @@ from jax.core import Tracer
 from sparsejax import allocation as allocations
 from sparsejax import masks
 from sparsejax.patterns import Leaf
-from sparsejax.transforms._arguments import check_count, check_update
+from sparsejax.transforms._arguments import check_count, check_params, check_update
 from sparsejax.transforms._forward import by_magnitude
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
@@ -194,7 +194,7 @@ def scale_by_adams(
 
     def init_fn(params: Params) -> Any:
         leaves = rule.leaves(params)
-        masks.check_scores(params, "params")
+        check_params(params, leaves, pack_masks=pack_masks)
         flat = jax.tree.leaves(params, is_leaf=is_none)
         for leaf, weight in zip(leaves, flat, strict=True):
             if leaf is not None and jnp.finfo(weight.dtype).bits < 32:

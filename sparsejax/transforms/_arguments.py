@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax import masks
+from sparsejax.patterns import Leaf, shape_on_a_device
 from sparsejax.transforms._state import SparseState
 from sparsejax.typing import Params, is_none
 
@@ -55,6 +57,39 @@ def check_key(key: Any) -> None:
             "`key` must be one random key, such as `jax.random.key(0)`; got "
             f"{_words(key)}."
         )
+
+
+def check_params(
+    params: Params, leaves: tuple[Leaf | None, ...], *, pack_masks: bool
+) -> None:
+    """Raises if the values or shardings of the params given to `init` do not do.
+
+    Raises:
+      TypeError: if they are shapes without values.
+      ValueError: if a weight is NaN, or a mask cannot be packed: it is a scalar, or
+        devices would cut a byte.
+    """
+    masks.check_scores(params, "params")
+    if not pack_masks:
+        return
+    for weight, leaf in zip(
+        jax.tree.leaves(params, is_leaf=is_none), leaves, strict=True
+    ):
+        if leaf is None:
+            continue
+        if not leaf.shape:
+            raise ValueError(
+                "`pack_masks` needs leaves with an axis to pack; got shape () at "
+                f"{leaf.name}. Exclude the leaf by `where`, or pass pack_masks=False."
+            )
+        part = shape_on_a_device(weight)
+        if part[-1] != leaf.shape[-1] and part[-1] % 8:
+            raise ValueError(
+                "`pack_masks` needs whole bytes on a device, multiples of 8 weights "
+                f"along the last axis; got shape {leaf.shape}, sharded in parts of "
+                f"{part}, at {leaf.name}. Shard another axis, or pass "
+                "pack_masks=False."
+            )
 
 
 def check_update(method: str, grads: Any, state: Any, params: Params | None) -> Params:

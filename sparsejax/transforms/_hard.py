@@ -16,7 +16,7 @@ import optax
 
 from sparsejax import masks
 from sparsejax.patterns import Leaf
-from sparsejax.transforms._arguments import check_update, optimizer
+from sparsejax.transforms._arguments import check_params, check_update, optimizer
 from sparsejax.transforms._regrown import regrown_resets
 from sparsejax.transforms._state import (
     Masked,
@@ -90,7 +90,7 @@ def hard_method(
 
     def init_fn(params: Params) -> Any:
         leaves = topology.leaves(params)
-        masks.check_scores(params, "params")
+        check_params(params, leaves, pack_masks=pack_masks)
         found = topology.first(params, leaves)
         settings = Settings(
             topology.method,

@@ -17,7 +17,7 @@ import optax
 
 from sparsejax import masks
 from sparsejax.patterns import Leaf
-from sparsejax.transforms._arguments import check_update, optimizer
+from sparsejax.transforms._arguments import check_params, check_update, optimizer
 from sparsejax.transforms._forward import by_magnitude, frame_mask
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
@@ -60,12 +60,20 @@ def soft_method(
 
     def init_fn(params: Params) -> Any:
         leaves = rule.leaves(params)
-        masks.check_scores(params, "params")
+        check_params(params, leaves, pack_masks=pack_masks)
         sparsities = tuple(rule.at(params, leaves, 0))
         settings = Settings(method, forward(params), leaves, sparsities, update_every=1)
         step = jnp.zeros([], jnp.int32)
         arrays = arrays_at(step)
-        found = _current_masks(params, settings, arrays)
+        # of frames one is chosen by a switch, out of which the sharding is XLA's guess
+        found = [
+            None if mask is None else mask | jnp.zeros_like(weight, jnp.bool_)
+            for mask, weight in zip(
+                _current_masks(params, settings, arrays),
+                jax.tree.leaves(params, is_leaf=is_none),
+                strict=True,
+            )
+        ]
         return SparseState(
             step,
             store_masks(found, params, pack_masks),

@@ -14,7 +14,7 @@ from sparsejax.patterns import NM, Leaf, Unstructured, broadcast_prefix, governe
 from sparsejax.transforms._arguments import check_key
 from sparsejax.transforms._hard import FlatMasks, Topology, hard_method
 from sparsejax.transforms._sparsity import Sparsity, by_path, choose_masks
-from sparsejax.typing import MaskTree, Params, Where
+from sparsejax.typing import MaskTree, Params, Where, is_none
 
 
 def static_sparse(
@@ -128,8 +128,13 @@ def _brought(masks: MaskTree, pattern, stacked) -> Topology:
                     f"{leaf.name} is not. Pass the `pattern` that it was made with, or "
                     "none."
                 )
-        # copies: the state may be donated, the user's masks must outlive it
-        return [None if m is None else jnp.array(m, copy=True) for m in found]
+        # new arrays, since the state may be donated and the user's masks must outlive
+        # it; sharded as the weights are
+        weights = jax.tree.leaves(params, is_leaf=is_none)
+        return [
+            None if leaf is None else jnp.asarray(mask) | jnp.zeros_like(weight, bool)
+            for mask, weight, leaf in zip(found, weights, leaves, strict=True)
+        ]
 
     return Topology("static_sparse", leaves_of, first)
 
