@@ -172,8 +172,15 @@ def checkpoints(run: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def report(what: str, run: pathlib.Path, undisturbed: pathlib.Path, **more) -> dict:
-    differ = differences(run, undisturbed)
+def undisturbed(runs: pathlib.Path, options: Sequence[str]) -> pathlib.Path:
+    """The run that all others are compared with; made once."""
+    if not (runs / "undisturbed").exists():
+        finish(runs, "undisturbed", options)
+    return runs / "undisturbed"
+
+
+def report(what: str, run: pathlib.Path, other: pathlib.Path, **more) -> dict:
+    differ = differences(run, other)
     row = {
         "what": what,
         **more,
@@ -189,9 +196,8 @@ def study_kills(
     runs: pathlib.Path, num_kills: int, options: Sequence[str], seed: int = 0
 ) -> list[dict]:
     """Kills the job `num_kills` times; returns a row for each run under kills."""
-    rng = random.Random(seed)
-    finish(runs, "undisturbed", options)
-    last_row = num_rows(runs / "undisturbed")
+    rng, want = random.Random(seed), undisturbed(runs, options)
+    last_row = num_rows(want)
     rows, kills = [], 0
     while kills < num_kills:
         name = f"killed-{len(rows)}"
@@ -214,7 +220,7 @@ def study_kills(
             report(
                 "kill -9",
                 runs / name,
-                runs / "undisturbed",
+                want,
                 kills=len(killed_at),
                 in_a_checkpoint_write=in_writes,
                 killed_at_row=" ".join(map(str, killed_at)),
@@ -227,8 +233,8 @@ def study_damage(
     runs: pathlib.Path, options: Sequence[str], seed: int = 0
 ) -> list[dict]:
     """Damages the newest checkpoint of a killed run in each of three ways."""
-    rng = random.Random(seed)
-    last_row = num_rows(runs / "undisturbed")
+    rng, want = random.Random(seed), undisturbed(runs, options)
+    last_row = num_rows(want)
     rows = []
     for what, damage in DAMAGES.items():
         name = what.replace(" ", "-")
@@ -239,7 +245,7 @@ def study_damage(
         said = finish(runs, name, options)
         if f"{path} cannot be read and is now damaged-{path.name}; go" not in said:
             raise RuntimeError(f"nothing was said of {path}:\n{said}")
-        rows.append(report(what, runs / name, runs / "undisturbed", kills=1))
+        rows.append(report(what, runs / name, want, kills=1))
     return rows
 
 
@@ -279,8 +285,8 @@ def study_full_disk(runs: pathlib.Path, options: Sequence[str]) -> dict:
     The limit is one of the process, RLIMIT_FSIZE: the system refuses the write, as on a
     full disk, and no privilege is needed.
     """
-    name, last_row = "full-disk", num_rows(runs / "undisturbed")
-    kill_at(last_row // 2, 0, runs, name, options)
+    name, want = "full-disk", undisturbed(runs, options)
+    kill_at(num_rows(want) // 2, 0, runs, name, options)
     before = sorted((runs / name / "checkpoints").glob("*/[0-9]*[0-9]"))
     limit = min(largest(path).stat().st_size for path in before) // 4
     done = attempt(runs, name, options, ("-c", LIMITED_JOB, str(limit)))
@@ -290,7 +296,7 @@ def study_full_disk(runs: pathlib.Path, options: Sequence[str]) -> dict:
     if sorted((runs / name / "checkpoints").glob("*/[0-9]*[0-9]")) != before:
         raise RuntimeError("a checkpoint is lost")
     finish(runs, name, options)
-    return report("disk full", runs / name, runs / "undisturbed", kills=1)
+    return report("disk full", runs / name, want, kills=1)
 
 
 def main() -> None:
@@ -303,9 +309,9 @@ def main() -> None:
     options = args.job or JOB
     with tempfile.TemporaryDirectory() as folder:
         runs = pathlib.Path(folder) / "runs"
-        rows = study_kills(runs, args.kills, options, args.seed)
+        rows = [study_full_disk(runs, options)]
         rows += study_damage(runs, options, args.seed)
-        rows.append(study_full_disk(runs, options))
+        rows += study_kills(runs, args.kills, options, args.seed)
     common.print_table(rows)
     env = common.environment(kills=args.kills, seed=args.seed, job=list(options))
     common.write_json(args.json, env, rows)

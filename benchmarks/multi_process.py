@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORK = "import sys; from benchmarks import multi_process as m; m.work(*sys.argv[1:])"
 PAIRS = ((1, 2), (2, 1), (2, 4), (4, 1), (4, 2))  # saved by, restored by
 JOB = (
-    *("--text", "README.md", "CONTRIBUTING.md", "--batch-size", "8"),
+    *("--text", "LICENSE", "--batch-size", "8"),
     *("--seq-len", "64", "--d-model", "64", "--num-layers", "1"),
     *("--update-every", "5", "--stop-step", "22", "--evaluate-every", "10"),
 )

@@ -17,7 +17,7 @@ WORK = (
     "import sys; from tests.examples import test_train_fsdp as t; t.work(*sys.argv[1:])"
 )
 TINY = (
-    *("--text", "README.md", "--seq-len", "8", "--d-model", "32", "--num-layers", "1"),
+    *("--text", "LICENSE", "--seq-len", "8", "--d-model", "32", "--num-layers", "1"),
     *("--steps", "2", "--checkpoint-every", "1", "--update-every", "1"),
 )
 
