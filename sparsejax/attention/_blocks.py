@@ -1,0 +1,284 @@
+"""Which blocks of keys a block of queries attends to, found by pooled queries and keys.
+
+A score for each block costs `1 / (height * width)` of all scores. The selectors are
+pure and jittable; what they return is an operand of `ops.block_attention`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from sparsejax.attention._spark import spark_selection
+from sparsejax.formats import BlockMask
+
+Pool: TypeAlias = Callable[..., jax.Array]
+"""Reduces the tokens of a block to one, called as `pool(x, axis=1)`; `jnp.mean`,
+`jnp.max`."""
+
+
+def block_scores(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    *,
+    block_shape: tuple[int, int],
+    pool: Pool = jnp.mean,
+    per_head: bool = False,
+) -> Float[Array, "batch heads_or_kv_heads block_rows block_columns"]:
+    """Scores blocks by the products of pooled queries and pooled keys.
+
+    The last block of an axis pools the tokens that it has. Products are over the root
+    of `head_dim`, as in attention, and float32.
+
+    Args:
+      query: rotated queries; query head `i` uses key head `i // (heads / kv_heads)`.
+      key: rotated keys; `kv_heads` divides `heads`.
+      block_shape: `(height, width)`, queries and keys of a block.
+      pool: of the tokens of a block, called with `axis=`.
+      per_head: score for each query head; else for each key head, the mean over the
+        query heads that use it: less work, here and in the attention.
+
+    Returns:
+      float32; for `heads` with `per_head`, else for `kv_heads`. No gradient.
+
+    Raises:
+      ValueError: if shapes disagree, or a side of a block is below 1.
+
+    Example:
+      >>> query = jnp.arange(4.0).reshape(1, 4, 1, 1)
+      >>> print(sj.attention.block_scores(query, query, block_shape=(2, 2))[0, 0])
+      [[0.25 1.25]
+       [1.25 6.25]]
+
+    References:
+      Gao et al., 2024, https://arxiv.org/abs/2410.13276 (SeerAttention), section 3,
+      which pools likewise, by several functions, and learns projections of the pooled.
+    """
+    _check(query, key, block_shape)
+    query, key = jax.lax.stop_gradient((query, key))
+    query = _pooled(query, block_shape[0], pool)
+    key = _pooled(key, block_shape[1], pool)
+    query = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    if not per_head:  # a mean of products with one key is a product of the mean
+        query = query.mean(axis=3, keepdims=True)
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", query, key) * query.shape[-1] ** -0.5
+    return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
+
+
+def topk_blocks(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    *,
+    num_kept: int,
+    block_shape: tuple[int, int],
+    causal: bool = False,
+    pool: Pool = jnp.mean,
+    per_head: bool = False,
+) -> BlockMask:
+    """Keeps the `num_kept` key blocks of highest score for each block of queries.
+
+    A block of queries shares its blocks of keys, so all of its queries, later ones too,
+    have a say in what each of them attends to.
+
+    Args:
+      query: see `block_scores`.
+      key: likewise.
+      num_kept: how many blocks to keep, exactly; all that are in sight where there are
+        fewer. Of equal scores the one further left wins; NaN is never kept.
+      block_shape: `(height, width)`, queries and keys of a block.
+      causal: never keep a block that lies after all its queries, and always those that
+        hold keys at the queries' own positions: these count among `num_kept`.
+      pool: see `block_scores`.
+      per_head: a mask for each query head, not for each key head.
+
+    Returns:
+      A mask `[batch, heads | kv_heads, queries, keys]`, rounded up to whole blocks.
+      `density()` is of all blocks, in sight or not: with `causal` at most about 1/2.
+      No gradient.
+
+    Raises:
+      ValueError: as `block_scores`, or if `num_kept` is below 1, or below what `causal`
+        always keeps.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
+      >>> mask = sj.attention.topk_blocks(
+      ...     x, x, num_kept=2, block_shape=(16, 16), causal=True
+      ... )
+      >>> print(mask.num[0, 0], mask.density()[0])
+      [1 2 2 2] [0.4375 0.4375]
+    """
+    scores = block_scores(
+        query, key, block_shape=block_shape, pool=pool, per_head=per_head
+    )
+    visible, diagonal = _in_sight(query, key, block_shape, causal)
+    least = _most_diagonal(block_shape) if causal else 1
+    if num_kept < least:
+        raise ValueError(
+            f"`num_kept` must be at least {least}, as many blocks as a row always "
+            f"keeps; got num_kept={num_kept}, causal={causal} and blocks of "
+            f"{block_shape}."
+        )
+    ranked = _ranked(scores, visible, diagonal)
+    return BlockMask.from_scores(ranked, block_shape, min(num_kept, scores.shape[-1]))
+
+
+def statistical_topk_blocks(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    *,
+    k: ArrayLike,
+    block_shape: tuple[int, int],
+    capacity: int | None = None,
+    causal: bool = False,
+    pool: Pool = jnp.mean,
+    per_head: bool = False,
+) -> BlockMask:
+    """Keeps about `k` key blocks for each block of queries, by a threshold.
+
+    Kept are the blocks above the Gaussian threshold of the scores in sight, and always
+    the highest, see `spark_selection`: no sort, and rows differ in how many they need.
+    A block of queries shares its blocks of keys, so all of its queries, later ones too,
+    have a say in what each of them attends to.
+
+    Args:
+      query: see `block_scores`.
+      key: likewise.
+      k: expected number of blocks, at least 1; may be traced. A row with at most `k`
+        in sight keeps them all.
+      block_shape: `(height, width)`, queries and keys of a block.
+      capacity: most blocks of a row; None for no limit. A row with more keeps those of
+        highest score, and `overflowed` of the mask tells.
+      causal: never keep a block that lies after all its queries, and always those that
+        hold keys at the queries' own positions; these may come on top of `k`.
+      pool: see `block_scores`.
+      per_head: a mask for each query head, not for each key head.
+
+    Returns:
+      As `topk_blocks`.
+
+    Raises:
+      TypeError: if `k` is no real number.
+      ValueError: as `block_scores`, or if `k` or `capacity` is below 1.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
+      >>> mask = sj.attention.statistical_topk_blocks(
+      ...     x, x, k=2, block_shape=(16, 16), causal=True
+      ... )
+      >>> print(mask.num)
+      [[[1 2 2 1]
+        [1 2 2 1]]]
+
+    References:
+      You et al., 2025, https://arxiv.org/abs/2506.06644, section 3, for single keys;
+      that blocks are selected so is ours.
+    """
+    scores = block_scores(
+        query, key, block_shape=block_shape, pool=pool, per_head=per_head
+    )
+    visible, diagonal = _in_sight(query, key, block_shape, causal)
+    kept = spark_selection(scores, visible, k=k) | diagonal
+    if capacity is None or capacity >= scores.shape[-1]:
+        return BlockMask.from_blocks(kept, block_shape)
+    if capacity < 1:
+        raise ValueError(f"`capacity` must be at least 1, or None; got {capacity}.")
+    ranked = _ranked(scores, kept, diagonal)
+    mask = BlockMask.from_scores(ranked, block_shape, capacity)
+    overflowed = jnp.any(kept.sum(axis=-1) > capacity, axis=-1)
+    return dataclasses.replace(mask, overflowed=overflowed)
+
+
+def causal_density(
+    block_mask: BlockMask, num_queries: int
+) -> Float[Array, "batch queries"]:
+    """Computes the share of the keys in sight that causal attention attends to.
+
+    Args:
+      block_mask: `[batch | 1, heads, queries, keys]`, for as many keys as queries.
+      num_queries: without the padding to whole blocks.
+
+    Returns:
+      float32, a mean over the heads of the mask; query i has `i + 1` keys in sight.
+
+    Example:
+      >>> kept = jnp.array([[[[True, False], [False, True]]]])
+      >>> mask = sj.BlockMask.from_blocks(kept, (2, 2))
+      >>> print(12 * sj.attention.causal_density(mask, 4))
+      [[12. 12.  4.  6.]]
+    """
+    height, width = block_mask.block_shape
+    *_, rows, columns = block_mask.blocks_shape
+    share = jnp.mean(block_mask.to_blocks(), axis=1, dtype=jnp.float32)
+    in_sight = 1 + jnp.arange(rows * height)
+    in_block = jnp.clip(in_sight[:, None] - width * jnp.arange(columns), 0, width)
+    attended = jnp.einsum(
+        "brc,rhc->brh",
+        share,
+        in_block.reshape(rows, height, columns).astype(jnp.float32),
+        precision="highest",  # counts
+    )
+    density = attended.reshape(len(share), -1) / in_sight
+    return density[:, :num_queries]
+
+
+def _check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
+    if (
+        query.ndim != 4
+        or key.ndim != 4
+        or query.shape[::3] != key.shape[::3]
+        or query.shape[2] % key.shape[2]
+    ):
+        raise ValueError(
+            "`query` and `key` must be [batch, seq, heads, head_dim], equal in batch "
+            "and head_dim, and the key heads must divide the query heads; got "
+            f"{query.shape} and {key.shape}."
+        )
+    if min(block_shape) < 1:
+        raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
+
+
+def _pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
+    """One float32 token for every `size`, and for those that are left at the end."""
+    batch, length, *rest = x.shape
+    x = x.astype(jnp.float32)
+    whole = length // size * size
+    parts = []
+    if whole:
+        tiled = x[:, :whole].reshape(-1, size, *rest)
+        parts.append(pool(tiled, axis=1).reshape(batch, -1, *rest))
+    if whole < length:
+        parts.append(pool(x[:, whole:], axis=1)[:, None])
+    return jnp.concatenate(parts, axis=1)
+
+
+def _in_sight(
+    query: jax.Array, key: jax.Array, block_shape: tuple[int, int], causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Which blocks may be kept, and which must; `[block_rows, block_columns]`."""
+    (height, width), num_queries = block_shape, query.shape[1]
+    first = height * jnp.arange(-(-num_queries // height))[:, None]
+    last = jnp.minimum(first + height, num_queries) - 1
+    columns = jnp.arange(-(-key.shape[1] // width))
+    if not causal:
+        everywhere = jnp.ones((len(first), len(columns)), jnp.bool_)
+        return everywhere, ~everywhere
+    visible = columns <= last // width
+    return visible, visible & (columns >= first // width)
+
+
+def _most_diagonal(block_shape: tuple[int, int]) -> int:
+    """The most blocks with a query's own position that a row can have."""
+    height, width = block_shape
+    worst_start = width - math.gcd(height, width)  # of a row, in a block of keys
+    return (worst_start + height - 1) // width + 1
+
+
+def _ranked(scores: jax.Array, allowed: jax.Array, always: jax.Array) -> jax.Array:
+    """Scores of which the highest are kept: inf for always, -inf for never."""
+    return jnp.where(always, jnp.inf, jnp.where(allowed, scores, -jnp.inf))
