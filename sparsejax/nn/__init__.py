@@ -1,6 +1,8 @@
 """Flax NNX layers: thin shells around pure functions, which `models` is built from."""
 
 from sparsejax.nn._attention import Attention as Attention
+from sparsejax.nn._block_attention import BlockAttention as BlockAttention
+from sparsejax.nn._block_attention import BlockSelector as BlockSelector
 from sparsejax.nn._block_masks import set_block_masks as set_block_masks
 from sparsejax.nn._block_sparse_ffn import BlockSparseFFN as BlockSparseFFN
 from sparsejax.nn._block_sparse_linear import BlockSparseLinear as BlockSparseLinear

@@ -1,0 +1,125 @@
+"""The block attention layer: equal to the dense one where all is kept, and trained."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+from flax import nnx
+
+import sparsejax as sj
+from sparsejax import attention, models, nn
+
+SEQ, BLOCK = 30, (4, 4)
+topk = functools.partial(attention.topk_blocks, num_kept=2, block_shape=BLOCK)
+statistical = functools.partial(
+    attention.statistical_topk_blocks, k=1.5, block_shape=BLOCK
+)
+
+
+def make(kind=nn.BlockAttention, **options):
+    return kind(16, 4, num_kv_heads=2, head_dim=8, rngs=nnx.Rngs(0), **options)
+
+
+def inputs():
+    x = jax.random.normal(jax.random.key(1), (2, SEQ, 16))
+    return x, jnp.broadcast_to(jnp.arange(SEQ), (2, SEQ))
+
+
+@nnx.jit
+def value_and_grads(layer):
+    def loss(layer):
+        y, density = layer(*inputs(), with_density=True)
+        return jnp.sum(jnp.sin(y)), (y, density)
+
+    return nnx.value_and_grad(loss, has_aux=True)(layer)
+
+
+class BlockAttentionTest(parameterized.TestCase):
+    def test_all_blocks_equal_dense_attention(self):
+        every = functools.partial(topk, num_kept=100)
+        got = value_and_grads(make(select=every))
+        want = value_and_grads(make(nn.Attention))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    @parameterized.parameters(topk, statistical)
+    def test_equals_attention_under_the_mask(self, select):
+        layer = make(select=select)
+        ((_, (y, density)), grads) = value_and_grads(layer)
+
+        @nnx.jit
+        def by_parts(layer):
+            x, positions = inputs()
+            query, key, value = layer.project(x, positions)
+            kept = select(query, key, causal=True).to_dense()[..., :SEQ, :SEQ]
+            kept = jnp.repeat(kept, 2, axis=1) & jnp.tri(SEQ, dtype=bool)
+            dense = jax.nn.dot_product_attention(query, key, value, mask=kept)
+            share = kept.sum(-1).mean(1) / (1 + jnp.arange(SEQ))
+            return layer.combine(dense), share
+
+        want, share = by_parts(layer)
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(density, share, rtol=1e-5)
+        self.assertLess(density[:, 20:].mean(), 0.6)
+        for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+            self.assertTrue(jnp.isfinite(grad).all() and grad.any(), path)
+
+    def test_a_mask_for_all(self):
+        kept = jnp.eye(8, dtype=bool)
+
+        def own(query, key, *, causal):
+            return sj.BlockMask.from_blocks(kept[None, None], BLOCK)
+
+        _, (y, density) = value_and_grads(make(select=own))[0]
+        own_block = 1 + np.arange(SEQ) % 4
+        want = np.broadcast_to(own_block / (1 + np.arange(SEQ)), (2, SEQ))
+        np.testing.assert_allclose(density, want, rtol=1e-5)
+        self.assertTrue(jnp.isfinite(y).all())
+
+    def test_valid_keys_are_all_attended(self):
+        block, dense = make(select=topk), make(nn.Attention)
+        x, positions = inputs()
+        valid = attention.causal_mask(positions, positions)
+        parts = dense.project(x, positions)
+        for got, want in zip(
+            block.attend(*parts, valid), dense.attend(*parts, valid), strict=True
+        ):
+            np.testing.assert_array_equal(got, want)
+
+    def test_trains_in_a_decoder(self):
+        config = models.DecoderConfig(
+            vocab_size=5,
+            d_model=16,
+            num_layers=1,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=4,
+            d_ff=16,
+            attention=functools.partial(nn.BlockAttention, select=topk),
+        )
+        tokens = jnp.asarray(np.tile([1, 3, 0, 4, 2], (2, 6)))
+        graph, params = nnx.split(models.Decoder(config, rngs=nnx.Rngs(0)))
+
+        def loss(params):
+            logits, density = nnx.merge(graph, params)(tokens, with_density=True)
+            picked = jnp.take_along_axis(
+                jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
+            )
+            return -picked.mean(), density["attention"]
+
+        @jax.jit
+        def train(params):
+            def step(params, _):
+                (value, density), grads = jax.value_and_grad(loss, has_aux=True)(params)
+                params = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+                return params, (value, density)
+
+            return jax.lax.scan(step, params, length=20)[1]
+
+        losses, density = train(params)
+        self.assertLess(losses[-1], 0.5 * losses[0])
+        self.assertEqual(density.shape, (20, 1, 2, SEQ))
+        np.testing.assert_array_equal(density[..., :8], 1)  # two blocks
+        self.assertLess(density[..., -1].max(), 0.3)
