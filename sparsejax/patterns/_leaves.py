@@ -143,7 +143,7 @@ def governed(
                 "`stacked` must be a whole number of axes; got "
                 f"{stack!r} at {_name(path)}."
             )
-    if where is None or callable(where):
+    if where is None or (callable(where) and not isinstance(where, type)):
         rule = is_default_governed if where is None else where
         extra = stacks if where is None else [None] * len(flat)
         chosen = [

@@ -22,7 +22,8 @@ def check_sparsity(sparsity: Any, *, at: str = "") -> None:
     Example:
       >>> check_sparsity(0.9)
     """
-    if callable(sparsity) or isinstance(sparsity, Tracer):
+    is_schedule = callable(sparsity) and not isinstance(sparsity, type)
+    if is_schedule or isinstance(sparsity, Tracer):
         return
     at = f" at {at}" if at else ""
     is_array = isinstance(sparsity, np.ndarray | jax.Array) and np.ndim(sparsity) == 0

@@ -11,7 +11,12 @@ from jax.core import Tracer
 from sparsejax import allocation as allocations
 from sparsejax import masks
 from sparsejax.patterns import Leaf
-from sparsejax.transforms._arguments import check_count, check_params, check_update
+from sparsejax.transforms._arguments import (
+    check_count,
+    check_number,
+    check_params,
+    check_update,
+)
 from sparsejax.transforms._forward import by_magnitude
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
@@ -186,8 +191,7 @@ def scale_by_adams(
     """
     check_count("total_steps", total_steps)
     check_count("mask_period", mask_period)
-    if isinstance(l1_decay, int | float) and l1_decay < 0:
-        raise ValueError(f"`l1_decay` must be at least 0; got {l1_decay}.")
+    check_number("l1_decay", l1_decay)
     rule = Sparsity.constant(
         sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
     )

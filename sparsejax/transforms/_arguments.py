@@ -1,11 +1,14 @@
 """Checks of what a method is given, before anything is computed."""
 
+import math
 import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from sparsejax import masks
 from sparsejax.patterns import Leaf, shape_on_a_device
@@ -41,6 +44,27 @@ def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
         )
     if int(value) < at_least:
         raise ValueError(f"`{name}` must be at least {at_least}; got {value}.")
+
+
+def check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
+    """Raises unless a value is at least 0; schedules and traced values pass.
+
+    Raises:
+      TypeError: if it is no number.
+      ValueError: if it is out of range, infinite or NaN.
+    """
+    is_schedule = callable(value) and not isinstance(value, type)
+    if is_schedule or isinstance(value, Tracer):
+        return
+    is_array = isinstance(value, np.ndarray | jax.Array) and np.ndim(value) == 0
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_array):
+        raise TypeError(
+            f"`{name}` must be a number or a schedule of the step; got {_words(value)}."
+        )
+    number = float(value)  # pyright: ignore[reportArgumentType] - real
+    if not 0 <= number <= min(at_most, np.finfo(np.float32).max):
+        allowed = "at least 0" if at_most == math.inf else f"a factor in [0, {at_most}]"
+        raise ValueError(f"`{name}` must be {allowed}; got {value}.")
 
 
 def check_key(key: Any) -> None:
@@ -139,6 +163,11 @@ def check_update(method: str, grads: Any, state: Any, params: Params | None) -> 
                 f"`{method}` was initialised with shape {leaf.shape} at {leaf.name}; "
                 f"got a weight of shape {shape} and a gradient of shape {grad_shape} "
                 f"at {jax.tree_util.keystr(path)}. Make a new state by `init`."
+            )
+        if grad is None:
+            raise ValueError(
+                f"`{method}` needs a gradient for each leaf that it governs; got None "
+                f"at {leaf.name}. Exclude the leaf by `where`."
             )
     return params
 

@@ -9,7 +9,7 @@ import optax
 from sparsejax import allocation as allocations
 from sparsejax import masks, schedules, scores
 from sparsejax.patterns import Leaf, Unstructured
-from sparsejax.transforms._arguments import check_count, check_key
+from sparsejax.transforms._arguments import check_count, check_key, check_number
 from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
 from sparsejax.typing import Params, Where, is_none
@@ -200,6 +200,7 @@ def _dynamic(
     check_count("update_every", update_every)
     check_count("stop_step", stop_step)
     check_key(key)
+    check_number("drop_fraction", drop_fraction, at_most=1)
     if callable(drop_fraction):
         drops = drop_fraction
     else:

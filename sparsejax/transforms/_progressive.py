@@ -1,12 +1,13 @@
 """Progressive gradient flow: masks that fade in, or patterns that tighten."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocations
+from sparsejax.transforms._arguments import check_count, check_number
 from sparsejax.transforms._soft import soft_method
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import Framed, Projected
@@ -72,8 +73,7 @@ def mask_decay(
       Bambhaniya et al., 2024, https://arxiv.org/abs/2402.04744 (MdGf), and its
       released code.
     """
-    if isinstance(decay, int | float) and not 0 <= decay <= 1:
-        raise ValueError(f"`decay` must be a factor in [0, 1]; got {decay}.")
+    check_number("decay", decay, at_most=1)
 
     def arrays_at(step):
         factor = decay(step) if callable(decay) else decay
@@ -146,12 +146,18 @@ def structure_decay(
       Bambhaniya et al., 2024, https://arxiv.org/abs/2402.04744 (SdGf), and its
       released code.
     """
+    for name, given in (("patterns", patterns), ("boundaries", boundaries)):
+        if not isinstance(given, Iterable) or isinstance(given, str | bytes):
+            raise TypeError(f"`{name}` must hold one entry a frame; got {given!r}.")
     patterns, boundaries = tuple(patterns), tuple(boundaries)
     if not patterns or len(patterns) != len(boundaries):
         raise ValueError(
             "each pattern needs the step at which it begins; got "
-            f"{len(patterns)} patterns and {len(boundaries)} boundaries."
+            f"{len(patterns)} patterns and {len(boundaries)} boundaries. Pass as many "
+            "`boundaries` as `patterns`."
         )
+    for boundary in boundaries:
+        check_count("boundaries", boundary, at_least=0)
     if any(a > b for a, b in itertools.pairwise(boundaries)):
         raise ValueError(f"`boundaries` must not decrease; got {boundaries}.")
 

@@ -45,7 +45,7 @@ class Sparsity:
     ):
         for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
             check_sparsity(leaf, at=jax.tree_util.keystr(path))
-        if not callable(allocate):
+        if not callable(allocate) or isinstance(allocate, type):
             raise TypeError(
                 "`allocation` must be a function such as `sj.erdos_renyi_kernel`; got "
                 f"{allocate!r}."

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocations
+from sparsejax.transforms._arguments import check_number
 from sparsejax.transforms._soft import soft_method
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import Projected
@@ -66,8 +67,7 @@ def sr_ste(
       Zhou et al., 2021, https://arxiv.org/abs/2102.04010, equation 5. Ties go to the
       lower index, where the released code leaves them to a sort.
     """
-    if isinstance(decay, int | float) and decay < 0:
-        raise ValueError(f"`decay` must be at least 0; got {decay}.")
+    check_number("decay", decay)
 
     def pull(step, mask, grad, weight):
         strength = decay(step) if callable(decay) else decay
