@@ -1,17 +1,8 @@
-"""What every test shares. The environment is set before jax is first imported."""
+"""What every test shares."""
 
+import gc
 import importlib.metadata
 import os
-
-# Eight virtual CPU devices, so that meshes and shardings are tested everywhere.
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
-# The tests are mostly compilation. jaxlib 0.10 compiles twice as fast by its older
-# emitter; newer ones do not know the flag, and have the newer emitter tested.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import chex
 import flax
@@ -32,12 +23,40 @@ hypothesis.settings.load_profile("sparsejax")
 
 _DEVICE_MARKS = ("gpu", "tpu")
 
+# On the CPU the tests are mostly compilation: LLVM does not optimize and does not split
+# programs over threads. XLA's own passes all run. Flags of the caller's XLA_FLAGS win.
+_COMPILE_FAST = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": "true",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+# jaxlib 0.10 compiles twice as fast by its older emitter; newer ones do not know the
+# flag, and have the newer emitter tested.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _COMPILE_FAST["xla_cpu_use_fusion_emitters"] = "false"
+
 
 def pytest_configure(config):
     """Runs on the CPU also where there is an accelerator, unless asked by `-m`."""
-    asked = config.option.markexpr in _DEVICE_MARKS or "JAX_PLATFORMS" in os.environ
-    if not asked:
+    # Eight virtual CPU devices, so that meshes and shardings are tested everywhere.
+    flags = {"xla_force_host_platform_device_count": "8"}
+    if (
+        config.option.markexpr not in _DEVICE_MARKS
+        and "JAX_PLATFORMS" not in os.environ
+    ):
         jax.config.update("jax_platforms", "cpu")
+        flags |= _COMPILE_FAST
+    given = os.environ.get("XLA_FLAGS", "")
+    added = [f"--{name}={flags[name]}" for name in flags if name not in given]
+    # read when the first device is asked for; processes that tests start inherit it
+    os.environ["XLA_FLAGS"] = " ".join([*added, given]).strip()
+
+
+def pytest_collection_finish(session):
+    """Modules stay: the garbage collector need not visit them again and again."""
+    del session
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header(config):
