@@ -118,6 +118,7 @@ def block_attention(
         reference=functools.partial(_reference.block_attention, scale=scale),
         kernels={
             "mosaic_gpu": functools.partial(_gpu, scale),
+            "pallas_tpu": functools.partial(_tpu, scale),
         },
     )
     return (out, lse.swapaxes(1, 2)) if with_lse else out
@@ -128,6 +129,13 @@ def _gpu(scale: float) -> Kernel:
 
     run = functools.partial(_mosaic_gpu.block_attention, scale=scale)
     return Kernel(run, _mosaic_gpu.unsupported_reason)
+
+
+def _tpu(scale: float) -> Kernel:
+    from sparsejax.ops.block_attention import _pallas_tpu
+
+    run = functools.partial(_pallas_tpu.block_attention, scale=scale)
+    return Kernel(run, _pallas_tpu.unsupported_reason)
 
 
 def _all_blocks(num_queries: int, num_keys: int) -> BlockMask:
