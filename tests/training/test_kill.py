@@ -1,5 +1,7 @@
 """Kill -9 at random moments, resume: the same bits. Fifty kills: the benchmark."""
 
+import pytest
+
 from benchmarks import kill_resume
 
 JOB = (
@@ -9,6 +11,7 @@ JOB = (
 )
 
 
+@pytest.mark.slow
 def test_two_kills_leave_no_trace(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles faster
     rows = kill_resume.study_kills(tmp_path / "runs", num_kills=2, options=JOB)
