@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from sparsejax import activations
 from sparsejax.attention._spark import spark_selection
 from sparsejax.formats import BlockMask
 
@@ -113,10 +114,7 @@ def topk_blocks(
       >>> print(mask.num[0, 0], mask.density()[0])
       [1 2 2 2] [0.4375 0.4375]
     """
-    scores = block_scores(
-        query, key, block_shape=block_shape, pool=pool, per_head=per_head
-    )
-    visible, diagonal = _in_sight(query, key, block_shape, causal)
+    _check(query, key, block_shape)
     least = _most_diagonal(block_shape) if causal else 1
     if num_kept < least:
         raise ValueError(
@@ -124,6 +122,10 @@ def topk_blocks(
             f"keeps; got num_kept={num_kept}, causal={causal} and blocks of "
             f"{block_shape}."
         )
+    scores = block_scores(
+        query, key, block_shape=block_shape, pool=pool, per_head=per_head
+    )
+    visible, diagonal = _in_sight(query, key, block_shape, causal)
     ranked = _ranked(scores, visible, diagonal)
     return BlockMask.from_scores(ranked, block_shape, min(num_kept, scores.shape[-1]))
 
@@ -179,6 +181,9 @@ def statistical_topk_blocks(
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3, for single keys;
       that blocks are selected so is ours.
     """
+    activations.check_k(k)
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"`capacity` must be at least 1, or None; got {capacity}.")
     scores = block_scores(
         query, key, block_shape=block_shape, pool=pool, per_head=per_head
     )
@@ -186,8 +191,6 @@ def statistical_topk_blocks(
     kept = spark_selection(scores, visible, k=k) | diagonal
     if capacity is None or capacity >= scores.shape[-1]:
         return BlockMask.from_blocks(kept, block_shape)
-    if capacity < 1:
-        raise ValueError(f"`capacity` must be at least 1, or None; got {capacity}.")
     ranked = _ranked(scores, kept, diagonal)
     mask = BlockMask.from_scores(ranked, block_shape, capacity)
     overflowed = jnp.any(kept.sum(axis=-1) > capacity, axis=-1)

@@ -21,6 +21,8 @@ statistical_topk_blocks = jax.jit(
     attention.statistical_topk_blocks, static_argnames=(*STATIC, "capacity")
 )
 
+blocks_of = jax.jit(sj.BlockMask.to_blocks)
+
 
 def operands(queries=26, keys=23, dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
@@ -108,27 +110,32 @@ class SelectorsTest(parameterized.TestCase):
         sight = sight_oracle(*x, block_shape, causal)
         options["causal"] = causal
 
-        mask = topk_blocks(*x, num_kept=3, **options)
-        np.testing.assert_array_equal(mask.to_blocks(), topk_oracle(scores, *sight, 3))
-        self.assertFalse(mask.overflowed.any())
-        self.assertEqual(mask.indices.shape[-1], 3)
-        share = np.asarray(mask.to_blocks()).mean(axis=(2, 3))
-        np.testing.assert_allclose(mask.density(), share, rtol=1e-6)
+        @jax.jit
+        def select(*x):
+            statistical = functools.partial(
+                attention.statistical_topk_blocks, *x, k=1.5, **options
+            )
+            topk = attention.topk_blocks(*x, num_kept=3, **options)
+            return topk, topk.density(), statistical(), statistical(capacity=2)
 
-        want = statistical_oracle(scores, *sight, 1.5)
-        mask = statistical_topk_blocks(*x, k=1.5, **options)
-        np.testing.assert_array_equal(mask.to_blocks(), want)
-        self.assertFalse(mask.overflowed.any())
+        topk, density, statistical, capped = select(*x)
+        kept = topk_oracle(scores, *sight, 3)
+        np.testing.assert_array_equal(blocks_of(topk), kept)
+        np.testing.assert_allclose(density, kept.mean(axis=(2, 3)), rtol=1e-6)
+        self.assertEqual(topk.indices.shape[-1], 3)
+
+        kept = statistical_oracle(scores, *sight, 1.5)
+        np.testing.assert_array_equal(blocks_of(statistical), kept)
+        self.assertFalse((topk.overflowed | statistical.overflowed).any())
 
         # with too little room the highest stay, and the mask tells
-        mask = statistical_topk_blocks(*x, k=1.5, capacity=2, **options)
-        blocks = np.asarray(mask.to_blocks())
-        for at in np.ndindex(want.shape[:2]):
-            cut = topk_oracle(scores[at][None, None], want[at], sight[1], 2)
+        blocks = np.asarray(blocks_of(capped))
+        for at in np.ndindex(kept.shape[:2]):
+            cut = topk_oracle(scores[at][None, None], kept[at], sight[1], 2)
             np.testing.assert_array_equal(blocks[at], cut[0, 0])
-        crowded = (want.sum(-1) > 2).any(-1)
+        crowded = (kept.sum(-1) > 2).any(-1)
         self.assertTrue(crowded.any())
-        np.testing.assert_array_equal(mask.overflowed, crowded)
+        np.testing.assert_array_equal(capped.overflowed, crowded)
 
     def test_ties_go_to_the_left(self):
         x = jnp.ones((1, 24, 1, 4))
@@ -149,7 +156,7 @@ class SelectorsTest(parameterized.TestCase):
         ):
             diagonal = np.eye(7, dtype=bool)
             np.testing.assert_array_equal(
-                mask.to_blocks() & diagonal, [[diagonal] * 2] * 2
+                blocks_of(mask) & diagonal, [[diagonal] * 2] * 2
             )
             np.testing.assert_array_equal(mask.num[0, :, 2], 1)
 
@@ -161,7 +168,7 @@ class SelectorsTest(parameterized.TestCase):
             topk_blocks(*x, num_kept=9, **options),
             statistical_topk_blocks(*x, k=9, **options),
         ):
-            np.testing.assert_array_equal(mask.to_blocks(), [[below] * 2] * 2)
+            np.testing.assert_array_equal(blocks_of(mask), [[below] * 2] * 2)
 
     def test_k_may_be_traced(self):
         x = operands()
