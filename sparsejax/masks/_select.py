@@ -144,7 +144,7 @@ def drop_and_grow(
         grown = nm_select(grow_scores, free, n, m, axis, among=~keep)
     else:
         grown = _top_units(grow_scores, leaf, target - stay, among=~keep)
-    return expand(keep | grown, leaf, mask)
+    return expand(keep | grown, leaf, drop_scores)
 
 
 def _top_units(

@@ -66,4 +66,10 @@ def apply_masks(params: Params, masks: MaskTree) -> Params:
       >>> apply_masks({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([True, False])})
       {'a': Array([1., 0.], dtype=float32)}
     """
-    return map_masked(lambda m, p: jnp.where(m, p, jnp.zeros_like(p)), masks, params)
+
+    def apply(mask, param):
+        # a scalar zero: `zeros_like` loses the sharding of an array that a trace closes
+        # over
+        return jnp.where(mask, param, jnp.zeros([], jnp.result_type(param)))
+
+    return map_masked(apply, masks, params)
