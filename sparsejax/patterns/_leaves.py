@@ -46,7 +46,9 @@ def is_default_governed(path: KeyPath, leaf: Any, stacked: int = 0) -> bool:
     """The default of `where`: matrices and kernels, but no embeddings.
 
     True for floating leaves with at least 2 axes beyond the `stacked` ones whose last
-    name is not `bias`, `scale` or `embedding`.
+    name is not `bias`, `scale` or `embedding`. These are Flax's names: an embedding
+    called `embeddings` (Haiku) or `weight` (Equinox) is governed unless a `where` of
+    your own leaves it out.
 
     Example:
       >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}

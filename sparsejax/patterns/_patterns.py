@@ -36,7 +36,8 @@ class NM:
 
     The default axis suits kernels `[..., d_in, d_out]`: groups lie along the
     contraction axis, as sparse tensor cores need them. For a convolution `[height,
-    width, in, out]` that is the input channels.
+    width, in, out]` that is the input channels. Weights `[d_out, d_in]`, as Equinox and
+    PyTorch keep them, need `axis=-1`.
 
     Attributes:
       n: weights kept in a group, `0 < n <= m`.
