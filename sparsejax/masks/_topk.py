@@ -117,6 +117,15 @@ def topk_of_keys(
             f"one ranking must have fewer than 2**31 entries; got {size}. Rank leaf by "
             "leaf, or mark the axes of stacked layers as `stacked`."
         )
+    return _top(list(keys), num_kept, stacked=stacked)
+
+
+# Searches for three platforms are much to trace: done once for arrays of equal shape.
+@jax.jit(static_argnames="stacked")
+def _top(
+    keys: list[jax.Array], num_kept: ArrayLike, *, stacked: int
+) -> list[jax.Array]:
+    """As `topk_of_keys`."""
     own_axes = tuple(range(stacked, keys[0].ndim))
     zero = jnp.sum(jnp.zeros_like(keys[0], jnp.int32), axis=own_axes)
     # a sum, not a broadcast: sharded as the layers are
@@ -125,7 +134,7 @@ def topk_of_keys(
         return [jnp.zeros(key.shape, jnp.bool_) for key in keys]
     search = functools.partial(_search, stacked=stacked)
     return jax.lax.platform_dependent(
-        list(keys),
+        keys,
         num_kept,
         # a CPU pass costs its work, and XLA vectorizes two plain reductions better
         cpu=functools.partial(search, bits_per_pass=1, unroll=1, two_stage=True),
