@@ -118,6 +118,10 @@ def test_stacked_layers_are_pruned_each_on_its_own(method):
 
         tx = suite.build(method, optax.sgd(LR), pattern=pattern, stacked=stacked)
 
+        def body(carry, _):
+            carry = suite.take_step(tx, *carry, loss=loss)
+            return carry, suite.record(*carry)
+
         @suite.fast_jit
         def run(params):
             state = tx.init(params)
@@ -126,13 +130,10 @@ def test_stacked_layers_are_pruned_each_on_its_own(method):
                 first = jnp.tile(jnp.array([True, False]), 32).reshape(8, 8)
                 masks = jax.tree.map(lambda m: jnp.broadcast_to(first, m.shape), params)
                 state = state._replace(masks=masks)
-            seen = []
-            for _ in range(3):
-                params, state = suite.take_step(tx, params, state, loss=loss)
-                seen.append(suite.record(params, state))
-            return seen
+            return jax.lax.scan(body, (params, state), length=3)[1]
 
-        return run(params)
+        seen = run(params)
+        return [jax.tree.map(lambda x, i=i: x[i], seen) for i in range(3)]
 
     got = run(stacked, lambda p: forward(p["kernel"]), 1)
     want = run(apart, lambda p: forward(jnp.stack([p["a"], p["b"]])), 0)
@@ -186,15 +187,15 @@ def test_stacked_per_leaf_and_patterns_per_leaf():
     )
 
     @suite.fast_jit
-    def run(params):
-        state = tx.init(params)
-        for _ in range(5):
-            grads = jax.tree.map(jnp.ones_like, params)
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        return params, sj.masks_of(state)
+    def step(params, state):
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
-    params, masks = jax.tree.map(np.asarray, run(params))
+    state = suite.fast_jit(tx.init)(params)
+    for _ in range(5):
+        params, state = step(params, state)
+    params, masks = jax.tree.map(np.asarray, (params, sj.masks_of(state)))
     zeroed = sj.apply_masks(params, masks)
     assert masks["kept"] is None and masks["layers"]["bias"] is None
     jax.tree.map(np.testing.assert_array_equal, params, zeroed)

@@ -24,19 +24,26 @@ def checkpointer():
         yield made
 
 
-@pytest.mark.parametrize("pack_masks", [False, True], ids=["bools", "packed"])
 @pytest.mark.parametrize("method", suite.METHODS)
-def test_every_step(method, pack_masks, checkpointer, tmp_path):
-    inner = optax.noisy_sgd(LR, key=jax.random.key(1)) if pack_masks else optax.adam(LR)
+def test_every_step(method, checkpointer, tmp_path):
+    """With masks of bools and packed ones, side by side in one checkpoint."""
+    noisy = optax.noisy_sgd(LR, key=jax.random.key(1))
 
-    def make_tx():
-        return suite.build(method, inner, pack_masks=pack_masks)
+    def make_txs():
+        return {
+            "bools": suite.build(method, optax.adam(LR)),
+            "packed": suite.build(method, noisy, pack_masks=True),
+        }
 
     def start():
         params = suite.make_params()
-        return params, make_tx().init(params)
+        return {kind: (params, tx.init(params)) for kind, tx in make_txs().items()}
 
-    step = suite.fast_jit(lambda carry: suite.take_step(make_tx(), *carry))
+    @suite.fast_jit
+    def step(carry):
+        txs = make_txs()
+        return {kind: suite.take_step(txs[kind], *carry[kind]) for kind in txs}
+
     carries = [suite.fast_jit(start)()]
     for _ in range(STEPS):
         carries.append(step(carries[-1]))
