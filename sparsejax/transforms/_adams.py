@@ -25,6 +25,7 @@ from sparsejax.transforms._state import (
     SparseState,
     is_due,
     loaded_masks,
+    settled,
     store_masks,
 )
 from sparsejax.typing import Params, ScalarOrSchedule, Where, is_none
@@ -272,7 +273,9 @@ def scale_by_adams(
         return scaled, state._replace(
             step=optax.safe_increment(state.step),
             masks=stored,
-            inner_state=optax.ScaleByAdamState(count=count, mu=mu, nu=nu),
+            inner_state=settled(
+                optax.ScaleByAdamState(count=count, mu=mu, nu=nu), moments
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

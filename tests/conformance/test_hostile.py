@@ -148,3 +148,13 @@ def test_a_governed_leaf_without_a_gradient(method):
     with pytest.raises(ValueError, match=words):
         state = jax.eval_shape(tx.init, PARAMS)
         jax.eval_shape(tx.update, {"kernel": None}, state, PARAMS)
+
+
+@pytest.mark.parametrize("method", suite.METHODS)
+def test_a_leaf_of_whole_numbers(method):
+    """Adam's moments of it would be floats from the first update on: a retrace."""
+    params = PARAMS | {"table": jnp.arange(3)}
+    tx = suite.build(method, optax.adam(0.1), pattern=suite.two_four)
+    state = jax.eval_shape(tx.init, params)
+    _, after = jax.eval_shape(tx.update, params, state, params)
+    assert suite.spec(after) == suite.spec(state)
