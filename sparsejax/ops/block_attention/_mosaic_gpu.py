@@ -5,26 +5,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsejax.ops._warpgroups import COMPUTING, launch, smem
 from sparsejax.ops.block_attention import _mosaic_gpu_backward
 from sparsejax.ops.block_attention._gradients import Kernels, Lists, differentiable
 from sparsejax.ops.block_attention._walk import (
-    COMPUTING,
     LOG2_E,
     ROWS,
     TILE,
+    ByQuery,
     Tiles,
     add_product,
     constant,
-    copy_tiles,
-    launch,
     lead_of,
     list_operands,
-    locate,
     longest_first,
     padded,
     product,
-    ring,
-    smem,
     spread,
     visible,
     walk,
@@ -86,31 +82,11 @@ def forward(
     rows, columns = mask.blocks_shape[2:]
     q = padded(q, rows * height)
     k, v = (padded(a, columns * width) for a in (k, v))
-    substeps, tile_shape = width // tiles.columns, (ROWS, tiles.columns)
-    to_log2 = scale * LOG2_E
-
-    def place(refs):
-        of_block = height // TILE
-        here = locate(
-            refs["order"], batch=batch, heads=heads, rows=rows, of_block=of_block
-        )
-        return here, lead_of(refs["whole_num"], here.batch, here.head, batch, heads)
-
-    def copying(refs):
-        here, lead = place(refs)
-        kv_head = jax.lax.div(here.head, heads // kv_heads)
-
-        def visit(step, column, substep, partial, carry):
-            keys = pl.ds(column * width + substep * tiles.columns, tiles.columns)
-            at = here.batch, keys, kv_head
-            sources = {"k": (refs["k"].at[at],), "v": (refs["v"].at[at],)}
-            copy_tiles(refs, step, tiles.stages, sources)
-            return carry
-
-        walk(refs, lead, here.row, substeps, visit, None)
+    tile_shape, to_log2 = (ROWS, tiles.columns), scale * LOG2_E
+    by_query = ByQuery(lists, batch, heads, kv_heads, tiles)
 
     def computing(refs, warpgroup):
-        here, lead = place(refs)
+        here, lead = by_query.place(refs)
         first_query = here.tile * TILE + warpgroup * ROWS
         at = here.batch, pl.ds(first_query, ROWS), here.head
         mine = refs["q_tile"].at[warpgroup]
@@ -141,7 +117,7 @@ def forward(
                     refs,
                     here.batch,
                     first_query,
-                    column * width + substep * tiles.columns,
+                    by_query.first_key(column, substep),
                     tile_shape,
                     queries_along=0,
                 )
@@ -166,7 +142,7 @@ def forward(
             constant(_LOWEST, (ROWS,)),
             constant(0.0, (ROWS,)),
         )
-        carry, _ = walk(refs, lead, here.row, substeps, visit, start)
+        carry, _ = walk(refs, lead, here.row, by_query.substeps, visit, start)
         sums, top, total = carry
         pl.when(warpgroup == 0)(turn)
 
@@ -187,27 +163,25 @@ def forward(
         "lse_tile": plgpu.SMEM((COMPUTING, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_barriers=COMPUTING),
         "turn": plgpu.Barrier(num_arrivals=COMPUTING),
-        **ring("k", (tiles.columns, dim), k.dtype, tiles.stages),
-        **ring("v", (tiles.columns, dim), v.dtype, tiles.stages),
+        **by_query.rings(dim, q.dtype),
     }
-    if not tiles.in_registers:
-        scratch["staging"] = smem((COMPUTING, *tile_shape), v.dtype)
     found = launch(
-        copying,
+        by_query.copying,
         computing,
-        {
+        operands={
             "q": q,
             "k": k,
             "v": v,
             "order": longest_first(lists.whole, lists.partial),
             **list_operands(lists),
         },
-        {
+        results={
             "out": jax.ShapeDtypeStruct(q.shape, q.dtype),
             "lse": jax.ShapeDtypeStruct((batch, heads, q.shape[1]), jnp.float32),
         },
-        scratch,
+        scratch=scratch,
         programs=batch * heads * (q.shape[1] // TILE),
+        approx_math=True,
     )
     return found["out"][:, :num_queries], found["lse"][:, :, :num_queries]
 

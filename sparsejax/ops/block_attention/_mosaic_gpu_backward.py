@@ -14,17 +14,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
+from sparsejax.ops._warpgroups import COMPUTING, launch, smem
 from sparsejax.ops.block_attention._gradients import Lists
 from sparsejax.ops.block_attention._walk import (
-    COMPUTING,
     LOG2_E,
     ROWS,
     TILE,
+    ByQuery,
     Tiles,
     add_product,
     constant,
     copy_tiles,
-    launch,
     lead_of,
     list_operands,
     locate,
@@ -32,8 +32,8 @@ from sparsejax.ops.block_attention._walk import (
     padded,
     product,
     ring,
-    smem,
     spread,
+    staging_for,
     visible,
     walk,
 )
@@ -69,32 +69,11 @@ def backward(
 def _grad_q(operands, lists, scale, tiles):
     batch, length, heads, dim = operands["q"].shape
     kv_heads, dtype = operands["k"].shape[2], operands["q"].dtype
-    height, width = lists.whole.block_shape
-    rows = lists.whole.blocks_shape[2]
-    substeps, tile_shape = width // tiles.columns, (ROWS, tiles.columns)
-
-    def place(refs):
-        of_block = height // TILE
-        here = locate(
-            refs["order"], batch=batch, heads=heads, rows=rows, of_block=of_block
-        )
-        return here, lead_of(refs["whole_num"], here.batch, here.head, batch, heads)
-
-    def copying(refs):
-        here, lead = place(refs)
-        kv_head = jax.lax.div(here.head, heads // kv_heads)
-
-        def visit(step, column, substep, partial, carry):
-            keys = pl.ds(column * width + substep * tiles.columns, tiles.columns)
-            at = here.batch, keys, kv_head
-            sources = {"k": (refs["k"].at[at],), "v": (refs["v"].at[at],)}
-            copy_tiles(refs, step, tiles.stages, sources)
-            return carry
-
-        walk(refs, lead, here.row, substeps, visit, None)
+    tile_shape = (ROWS, tiles.columns)
+    by_query = ByQuery(lists, batch, heads, kv_heads, tiles)
 
     def computing(refs, warpgroup):
-        here, lead = place(refs)
+        here, lead = by_query.place(refs)
         first_query = here.tile * TILE + warpgroup * ROWS
         queries = pl.ds(first_query, ROWS)
         at = here.batch, queries, here.head
@@ -122,7 +101,7 @@ def _grad_q(operands, lists, scale, tiles):
                 (tile["q"], keys.T), (tile["do"], values.T), tile_shape
             )
             plgpu.barrier_arrive(refs["v_empty"].at[slot])
-            first_key = column * width + substep * tiles.columns
+            first_key = by_query.first_key(column, substep)
             powers = _powers(
                 scores, lists, refs, here, (batch, heads), partial,
                 (here.row, column), first_query, first_key,
@@ -134,7 +113,7 @@ def _grad_q(operands, lists, scale, tiles):
             return dq
 
         start = constant(0.0, (ROWS, dim))
-        dq, _ = walk(refs, lead, here.row, substeps, visit, start)
+        dq, _ = walk(refs, lead, here.row, by_query.substeps, visit, start)
         tile["q"][...] = (dq * scale).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tile["q"], refs["dq"].at[at])
@@ -143,19 +122,17 @@ def _grad_q(operands, lists, scale, tiles):
         "q_tile": smem((COMPUTING, ROWS, dim), dtype),
         "do_tile": smem((COMPUTING, ROWS, dim), dtype),
         "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTING),
-        **ring("k", (tiles.columns, dim), dtype, tiles.stages),
-        **ring("v", (tiles.columns, dim), dtype, tiles.stages),
+        **by_query.rings(dim, dtype),
     }
-    if not tiles.in_registers:
-        scratch["staging"] = smem((COMPUTING, *tile_shape), dtype)
     order = longest_first(lists.whole, lists.partial)
     return launch(
-        copying,
+        by_query.copying,
         computing,
-        operands | {"order": order} | list_operands(lists),
-        {"dq": jax.ShapeDtypeStruct(operands["q"].shape, dtype)},
-        scratch,
+        operands=operands | {"order": order} | list_operands(lists),
+        results={"dq": jax.ShapeDtypeStruct(operands["q"].shape, dtype)},
+        scratch=scratch,
         programs=batch * heads * (length // TILE),
+        approx_math=True,
     )["dq"]
 
 
@@ -263,18 +240,18 @@ def _grad_kv(operands, lists, scale, tiles):
         "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTING),
         **ring("q", (tiles.columns, dim), dtype, tiles.stages, with_rows=True),
         **ring("do", (tiles.columns, dim), dtype, tiles.stages, with_rows=True),
+        **staging_for(tiles, dtype),
     }
-    if not tiles.in_registers:
-        scratch["staging"] = smem((COMPUTING, *tile_shape), dtype)
     order = longest_first(by_key.whole, by_key.partial, heads=kv_heads)
     like = jax.ShapeDtypeStruct(operands["k"].shape, dtype)
     found = launch(
         copying,
         computing,
-        operands | {"order": order} | list_operands(by_key),
-        {"dk": like, "dv": like},
-        scratch,
+        operands=operands | {"order": order} | list_operands(by_key),
+        results={"dk": like, "dv": like},
+        scratch=scratch,
         programs=batch * kv_heads * (length // TILE),
+        approx_math=True,
     )
     return found["dk"], found["dv"]
 

@@ -1,8 +1,8 @@
 """What the kernels for Hopper share: who computes what, and how a list is walked.
 
-A program is three warpgroups. The third copies the tiles that the lists name into rings
-of slots in shared memory; the other two compute, each with 64 rows of its own. Blocks
-that the rules cut through come first, then those that are seen whole.
+A program has 128 rows, 64 for each of two warpgroups that compute, while the third
+copies the tiles that the lists name. Blocks that the rules cut through come first, then
+those that are seen whole.
 """
 
 import dataclasses
@@ -18,14 +18,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import BlockMask
+from sparsejax.ops._warpgroups import COMPUTING, smem
 from sparsejax.ops.block_attention._gradients import Lists
 from sparsejax.ops.block_attention._rules import Rules
 
 ROWS = 64  # of a warpgroup, as the tensor cores take
-COMPUTING = 2  # warpgroups
 TILE = COMPUTING * ROWS  # rows of a program
 LOG2_E = math.log2(math.e)
-_COPYING_REGISTERS, _COMPUTING_REGISTERS = 24, 240
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +91,6 @@ def lead_of(
         return jnp.int32(0) if size == 1 else jax.lax.div(index, of // size)
 
     return shared(at, ref.shape[0], batch), shared(head, ref.shape[1], heads)
-
-
-def smem(shape: tuple[int, ...], dtype) -> Any:
-    """Shared memory that the tensor cores read and bulk copies write."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def longest_first(*masks: BlockMask | None, heads: int | None = None) -> jax.Array:
@@ -217,6 +210,74 @@ def ring(
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class ByQuery:
+    """Programs with queries of their own, which walk over keys and values.
+
+    Attributes:
+      lists: by block row.
+      batch: number of batches.
+      heads: query heads.
+      kv_heads: key heads.
+      tiles: how the work is cut.
+    """
+
+    lists: Lists
+    batch: int
+    heads: int
+    kv_heads: int
+    tiles: Tiles
+
+    @property
+    def substeps(self) -> int:
+        """Tiles of keys in a block."""
+        return self.lists.whole.block_shape[1] // self.tiles.columns
+
+    def place(self, refs: dict[str, Any]) -> tuple[Place, tuple[jax.Array, jax.Array]]:
+        """Where this program stands, and batch and head of its lists."""
+        here = locate(
+            refs["order"],
+            batch=self.batch,
+            heads=self.heads,
+            rows=self.lists.whole.blocks_shape[2],
+            of_block=self.lists.whole.block_shape[0] // TILE,
+        )
+        lead = lead_of(refs["whole_num"], here.batch, here.head, self.batch, self.heads)
+        return here, lead
+
+    def first_key(self, column: jax.Array, substep: jax.Array) -> jax.Array:
+        """The first key of a tile."""
+        width = self.lists.whole.block_shape[1]
+        return column * width + substep * self.tiles.columns
+
+    def copying(self, refs: dict[str, Any]) -> None:
+        """Copies the tiles of keys and values that the lists name."""
+        here, lead = self.place(refs)
+        kv_head = jax.lax.div(here.head, self.heads // self.kv_heads)
+
+        def visit(step, column, substep, partial, carry):
+            keys = pl.ds(self.first_key(column, substep), self.tiles.columns)
+            at = here.batch, keys, kv_head
+            sources = {"k": (refs["k"].at[at],), "v": (refs["v"].at[at],)}
+            copy_tiles(refs, step, self.tiles.stages, sources)
+            return carry
+
+        walk(refs, lead, here.row, self.substeps, visit, None)
+
+    def rings(self, dim: int, dtype) -> dict[str, Any]:
+        """Shared memory for the tiles, and for operands of second products."""
+        shape, stages = (self.tiles.columns, dim), self.tiles.stages
+        found = {**ring("k", shape, dtype, stages), **ring("v", shape, dtype, stages)}
+        return found | staging_for(self.tiles, dtype)
+
+
+def staging_for(tiles: Tiles, dtype) -> dict[str, Any]:
+    """Shared memory for second products that do not start from registers."""
+    if tiles.in_registers:
+        return {}
+    return {"staging": smem((COMPUTING, ROWS, tiles.columns), dtype)}
+
+
 def visible(
     rules: Rules,
     refs: dict[str, Any],
@@ -304,57 +365,6 @@ def constant(value: float, shape: tuple[int, ...]) -> jax.Array:
     """In registers, laid out as a tile is, or as one number for each of its rows."""
     layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def launch(
-    copying: Callable[[dict[str, Any]], None],
-    computing: Callable[[dict[str, Any], jax.Array], None],
-    operands: dict[str, jax.Array],
-    results: dict[str, jax.ShapeDtypeStruct],
-    scratch: dict[str, Any],
-    programs: int,
-) -> dict[str, jax.Array]:
-    """Runs a kernel of one warpgroup that copies and two that compute.
-
-    Args:
-      copying: takes all references, by name.
-      computing: likewise, and the number of the warpgroup.
-      operands: in device memory.
-      results: likewise.
-      scratch: shared memory and barriers.
-      programs: the length of the grid, whose axis is called "program".
-
-    Returns:
-      The results, by name.
-    """
-    names = [*operands, *results, *scratch]
-
-    def body(*refs):
-        refs = dict(zip(names, refs, strict=True))
-        warpgroup = jax.lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == COMPUTING)
-        def _():
-            plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
-            copying(refs)
-
-        @pl.when(warpgroup < COMPUTING)
-        def _():
-            plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
-            computing(refs, warpgroup)
-            plgpu.wait_smem_to_gmem(0)
-
-    kernel = plgpu.kernel(
-        body,
-        out_type=tuple(results.values()),
-        scratch_types=tuple(scratch.values()),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=COMPUTING + 1,
-        thread_name="warpgroup",
-        compiler_params=_compat.mosaic_gpu_params(plgpu, approx_math=True),
-    )
-    return dict(zip(results, kernel(*operands.values()), strict=True))
 
 
 def padded(x: jax.Array, length: int, *, axis: int = 1, value: float = 0) -> jax.Array:

@@ -16,9 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import BlockMask, block_slots
+from sparsejax.ops._warpgroups import smem
 from sparsejax.ops.block_matmul import _mosaic_gpu_dw
 from sparsejax.ops.block_matmul._gradients import Products, differentiable
-from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run, smem
+from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
 from sparsejax.ops.block_matmul._reference import Activation, epilogue
 from sparsejax.ops.block_matmul._schedule import shares
 
@@ -181,11 +182,8 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     part_rows = tiles.rows // tiles.parts
     fused = activation and _compat.without_custom_rules(activation)
 
-    def make_task(*refs):
-        x_gmem, w_gmem, bounds_gmem, num_gmem, indices_gmem, positions_gmem, *refs = (
-            refs
-        )
-        *bias_gmem, out_gmem, x_ring, w_ring, staging = refs
+    def make_task(refs):
+        x_ring, w_ring, staging = refs["x_ring"], refs["w_ring"], refs["staging"]
 
         def walk(visit, carry):
             program = jax.lax.axis_index("program")
@@ -195,31 +193,33 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
                     unit = jax.lax.div(t, window)
                     return visit((unit, g * window + jax.lax.rem(t, window)), carry)
 
-                first, last = bounds_gmem[g, program], bounds_gmem[g, program + 1]
+                first, last = refs["bounds"][g, program], refs["bounds"][g, program + 1]
                 return jax.lax.fori_loop(first, last, of_tile, carry)
 
             return jax.lax.fori_loop(0, row_tiles // window, of_window, carry)
 
         def num_steps(tile):
-            return num_gmem[jax.lax.div(tile[0], units_of_list)] * substeps
+            return refs["num"][jax.lax.div(tile[0], units_of_list)] * substeps
 
         def load(tile, step, slot, full):
             unit, row_tile = tile
             of_list = jax.lax.div(unit, units_of_list)
             entry, substep = jax.lax.div(step, substeps), jax.lax.rem(step, substeps)
-            deep = pl.ds(indices_gmem[of_list, entry] * depth + substep * DEPTH, DEPTH)
+            deep = pl.ds(
+                refs["indices"][of_list, entry] * depth + substep * DEPTH, DEPTH
+            )
             for part in range(row_parts):
                 row = row_tile * tiles.rows_of_tile + part * tiles.rows
-                source = x_gmem.at[pl.ds(row, tiles.rows), deep]
+                source = refs["x"].at[pl.ds(row, tiles.rows), deep]
                 plgpu.copy_gmem_to_smem(source, x_ring.at[slot, part], full)
             for half in range(halves):
                 if w.ndim == 2:
                     wide = pl.ds(unit * tiles.columns + half * DEPTH, DEPTH)
-                    block, within = w_gmem, deep
+                    block, within = refs["w"], deep
                 else:
                     in_list = jax.lax.rem(unit, units_of_list)
                     wide = pl.ds(in_list * tiles.columns + half * DEPTH, DEPTH)
-                    block = w_gmem.at[positions_gmem[of_list, entry]]
+                    block = refs["w"].at[refs["positions"][of_list, entry]]
                     within = pl.ds(substep * DEPTH, DEPTH)
                 source = block.at[wide, within] if w_by_list else block.at[within, wide]
                 plgpu.copy_gmem_to_smem(source, w_ring.at[slot, half], full)
@@ -237,10 +237,10 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
                 column += warpgroup * DEPTH
             else:
                 row += warpgroup * tiles.rows
-            if bias_gmem:
+            if bias is not None:
                 of_tile = _compat.mosaic_gpu_load(
                     plgpu,
-                    bias_gmem[0].at[pl.ds(column, DEPTH)],
+                    refs["bias"].at[pl.ds(column, DEPTH)],
                     plgpu.Layout.WGMMA.reduce(1),
                 )
                 sums += jax.lax.broadcast_in_dim(
@@ -254,20 +254,23 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
                 staging.at[warpgroup].T[...] = piece
                 plgpu.commit_smem()
                 to = pl.ds(row + part * part_rows, part_rows), pl.ds(column, DEPTH)
-                plgpu.copy_smem_to_gmem(staging.at[warpgroup], out_gmem.at[to])
+                plgpu.copy_smem_to_gmem(staging.at[warpgroup], refs["out"].at[to])
 
         return Task(walk, num_steps, load, multiply, store)
 
+    operands = {"x": x, "w": w, "bounds": bounds, "num": lists.num}
+    operands |= {"indices": lists.indices, "positions": positions}
+    if bias is not None:
+        operands["bias"] = bias
     y = run(
         make_task,
-        (x, w, bounds, lists.num, lists.indices, positions)
-        + (() if bias is None else (bias,)),
+        operands=operands,
         out_type=jax.ShapeDtypeStruct((len(x), columns), x.dtype),
-        scratch=(
-            smem((tiles.stages, row_parts, tiles.rows, DEPTH), x.dtype),
-            smem((tiles.stages, halves, DEPTH, DEPTH), x.dtype),
-            smem((2, part_rows, DEPTH), x.dtype),
-        ),
+        scratch={
+            "x_ring": smem((tiles.stages, row_parts, tiles.rows, DEPTH), x.dtype),
+            "w_ring": smem((tiles.stages, halves, DEPTH, DEPTH), x.dtype),
+            "staging": smem((2, part_rows, DEPTH), x.dtype),
+        },
         sums_shape=(DEPTH, tiles.rows),
         stages=tiles.stages,
         copies=row_parts + halves,

@@ -8,7 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax.formats import BlockMask
-from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run, smem
+from sparsejax.ops._warpgroups import smem
+from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
 from sparsejax.ops.block_matmul._schedule import kept_first
 
 
@@ -60,9 +61,8 @@ def grad_w(
     block_columns = block_mask.blocks_shape[1]
     num_steps_of_kept = len(x) // DEPTH
 
-    def make_task(*refs):
-        x_gmem, dy_gmem, order_gmem, places_gmem, kept_gmem, out_gmem, *refs = refs
-        x_ring, dy_ring, staging = refs
+    def make_task(refs):
+        x_ring, dy_ring, staging = refs["x_ring"], refs["dy_ring"], refs["staging"]
 
         def walk(visit, carry):
             program = jax.lax.axis_index("program")
@@ -89,7 +89,9 @@ def grad_w(
             return row * DEPTH, column * columns
 
         def num_steps(tile):
-            kept = piece(tile, 0)[0] < kept_gmem[0]  # the first of the two is kept too
+            kept = (
+                piece(tile, 0)[0] < refs["kept"][0]
+            )  # the first of the two is kept too
             return jnp.where(kept, num_steps_of_kept, 0)
 
         def load(tile, step, slot, full):
@@ -97,13 +99,13 @@ def grad_w(
             for warpgroup in range(2):
                 at, part = piece(tile, warpgroup)
                 row, column = corner(part, warpgroup)
-                block = order_gmem[at]
+                block = refs["order"][at]
                 row += jax.lax.div(block, block_columns) * height
                 column += jax.lax.rem(block, block_columns) * width
-                source = x_gmem.at[rows, pl.ds(row, DEPTH)]
+                source = refs["x"].at[rows, pl.ds(row, DEPTH)]
                 plgpu.copy_gmem_to_smem(source, x_ring.at[slot, warpgroup], full)
                 if warpgroup == 0 or not together:
-                    source = dy_gmem.at[rows, pl.ds(column, columns)]
+                    source = refs["dy"].at[rows, pl.ds(column, columns)]
                     plgpu.copy_gmem_to_smem(source, dy_ring.at[slot, warpgroup], full)
 
         def multiply(sums, slot, warpgroup):
@@ -112,16 +114,16 @@ def grad_w(
 
         def store(tile, sums, warpgroup):
             at, part = piece(tile, warpgroup)
-            sums = jnp.where(at < kept_gmem[0], sums, 0.0)
+            sums = jnp.where(at < refs["kept"][0], sums, 0.0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staging[warpgroup] = sums.astype(w.dtype)
             plgpu.commit_smem()
             row, column = corner(part, warpgroup)
-            place = places_gmem[at]
+            place = refs["places"][at]
             if compact:
-                to = out_gmem.at[place]
+                to = refs["out"].at[place]
             else:
-                to = out_gmem
+                to = refs["out"]
                 row += jax.lax.div(place, block_columns) * height
                 column += jax.lax.rem(place, block_columns) * width
             to = to.at[pl.ds(row, DEPTH), pl.ds(column, columns)]
@@ -132,15 +134,18 @@ def grad_w(
 
         return Task(walk, num_steps, load, multiply, store)
 
+    operands = {"x": x, "dy": dy, "order": order, "places": places}
     return run(
         make_task,
-        (x, dy, order, places, num_kept.reshape(1)),
+        operands=operands | {"kept": num_kept.reshape(1)},
         out_type=jax.ShapeDtypeStruct(w.shape, w.dtype),
-        scratch=(
-            smem((tiles.stages, 2, DEPTH, DEPTH), x.dtype),
-            smem((tiles.stages, 1 if together else 2, DEPTH, columns), x.dtype),
-            smem((2, DEPTH, columns), w.dtype),
-        ),
+        scratch={
+            "x_ring": smem((tiles.stages, 2, DEPTH, DEPTH), x.dtype),
+            "dy_ring": smem(
+                (tiles.stages, 1 if together else 2, DEPTH, columns), x.dtype
+            ),
+            "staging": smem((2, DEPTH, columns), w.dtype),
+        },
         sums_shape=(DEPTH, columns),
         stages=tiles.stages,
         copies=3 if together else 4,

@@ -1,9 +1,9 @@
-"""The pattern that the kernels for Hopper share: one loads, two multiply.
+"""The pattern of the kernels for Hopper: one warpgroup loads, two multiply.
 
-A program is three warpgroups. The third walks over the program's tiles and copies what
-each step needs into a ring of slots in shared memory, as far ahead as there are free
-slots, also into the next tile. The other two walk over the same tiles, multiply what is
-there and store the sums, while the ring fills for the tile after.
+The third warpgroup walks over the program's tiles and copies what each step needs into
+a ring of slots, as far ahead as there are free slots, also into the next tile. The
+other two walk over the same tiles, multiply what is there and store the sums, while the
+ring fills for the tile after.
 """
 
 import dataclasses
@@ -15,11 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsejax import _compat
+from sparsejax.ops._warpgroups import COMPUTING, SWIZZLED, launch
 
-DEPTH = 64  # of a step; 64 values of 16 bits are the 128 bytes of a swizzle
-_MULTIPLYING = 2  # warpgroups
-_LOADING_REGISTERS, _MULTIPLYING_REGISTERS = 40, 232
+DEPTH = SWIZZLED  # of a step
 
 Tile = Any  # what `walk` gives for one tile: a tuple of scalars
 
@@ -46,18 +44,12 @@ class Task:
     store: Callable[[Tile, jax.Array, jax.Array], None]
 
 
-def smem(shape: tuple[int, ...], dtype) -> Any:
-    """Shared memory that a product can read and a bulk copy can write."""
-    transforms = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 def run(
-    make_task: Callable[..., Task],
-    operands: tuple[jax.Array, ...],
+    make_task: Callable[[dict[str, Any]], Task],
     *,
+    operands: dict[str, jax.Array],
     out_type: jax.ShapeDtypeStruct,
-    scratch: tuple[Any, ...],
+    scratch: dict[str, Any],
     sums_shape: tuple[int, int],
     stages: int,
     copies: int,
@@ -66,8 +58,7 @@ def run(
     """Runs the kernel of a task.
 
     Args:
-      make_task: takes the references of the operands, the result and the scratch, in
-        this order.
+      make_task: takes the references by name, that of the result as "out".
       operands: in device memory.
       out_type: of the result.
       scratch: shared memory of a program.
@@ -78,36 +69,25 @@ def run(
     """
     assert stages >= 2, stages
 
-    def body(*refs):
-        *refs, full, empty = refs
-        task = make_task(*refs)
-        warpgroup = jax.lax.axis_index("warpgroup")
+    def copying(refs):
+        _load_all(make_task(refs), refs["full"], refs["empty"], stages)
 
-        @pl.when(warpgroup == _MULTIPLYING)
-        def _():
-            plgpu.set_max_registers(_LOADING_REGISTERS, action="decrease")
-            _load_all(task, full, empty, stages)
+    def computing(refs, warpgroup):
+        task, full, empty = make_task(refs), refs["full"], refs["empty"]
+        _multiply_all(task, full, empty, stages, sums_shape, warpgroup)
 
-        @pl.when(warpgroup < _MULTIPLYING)
-        def _():
-            plgpu.set_max_registers(_MULTIPLYING_REGISTERS, action="increase")
-            _multiply_all(task, full, empty, stages, sums_shape, warpgroup)
-            plgpu.wait_smem_to_gmem(0)
-
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=(
-            *scratch,
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=_MULTIPLYING, num_barriers=stages),
-        ),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=_MULTIPLYING + 1,
-        thread_name="warpgroup",
-        compiler_params=_compat.mosaic_gpu_params(plgpu),
-    )(*operands)
+    barriers = {
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
+    }
+    return launch(
+        copying,
+        computing,
+        operands=operands,
+        results={"out": out_type},
+        scratch=scratch | barriers,
+        programs=programs,
+    )["out"]
 
 
 def _load_all(task: Task, full, empty, stages: int) -> None:
