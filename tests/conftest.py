@@ -75,3 +75,11 @@ def pytest_runtest_setup(item):
 def _clear_trace_counter():
     """Without it, `chex.assert_max_traces` counts on from one case to the next."""
     chex.clear_trace_counter()
+
+
+@pytest.fixture
+def compile_fast():
+    """Leaves out XLA's own passes too: nearly all of a tiny test is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -24,14 +24,6 @@ GOLDEN_THETA = 5.0454502
 GOLDEN = [0, 0, 0, 0, 0, 0, 0.9545498, 1.9545498]
 
 
-@pytest.fixture
-def compile_fast():
-    """Nearly all of a tiny test is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def normal(shape, seed=0, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -12,14 +11,6 @@ from benchmarks import (
     dynamic_sparsity,
     progressive_gradient_flow,
 )
-
-
-@pytest.fixture
-def compile_fast():
-    """Nearly all of a tiny run is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.slow

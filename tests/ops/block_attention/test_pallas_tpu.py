@@ -1,38 +1,18 @@
 """The TPU kernels of block_attention: values in interpret mode, lowering, limits."""
 
-import contextlib
 import functools
-import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from jax.experimental.pallas import tpu as pltpu
 
 import sparsejax as sj
 from sparsejax.ops import block_attention
+from tests.ops.interpret import interpreted
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 1e-2}
-
-
-@pytest.fixture
-def compile_fast():
-    """Nearly all of a tiny test is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@contextlib.contextmanager
-def interpreted():
-    """Runs the kernels on a CPU; a race, which is printed only, is an error."""
-    params = pltpu.InterpretParams(detect_races=True)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        with pltpu.force_tpu_interpret_mode(params):
-            yield
-    assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()
 
 
 def segments(batch, length):

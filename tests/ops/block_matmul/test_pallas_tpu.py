@@ -3,38 +3,18 @@
 Operands are small integers, so that sums are exact and every order of them is right.
 """
 
-import contextlib
 import dataclasses
 import functools
-import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from jax.experimental.pallas import tpu as pltpu
 
 import sparsejax as sj
 from sparsejax.ops import block_matmul
-
-
-@pytest.fixture
-def compile_fast():
-    """Nearly all of a tiny test is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@contextlib.contextmanager
-def interpreted():
-    """Runs the kernels on a CPU; a race, which is printed only, is an error."""
-    params = pltpu.InterpretParams(detect_races=True)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        with pltpu.force_tpu_interpret_mode(params):
-            yield
-    assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()
+from tests.ops.interpret import interpreted
 
 
 def masks_of(rows, columns):

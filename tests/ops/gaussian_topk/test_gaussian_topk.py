@@ -16,14 +16,6 @@ ATOL = {jnp.float32: 2e-6, jnp.float16: 4e-3, jnp.bfloat16: 3e-2}
 NEEDS_INTERPRETER = "this jax cannot interpret Mosaic GPU kernels on a CPU"
 
 
-@pytest.fixture
-def compile_fast():
-    """Nearly all of a tiny test is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def operands(shape, dtype=jnp.float32, seed=0):
     """Rows, of which one is constant, and a gradient."""
     keys = jax.random.split(jax.random.key(seed), 2)
