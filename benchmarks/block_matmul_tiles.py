@@ -64,17 +64,15 @@ def run(shape: Shape, repeats: int) -> list[dict]:
         for change in changes[product if product == "dw" else "y"]:
             chosen = dataclasses.replace(tiles, **change)
             jitted[str(change)] = jax.jit(functools.partial(fn, chosen))
-        for density in DENSITIES:
-            mask = block_matmul.make_mask(shape, Case(density))
+        masks = [block_matmul.make_mask(shape, Case(d)) for d in DENSITIES]
+        # the tiles may not fit into shared memory
+        refused = (ValueError, jax.errors.JaxRuntimeError)
+        print(product, flush=True)
+        compiled = common.compile_side_by_side(jitted, masks[0], refused=refused)
+        for density, mask in zip(DENSITIES, masks, strict=True):
             want, fns = None, {}
-            for name, call in jitted.items():
-                try:
-                    got = jax.block_until_ready(call(mask))
-                except (ValueError, jax.errors.JaxRuntimeError) as error:
-                    # the tiles may not fit into shared memory
-                    message = str(error).splitlines()[0][:100]
-                    print(f"{product} {name}: left out: {message}", flush=True)
-                    continue
+            for name, call in compiled.items():
+                got = call(mask)
                 want = got if want is None else want
                 error = block_matmul.relative_error(got, want)
                 assert error < 1e-3, (product, name, error)

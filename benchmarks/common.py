@@ -1,6 +1,7 @@
 """What every benchmark shares: arguments, timing, the environment, tables and JSON."""
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
@@ -152,6 +153,37 @@ def _sample_ms(fn: Callable[[], Any], calls: int) -> np.ndarray:
 def _calls(call_ms: float, sample_ms: float) -> int:
     """How many calls of that time make a sample."""
     return min(1000, math.ceil(sample_ms / max(call_ms, 1e-3)))
+
+
+def compile_side_by_side(
+    fns: Mapping[str, Callable[..., Any]],
+    *args: Any,
+    refused: tuple[type[Exception], ...] = (),
+) -> dict[str, Callable[..., Any]]:
+    """Compiles jitted functions in threads, for arguments of the same shapes.
+
+    Args:
+      fns: by name.
+      *args: of each.
+      refused: errors that mean that a function cannot be had; it is left out, and the
+        error's first line is printed.
+
+    Returns:
+      The compiled functions, by name.
+    """
+
+    def build(fn):
+        try:
+            return fn.lower(*args).compile()
+        except refused as error:
+            return str(error).splitlines()[0][:100]
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = dict(zip(fns, pool.map(build, fns.values()), strict=True))
+    for name, problem in found.items():
+        if isinstance(problem, str):
+            print(f"  {name}: left out: {problem}", flush=True)
+    return {name: call for name, call in found.items() if not isinstance(call, str)}
 
 
 def mean_and_error(values: Any) -> tuple[float, float]:
