@@ -15,8 +15,7 @@ from sparsejax import _compat
 
 COMPUTING = 2  # warpgroups
 SWIZZLED = 64  # values of 16 bits in the 128 bytes of a swizzle
-# they sum to what three warpgroups are launched with
-_COPYING_REGISTERS, _COMPUTING_REGISTERS = 24, 240
+_REGISTERS = 504  # of a thread in each of the three, together
 
 
 def smem(shape: tuple[int, ...], dtype) -> Any:
@@ -33,6 +32,7 @@ def launch(
     results: dict[str, jax.ShapeDtypeStruct],
     scratch: dict[str, Any],
     programs: int,
+    copying_registers: int = 24,
     approx_math: bool = False,
 ) -> dict[str, jax.Array]:
     """Runs a kernel of one warpgroup that copies and two that compute.
@@ -45,12 +45,14 @@ def launch(
       results: likewise.
       scratch: shared memory and barriers of a program.
       programs: the length of the grid, whose axis is called "program".
+      copying_registers: of a thread that copies; the others share what is left.
       approx_math: whether exponentials and divisions may be off by a few bits.
 
     Returns:
       The results, by name.
     """
     names = [*operands, *results, *scratch]
+    computing_registers = (_REGISTERS - copying_registers) // COMPUTING // 8 * 8
 
     def body(*refs):
         refs = dict(zip(names, refs, strict=True))
@@ -58,12 +60,12 @@ def launch(
 
         @pl.when(warpgroup == COMPUTING)
         def _():
-            plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
+            plgpu.set_max_registers(copying_registers, action="decrease")
             copying(refs)
 
         @pl.when(warpgroup < COMPUTING)
         def _():
-            plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+            plgpu.set_max_registers(computing_registers, action="increase")
             computing(refs, warpgroup)
             plgpu.wait_smem_to_gmem(0)
 

@@ -16,17 +16,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import BlockMask, block_slots
-from sparsejax.ops._warpgroups import smem
+from sparsejax.ops._warpgroups import COMPUTING, smem
 from sparsejax.ops.block_matmul import _mosaic_gpu_dw
 from sparsejax.ops.block_matmul._gradients import Products, differentiable
 from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
 from sparsejax.ops.block_matmul._reference import Activation, epilogue
-from sparsejax.ops.block_matmul._schedule import shares
+from sparsejax.ops.block_matmul._schedule import share, whole
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _MAX_ROWS = 256  # of x in one product, as many as the tensor cores take
 _MAX_NARROW_ROWS = 128  # for each warpgroup, so that four slots fit
-_STORE_COST = 0.5  # of a tile, in blocks of its list
+_STORE_COST = 1  # of a tile, in steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +38,18 @@ class Tiles:
         then each warpgroup has rows of its own.
       rows: of x for one warpgroup, at most 256; a multiple of `8 * parts`.
       stages: slots of the ring.
-      parts: in which the rows of a tile are stored, one after the other, so that the
-        shared memory for it is as much smaller.
-      window: tiles of rows that all programs work on at a time.
+      parts: in which the rows of a tile are stored, each during one step of the tile
+        after; 1 or an even number, of which shared memory has room for two.
+      window: tiles of rows that are worked on at a time, side by side, so that what is
+        read of `w` is read by as many programs. More where that occupies more of them.
       num_sms: multiprocessors of the device.
     """
 
     columns: int
     rows: int
     stages: int = 4
-    parts: int = 2
-    window: int = 8
+    parts: int = 4
+    window: int = 4
     num_sms: int = 132
 
     @classmethod
@@ -62,9 +63,9 @@ class Tiles:
 
         Example:
           >>> Tiles.default(8192, 128, columns=8192)
-          Tiles(columns=128, rows=256, stages=4, parts=2, window=8, num_sms=132)
+          Tiles(columns=128, rows=256, stages=4, parts=4, window=4, num_sms=132)
           >>> Tiles.default(5, 128, columns=8192)
-          Tiles(columns=64, rows=16, stages=8, parts=1, window=8, num_sms=132)
+          Tiles(columns=64, rows=16, stages=8, parts=1, window=4, num_sms=132)
         """
         num_wide = -(-num_rows // _MAX_ROWS) * (columns // 128)
         if block_side % 128 or num_wide < cls.num_sms:  # narrow ones, to occupy all
@@ -82,6 +83,29 @@ class Tiles:
     def rows_of_tile(self) -> int:
         """Rows of x in a tile, of both warpgroups."""
         return self.rows * (128 // self.columns)
+
+    def window_for(self, num_units: int, row_tiles: int) -> int:
+        """How many tiles of rows are worked on at a time.
+
+        Of those that occupy most programs, the one nearest to `window`.
+
+        Args:
+          num_units: tiles along the columns.
+          row_tiles: tiles along the rows.
+
+        Example:
+          >>> tiles = Tiles.default(8192, 128, columns=8192)
+          >>> tiles.window_for(64, 32), tiles.window_for(16, 32), tiles.window_for(64, 1)
+          (4, 8, 1)
+        """
+
+        def occupied(window):
+            programs = min(self.num_sms // window, num_units) * window
+            windows = -(-row_tiles // window)
+            return round(programs * row_tiles / (windows * window), 6)
+
+        choices = range(1, min(row_tiles, self.num_sms) + 1)
+        return max(choices, key=lambda n: (occupied(n), -abs(n - self.window)))
 
 
 def unsupported_reason(x, w, block_mask, bias, full_dw=False) -> str | None:
@@ -162,24 +186,17 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     pad = -num_rows % tiles.rows_of_tile
     if pad:
         x = jnp.pad(x, ((0, pad), (0, 0)))
-    halves, row_parts = tiles.columns // DEPTH, 128 // tiles.columns
+    apart = tiles.columns == DEPTH  # the warpgroups have rows of their own
     units_of_list, substeps = side // tiles.columns, depth // DEPTH
     row_tiles = len(x) // tiles.rows_of_tile
-    window = next(
-        n for n in range(min(tiles.window, row_tiles), 0, -1) if not row_tiles % n
-    )
     num_units = num_lists * units_of_list
-    programs = min(tiles.num_sms, num_units * row_tiles)
-    costs = lists.num.astype(jnp.float32) * (depth / 128) + _STORE_COST
-    bounds = shares(
-        jnp.repeat(costs, units_of_list, total_repeat_length=num_units),
-        copies=window,
-        windows=row_tiles // window,
-        programs=programs,
-    )
+    window = tiles.window_for(num_units, row_tiles)
+    windows = -(-row_tiles // window)
+    across = min(tiles.num_sms // window, num_units)
     slots, slots_t = block_slots(lists if w_by_list else lists.T)
     positions = lists.indices if w.ndim == 2 else slots if w_by_list else slots_t
-    part_rows = tiles.rows // tiles.parts
+    part_rows, room = tiles.rows // tiles.parts, min(tiles.parts, 2)
+    assert tiles.parts == 1 or tiles.parts % 2 == 0, tiles
     fused = activation and _compat.without_custom_rules(activation)
 
     def make_task(refs):
@@ -187,93 +204,122 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
 
         def walk(visit, carry):
             program = jax.lax.axis_index("program")
+            number, row = jax.lax.div(program, window), jax.lax.rem(program, window)
+            first, last = share(
+                lambda i: refs["num"][i] * substeps + _STORE_COST,
+                num_lists,
+                number,
+                across,
+            )
 
             def of_window(g, carry):
-                def of_tile(t, carry):
-                    unit = jax.lax.div(t, window)
-                    return visit((unit, g * window + jax.lax.rem(t, window)), carry)
+                def of_unit(unit, carry):
+                    return visit((row_tile * num_units + unit,), carry)
 
-                first, last = refs["bounds"][g, program], refs["bounds"][g, program + 1]
-                return jax.lax.fori_loop(first, last, of_tile, carry)
+                row_tile = g * window + row
+                start = whole(first * units_of_list, g, windows)
+                stop = whole(last * units_of_list, g, windows)
+                stop = jnp.where(row_tile < row_tiles, stop, start)
+                return jax.lax.fori_loop(start, stop, of_unit, carry)
 
-            return jax.lax.fori_loop(0, row_tiles // window, of_window, carry)
+            return jax.lax.fori_loop(0, windows, of_window, carry)
+
+        def place(tile):
+            return jax.lax.rem(tile[0], num_units), jax.lax.div(tile[0], num_units)
 
         def num_steps(tile):
-            return refs["num"][jax.lax.div(tile[0], units_of_list)] * substeps
+            return refs["num"][jax.lax.div(place(tile)[0], units_of_list)] * substeps
 
-        def load(tile, step, slot, full):
-            unit, row_tile = tile
-            of_list = jax.lax.div(unit, units_of_list)
-            entry, substep = jax.lax.div(step, substeps), jax.lax.rem(step, substeps)
-            deep = pl.ds(
-                refs["indices"][of_list, entry] * depth + substep * DEPTH, DEPTH
-            )
-            for part in range(row_parts):
-                row = row_tile * tiles.rows_of_tile + part * tiles.rows
-                source = refs["x"].at[pl.ds(row, tiles.rows), deep]
-                plgpu.copy_gmem_to_smem(source, x_ring.at[slot, part], full)
-            for half in range(halves):
-                if w.ndim == 2:
-                    wide = pl.ds(unit * tiles.columns + half * DEPTH, DEPTH)
-                    block, within = refs["w"], deep
-                else:
-                    in_list = jax.lax.rem(unit, units_of_list)
-                    wide = pl.ds(in_list * tiles.columns + half * DEPTH, DEPTH)
-                    block = refs["w"].at[refs["positions"][of_list, entry]]
-                    within = pl.ds(substep * DEPTH, DEPTH)
-                source = block.at[wide, within] if w_by_list else block.at[within, wide]
-                plgpu.copy_gmem_to_smem(source, w_ring.at[slot, half], full)
+        def source(tile, step):
+            of_list = jax.lax.div(place(tile)[0], units_of_list)
+            entry = jax.lax.div(step, substeps)
+            entry = jnp.minimum(entry, lists.indices.shape[1] - 1)
+            index = refs["indices"][of_list, entry]
+            if w.ndim == 2:
+                return (index,)
+            return index, refs["positions"][of_list, entry]
+
+        def load(tile, source, step, slot, full):
+            unit, row_tile = place(tile)
+            index, *slot_of_w = source
+            substep = jax.lax.rem(step, substeps) * DEPTH
+            deep = pl.ds(index * depth + substep, DEPTH)
+            rows = pl.ds(row_tile * tiles.rows_of_tile, tiles.rows_of_tile)
+            plgpu.copy_gmem_to_smem(refs["x"].at[rows, deep], x_ring.at[slot], full)
+            if w.ndim == 2:
+                wide = pl.ds(unit * tiles.columns, tiles.columns)
+                block, within = refs["w"], deep
+            else:
+                in_list = jax.lax.rem(unit, units_of_list)
+                wide = pl.ds(in_list * tiles.columns, tiles.columns)
+                block, within = refs["w"].at[slot_of_w[0]], pl.ds(substep, DEPTH)
+            block = block.at[wide, within] if w_by_list else block.at[within, wide]
+            plgpu.copy_gmem_to_smem(block, w_ring.at[slot], full)
 
         def multiply(sums, slot, warpgroup):
-            block = w_ring.at[slot, warpgroup if halves == 2 else 0]
-            rows = x_ring.at[slot, warpgroup if row_parts == 2 else 0]
-            plgpu.wgmma(sums, block if w_by_list else block.T, rows.T)
-
-        def store(tile, sums, warpgroup):
-            unit, row_tile = tile
-            row = row_tile * tiles.rows_of_tile
-            column = unit * tiles.columns
-            if halves == 2:
-                column += warpgroup * DEPTH
+            rows, block = x_ring.at[slot], w_ring.at[slot]
+            if apart:
+                rows = rows.at[pl.ds(warpgroup * tiles.rows, tiles.rows)]
             else:
-                row += warpgroup * tiles.rows
+                mine = pl.ds(warpgroup * DEPTH, DEPTH)
+                block = block.at[mine] if w_by_list else block.at[:, mine]
+            plgpu.wgmma(sums[0], block if w_by_list else block.T, rows.T)
+
+        def corner(tile, warpgroup):
+            """The first row and column of what a warpgroup sums."""
+            unit, row_tile = place(tile)
+            row, column = row_tile * tiles.rows_of_tile, unit * tiles.columns
+            if apart:
+                return row + warpgroup * tiles.rows, column
+            return row, column + warpgroup * DEPTH
+
+        def finish(tile, sums, warpgroup):
             if bias is not None:
                 of_tile = _compat.mosaic_gpu_load(
                     plgpu,
-                    refs["bias"].at[pl.ds(column, DEPTH)],
+                    refs["bias"].at[pl.ds(corner(tile, warpgroup)[1], DEPTH)],
                     plgpu.Layout.WGMMA.reduce(1),
                 )
                 sums += jax.lax.broadcast_in_dim(
                     of_tile.astype(jnp.float32), sums.shape, [0]
                 )
-            values = epilogue(sums, None, fused).astype(x.dtype)
-            for part in range(tiles.parts):
-                piece = values[:, part * part_rows : (part + 1) * part_rows]
-                piece = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # it is free
-                staging.at[warpgroup].T[...] = piece
-                plgpu.commit_smem()
-                to = pl.ds(row + part * part_rows, part_rows), pl.ds(column, DEPTH)
-                plgpu.copy_smem_to_gmem(staging.at[warpgroup], refs["out"].at[to])
+            return epilogue(sums, None, fused).astype(x.dtype)
 
-        return Task(walk, num_steps, load, multiply, store)
+        def store(tile, values, part, warpgroup):
+            row, column = corner(tile, warpgroup)
+            mine = staging.at[warpgroup, part % room]
+            piece = values[0][:, part * part_rows : (part + 1) * part_rows]
+            piece = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
+            # of the others, the copies may go on
+            plgpu.wait_smem_to_gmem(room - 1, wait_read_only=True)
+            mine.T[...] = piece
+            plgpu.commit_smem()
+            to = pl.ds(row + part * part_rows, part_rows), pl.ds(column, DEPTH)
+            plgpu.copy_smem_to_gmem(mine, refs["out"].at[to])
 
-    operands = {"x": x, "w": w, "bounds": bounds, "num": lists.num}
+        return Task(
+            walk, num_steps, source, load, multiply, finish, store, tiles.parts
+        )
+
+    operands = {"x": x, "w": w, "num": lists.num}
     operands |= {"indices": lists.indices, "positions": positions}
     if bias is not None:
         operands["bias"] = bias
+    block = (tiles.columns, DEPTH) if w_by_list else (DEPTH, tiles.columns)
     y = run(
         make_task,
         operands=operands,
         out_type=jax.ShapeDtypeStruct((len(x), columns), x.dtype),
         scratch={
-            "x_ring": smem((tiles.stages, row_parts, tiles.rows, DEPTH), x.dtype),
-            "w_ring": smem((tiles.stages, halves, DEPTH, DEPTH), x.dtype),
-            "staging": smem((2, part_rows, DEPTH), x.dtype),
+            "x_ring": smem((tiles.stages, tiles.rows_of_tile, DEPTH), x.dtype),
+            "w_ring": smem((tiles.stages, *block), x.dtype),
+            "staging": smem((COMPUTING, room, part_rows, DEPTH), x.dtype),
         },
         sums_shape=(DEPTH, tiles.rows),
+        num_sums=1,
+        no_tile=(-1,),
         stages=tiles.stages,
-        copies=row_parts + halves,
-        programs=programs,
+        copies=2,
+        programs=across * window,
     )
     return y[:num_rows] if pad else y

@@ -7,10 +7,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsejax.formats import BlockMask
-from sparsejax.ops._warpgroups import smem
-from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
-from sparsejax.ops.block_matmul._schedule import kept_first
+from sparsejax.formats import BlockMask, block_slots
+from sparsejax.ops._warpgroups import COMPUTING, smem
+from sparsejax.ops.block_matmul._pipeline import DEPTH, Aside, Task, run
+from sparsejax.ops.block_matmul._schedule import add_up, nth_kept
+
+_SUMS = 2  # blocks for which a warpgroup adds up at a time
+_RING_BYTES = 200 * 1024
+_COPYING_REGISTERS = 40  # more than for y, to look for zeros
+_ZEROS_EVERY = 8  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +23,12 @@ class Tiles:
     """How the work of dw is cut.
 
     Attributes:
-      stages: slots of the ring, of 64 rows of x and dy each.
+      stages: slots of the ring, of 64 rows of x and dy each; fewer where there is not
+        as much shared memory.
       num_sms: multiprocessors of the device.
     """
 
-    stages: int = 6
+    stages: int = 5
     num_sms: int = 132
 
 
@@ -36,129 +42,222 @@ def grad_w(
 ) -> jax.Array:
     """`x.T @ dy` at kept blocks, 0 elsewhere; see `Products`.
 
-    A tile is 128 rows of a block, 64 for each warpgroup; or, if a block has not as
-    many, 64 rows of two blocks, one for each.
+    A tile is 128 rows of two blocks of a row, 64 rows for each warpgroup; or, if a
+    block has not as many, 64 rows of four blocks, two for each: what is read of x is
+    used that often, as the second level of cache has no more to give. Where a row has
+    no more blocks, what is computed is not stored. The warpgroup that loads writes the
+    zeros, from shared memory, a few between any two loads: they cost no time of their
+    own.
     """
     tiles = tiles or Tiles()
     pad = -len(x) % DEPTH
     if pad:
         x, dy = (jnp.pad(a, ((0, pad), (0, 0))) for a in (x, dy))
     height, width = block_mask.block_shape
+    block_rows, block_columns = block_mask.blocks_shape
+    capacity = block_mask.indices.shape[1]
     columns = 64 if width % 128 else 128
     together = height % 128 == 0  # the warpgroups share a block
     across = width // columns
-    down = height // (128 if together else DEPTH)
-    parts = down * across  # tiles of a block
-    order, num_kept = kept_first(block_mask)
+    parts = height // (128 if together else DEPTH) * across  # tiles of a block
+    in_tile = _SUMS if together else COMPUTING * _SUMS  # blocks
     compact = w.ndim == 3
-    if compact:
-        order, places = _by_place(order, num_kept, block_mask, len(w))
-    else:
-        places = order
-    num_pieces = len(order) * parts  # that a warpgroup or both compute
-    num_tiles = num_pieces if together else -(-num_pieces // 2)
-    programs = min(tiles.num_sms, num_tiles)
-    block_columns = block_mask.blocks_shape[1]
-    num_steps_of_kept = len(x) // DEPTH
+    num_places = len(w) if compact else block_rows * block_columns
+    programs = min(tiles.num_sms, num_places * parts)
+    steps_of_tile = len(x) // DEPTH
+    x_columns = 128 if together else DEPTH
+    slot_bytes = 2 * DEPTH * (x_columns + in_tile * columns)
+    stages = max(2, min(tiles.stages, _RING_BYTES // slot_bytes))
 
     def make_task(refs):
         x_ring, dy_ring, staging = refs["x_ring"], refs["dy_ring"], refs["staging"]
+        program = jax.lax.axis_index("program")
+
+        def length(row):
+            return refs["num"][row]
+
+        def groups(row):
+            """How many tiles the blocks of a row make."""
+            return jax.lax.div(length(row) + in_tile - 1, in_tile)
+
+        def mine(number):
+            """How many of so many are this program's, every `programs`-th."""
+            return jax.lax.div(number - program + programs - 1, programs)
+
+        num_tiles = mine(add_up(groups, block_rows) * parts)
 
         def walk(visit, carry):
-            program = jax.lax.axis_index("program")
-            mine = jax.lax.div(num_tiles - program + programs - 1, programs)
+            """A tile is `(row, group, part)`."""
 
-            def of_tile(t, carry):
-                return visit((program + t * programs,), carry)
+            def of_tile(t, state_and_carry):
+                state, carry = state_and_carry
+                number = program + t * programs
+                n, part = jax.lax.div(number, parts), jax.lax.rem(number, parts)
+                state, row, group = nth_kept(
+                    state, n, groups, block_rows, block_columns
+                )
+                return state, visit((row, group, part), carry)
 
-            return jax.lax.fori_loop(0, mine, of_tile, carry)
+            start = jnp.int32(-1), jnp.int32(0), jnp.int32(0)
+            return jax.lax.fori_loop(0, num_tiles, of_tile, (start, carry))[1]
 
-        def numbered(tile, warpgroup):  # the last of two may be one too many
-            return tile[0] if together else 2 * tile[0] + warpgroup
-
-        def piece(tile, warpgroup):
-            """Which block, by its place in the order, and which tile of it."""
-            number = jnp.minimum(numbered(tile, warpgroup), num_pieces - 1)
-            return jax.lax.div(number, parts), jax.lax.rem(number, parts)
-
-        def corner(part, warpgroup):
-            """The first row and column, within the block, of what a warpgroup sums."""
+        def corner(part):
+            """The first row and column of a part within its block."""
             row, column = jax.lax.div(part, across), jax.lax.rem(part, across)
-            if together:
-                return row * 128 + warpgroup * DEPTH, column * columns
-            return row * DEPTH, column * columns
+            return row * x_columns, column * columns
 
-        def num_steps(tile):
-            kept = (
-                piece(tile, 0)[0] < refs["kept"][0]
-            )  # the first of the two is kept too
-            return jnp.where(kept, num_steps_of_kept, 0)
+        def target(row, column, place):
+            """A block in the result."""
+            if compact:
+                return refs["out"].at[place]
+            return refs["out"].at[
+                pl.ds(row * height, height), pl.ds(column * width, width)
+            ]
 
-        def load(tile, step, slot, full):
+        def source(tile, step):
+            row, group, _ = tile
+            last = length(row) - 1
+            return tuple(
+                refs["indices"][row, jnp.minimum(group * in_tile + i, last)]
+                for i in range(in_tile)
+            )
+
+        def load(tile, source, step, slot, full):
+            row, _, part = tile
+            down, right = corner(part)
             rows = pl.ds(step * DEPTH, DEPTH)
-            for warpgroup in range(2):
-                at, part = piece(tile, warpgroup)
-                row, column = corner(part, warpgroup)
-                block = refs["order"][at]
-                row += jax.lax.div(block, block_columns) * height
-                column += jax.lax.rem(block, block_columns) * width
-                source = refs["x"].at[rows, pl.ds(row, DEPTH)]
-                plgpu.copy_gmem_to_smem(source, x_ring.at[slot, warpgroup], full)
-                if warpgroup == 0 or not together:
-                    source = refs["dy"].at[rows, pl.ds(column, columns)]
-                    plgpu.copy_gmem_to_smem(source, dy_ring.at[slot, warpgroup], full)
+            from_x = refs["x"].at[rows, pl.ds(row * height + down, x_columns)]
+            plgpu.copy_gmem_to_smem(from_x, x_ring.at[slot], full)
+            for i, column in enumerate(source):
+                at = pl.ds(column * width + right, columns)
+                plgpu.copy_gmem_to_smem(refs["dy"].at[rows, at], dy_ring.at[slot, i], full)
 
         def multiply(sums, slot, warpgroup):
-            dy_tile = dy_ring.at[slot, 0 if together else warpgroup]
-            plgpu.wgmma(sums, x_ring.at[slot, warpgroup].T, dy_tile)
+            rows = x_ring.at[slot]
+            if together:
+                rows = rows.at[:, pl.ds(warpgroup * DEPTH, DEPTH)]
+            for i, of_block in enumerate(sums):
+                block = i if together else warpgroup * _SUMS + i
+                plgpu.wgmma(of_block, rows.T, dy_ring.at[slot, block])
 
-        def store(tile, sums, warpgroup):
-            at, part = piece(tile, warpgroup)
-            sums = jnp.where(at < refs["kept"][0], sums, 0.0)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            staging[warpgroup] = sums.astype(w.dtype)
-            plgpu.commit_smem()
-            row, column = corner(part, warpgroup)
-            place = refs["places"][at]
-            if compact:
-                to = refs["out"].at[place]
+        def finish(tile, sums, warpgroup):
+            return sums.astype(w.dtype)
+
+        def store(tile, values, number, warpgroup):
+            row, group, part = tile
+            down, right = corner(part)
+            i, piece = divmod(number, columns // DEPTH)
+            entry = group * in_tile + i
+            if together:
+                down += warpgroup * DEPTH
             else:
-                to = refs["out"]
-                row += jax.lax.div(place, block_columns) * height
-                column += jax.lax.rem(place, block_columns) * width
-            to = to.at[pl.ds(row, DEPTH), pl.ds(column, columns)]
+                entry += warpgroup * _SUMS
+            exists = entry < length(row)
+            entry = jnp.minimum(entry, length(row) - 1)
+            place = refs["slots"][row, entry] if compact else None
+            if compact:
+                exists &= place < num_places
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staging[warpgroup] = values[i][:, piece * DEPTH : (piece + 1) * DEPTH]
+            plgpu.commit_smem()
 
-            @pl.when(numbered(tile, warpgroup) < num_pieces)
+            @pl.when(exists)
             def _():
-                plgpu.copy_smem_to_gmem(staging.at[warpgroup], to)
+                block = target(row, refs["indices"][row, entry], place)
+                to = pl.ds(down, DEPTH), pl.ds(right + piece * DEPTH, DEPTH)
+                plgpu.copy_smem_to_gmem(staging.at[warpgroup], block.at[to])
 
-        return Task(walk, num_steps, load, multiply, store)
+        # zeros: each program looks at some of the blocks
+        kept = jnp.minimum(add_up(length, block_rows), num_places) if compact else 0
+        num_seen = mine(num_places - kept)
+        num_steps = num_tiles * steps_of_tile
+        chunks = jax.lax.div(num_steps + _ZEROS_EVERY - 1, _ZEROS_EVERY)
+        chunks = jnp.maximum(chunks, 1)
+        at_a_time = jax.lax.div(num_seen + chunks - 1, chunks)
 
-    operands = {"x": x, "dy": dy, "order": order, "places": places}
+        def write_zeros(i):
+            number = program + i * programs
+            row, column = None, None
+            if compact:
+                place, absent = kept + number, True
+            else:
+                place = None
+                row = jax.lax.div(number, block_columns)
+                column = jax.lax.rem(number, block_columns)
+                absent = ~is_listed(row, column)
+
+            @pl.when(absent)
+            def _():
+                block = target(row, column, place)
+                for down in range(0, height, DEPTH):
+                    for right in range(0, width, DEPTH):
+                        to = block.at[pl.ds(down, DEPTH), pl.ds(right, DEPTH)]
+                        plgpu.copy_smem_to_gmem(refs["zeros"], to)
+
+        def is_listed(row, column):
+            def halve(_, bounds):
+                low, high = bounds
+                middle = jax.lax.div(low + high, 2)
+                below = refs["indices"][row, jnp.minimum(middle, capacity - 1)] < column
+                return (
+                    jnp.where((low < high) & below, middle + 1, low),
+                    jnp.where((low < high) & ~below, middle, high),
+                )
+
+            bounds = (jnp.int32(0), length(row))
+            at, _ = jax.lax.fori_loop(0, capacity.bit_length(), halve, bounds)
+            found = refs["indices"][row, jnp.minimum(at, capacity - 1)]
+            return (at < length(row)) & (found == column)
+
+        def write_chunk(first):
+            last = jnp.minimum(first + at_a_time, num_seen)
+            jax.lax.fori_loop(first, last, lambda i, _: write_zeros(i), None)
+
+        def begin():
+            zeros = jnp.zeros((DEPTH, DEPTH), w.dtype)
+            refs["zeros"][...] = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+            plgpu.commit_smem()
+
+        def after(step):
+            @pl.when(jax.lax.rem(step, _ZEROS_EVERY) == 0)
+            def _():
+                write_chunk(jax.lax.div(step, _ZEROS_EVERY) * at_a_time)
+
+        def end():
+            seen = jnp.where(num_tiles > 0, chunks * at_a_time, 0)
+            jax.lax.fori_loop(seen, num_seen, lambda i, _: write_zeros(i), None)
+            plgpu.wait_smem_to_gmem(0)
+
+        return Task(
+            walk,
+            lambda tile: jnp.int32(steps_of_tile),
+            source,
+            load,
+            multiply,
+            finish,
+            store,
+            parts=_SUMS * columns // DEPTH,
+            aside=Aside(begin, after, end),
+        )
+
+    operands = {"x": x, "dy": dy, "num": block_mask.num, "indices": block_mask.indices}
+    if compact:
+        operands["slots"] = block_slots(block_mask)[0]
     return run(
         make_task,
-        operands=operands | {"kept": num_kept.reshape(1)},
+        operands=operands,
         out_type=jax.ShapeDtypeStruct(w.shape, w.dtype),
         scratch={
-            "x_ring": smem((tiles.stages, 2, DEPTH, DEPTH), x.dtype),
-            "dy_ring": smem(
-                (tiles.stages, 1 if together else 2, DEPTH, columns), x.dtype
-            ),
-            "staging": smem((2, DEPTH, columns), w.dtype),
+            "x_ring": smem((stages, DEPTH, x_columns), x.dtype),
+            "dy_ring": smem((stages, in_tile, DEPTH, columns), x.dtype),
+            "staging": smem((COMPUTING, DEPTH, DEPTH), w.dtype),
+            "zeros": smem((DEPTH, DEPTH), w.dtype),
         },
         sums_shape=(DEPTH, columns),
-        stages=tiles.stages,
-        copies=3 if together else 4,
+        num_sums=_SUMS,
+        no_tile=(-1, 0, 0),
+        stages=stages,
+        copies=1 + in_tile,
         programs=programs,
+        copying_registers=_COPYING_REGISTERS,
     )
-
-
-def _by_place(order, num_kept, block_mask, capacity):
-    """The order cut to a capacity, and where in the values each of its blocks stands.
-
-    Kept blocks stand in row-major order; the places beyond them are left for zeros.
-    """
-    rank = jnp.cumsum(block_mask.to_blocks().reshape(-1), dtype=jnp.int32) - 1
-    at = jnp.arange(capacity, dtype=jnp.int32)
-    order = jnp.pad(order, (0, max(0, capacity - len(order))))[:capacity]
-    return order, jnp.where(at < num_kept, rank[order], at)

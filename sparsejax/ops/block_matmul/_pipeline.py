@@ -2,8 +2,10 @@
 
 The third warpgroup walks over the program's tiles and copies what each step needs into
 a ring of slots, as far ahead as there are free slots, also into the next tile. The
-other two walk over the same tiles, multiply what is there and store the sums, while the
-ring fills for the tile after.
+other two walk over the same tiles and multiply what is there. What they have summed
+they store during the first steps of the tile after, a part in each, while the tensor
+cores work: a store of its own time would leave those idle for a fifth of a tile of 26
+steps, as copies into the ring, which are ahead of it, are in its way.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ from sparsejax.ops._warpgroups import COMPUTING, SWIZZLED, launch
 
 DEPTH = SWIZZLED  # of a step
 
-Tile = Any  # what `walk` gives for one tile: a tuple of scalars
+Tile = tuple[jax.Array, ...]  # int32, the first at least 0
+Source = Any  # where the blocks of a step lie: scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +31,46 @@ class Task:
 
     Attributes:
       walk: takes `visit(tile, carry) -> carry` and a first carry; visits the tiles of
-        this program in order.
+        this program in order and gives the last carry.
       num_steps: of a tile, int32; may be 0.
-      load: `(tile, step, slot, full)` starts the copies of a step into a slot; they
-        arrive at the barrier `full`.
-      multiply: `(sums, slot, warpgroup)` starts the product of a slot, one `wgmma`.
-      store: `(tile, sums, warpgroup)` stores the float32 sums of a tile; its copies
-        read shared memory that no other warpgroup uses.
+      source: `(tile, step)` reads from the lists what `load` needs; also of a step that
+        the tile does not have.
+      load: `(tile, source, step, slot, full)` starts the copies of a step into a slot;
+        they arrive at the barrier `full`.
+      multiply: `(sums, slot, warpgroup)` starts the products of a slot, one for each
+        of the sums.
+      finish: `(tile, sums, warpgroup)` gives what is stored of float32 sums; called for
+        each.
+      store: `(tile, values, part, warpgroup)` stores a part of it; its copies read
+        shared memory that no other warpgroup uses. `values` are of all sums.
+      parts: of a tile.
+      aside: what the warpgroup that loads does besides; or None.
     """
 
-    walk: Callable[[Callable[[Tile, jax.Array], jax.Array], jax.Array], jax.Array]
+    walk: Callable[[Callable[[Tile, Any], Any], Any], Any]
     num_steps: Callable[[Tile], jax.Array]
-    load: Callable[[Tile, jax.Array, jax.Array, Any], None]
-    multiply: Callable[[Any, jax.Array, jax.Array], None]
-    store: Callable[[Tile, jax.Array, jax.Array], None]
+    source: Callable[[Tile, jax.Array], Source]
+    load: Callable[[Tile, Source, jax.Array, jax.Array, Any], None]
+    multiply: Callable[[tuple[Any, ...], jax.Array, jax.Array], None]
+    finish: Callable[[Tile, jax.Array, jax.Array], jax.Array]
+    store: Callable[[Tile, tuple[jax.Array, ...], int, jax.Array], None]
+    parts: int
+    aside: "Aside | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Aside:
+    """What a warpgroup does besides loading.
+
+    Attributes:
+      begin: before the first load.
+      after: `(step)`, after the load of each of the program's steps.
+      end: after the last.
+    """
+
+    begin: Callable[[], None]
+    after: Callable[[jax.Array], None]
+    end: Callable[[], None]
 
 
 def run(
@@ -51,9 +80,12 @@ def run(
     out_type: jax.ShapeDtypeStruct,
     scratch: dict[str, Any],
     sums_shape: tuple[int, int],
+    num_sums: int,
+    no_tile: tuple[int, ...],
     stages: int,
     copies: int,
     programs: int,
+    copying_registers: int = 24,
 ) -> jax.Array:
     """Runs the kernel of a task.
 
@@ -63,9 +95,12 @@ def run(
       out_type: of the result.
       scratch: shared memory of a program.
       sums_shape: of one warpgroup.
+      num_sums: of that shape that it has.
+      no_tile: like a tile, the first number negative.
       stages: slots of the ring.
       copies: that `load` starts for a slot.
       programs: the length of the grid.
+      copying_registers: see `launch`.
     """
     assert stages >= 2, stages
 
@@ -73,8 +108,11 @@ def run(
         _load_all(make_task(refs), refs["full"], refs["empty"], stages)
 
     def computing(refs, warpgroup):
-        task, full, empty = make_task(refs), refs["full"], refs["empty"]
-        _multiply_all(task, full, empty, stages, sums_shape, warpgroup)
+        zeros = jnp.zeros(sums_shape, out_type.dtype)
+        zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        nothing = tuple(jnp.int32(n) for n in no_tile), (zeros,) * num_sums
+        task = make_task(refs)
+        _multiply_all(task, refs["full"], refs["empty"], stages, nothing, warpgroup)
 
     barriers = {
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -87,43 +125,65 @@ def run(
         results={"out": out_type},
         scratch=scratch | barriers,
         programs=programs,
+        copying_registers=copying_registers,
     )["out"]
 
 
 def _load_all(task: Task, full, empty, stages: int) -> None:
+    aside = task.aside
+
     def visit(tile, done):
         num_steps = task.num_steps(tile)
 
-        def step(i, _):
+        def step(i, source):
             slot = jax.lax.rem(done + i, stages)
+            following = task.source(tile, i + 1)  # is read while a slot is waited for
 
             @pl.when(done + i >= stages)
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
-            task.load(tile, i, slot, full.at[slot])
-            return _
+            task.load(tile, source, i, slot, full.at[slot])
+            if aside is not None:
+                aside.after(done + i)
+            return following
 
-        jax.lax.fori_loop(0, num_steps, step, None)
+        jax.lax.fori_loop(0, num_steps, step, task.source(tile, jnp.int32(0)))
         return done + num_steps
 
+    if aside is not None:
+        aside.begin()
     task.walk(visit, jnp.int32(0))
+    if aside is not None:
+        aside.end()
 
 
-def _multiply_all(task: Task, full, empty, stages, sums_shape, warpgroup) -> None:
-    def visit(tile, done):
+def _multiply_all(task: Task, full, empty, stages, nothing, warpgroup) -> None:
+    accumulators = [
+        plgpu.WGMMAAccumulatorRef(zeros.shape, jnp.float32) for zeros in nothing[1]
+    ]
+
+    def visit(tile, carry):
+        done, previous, values = carry
         num_steps = task.num_steps(tile)
 
         def free(i):
             plgpu.barrier_arrive(empty.at[jax.lax.rem(done + i, stages)])
 
-        def add_up(sums):
+        def store_if(condition, part):
+            @pl.when(condition & (previous[0] >= 0))
+            def _():
+                task.store(previous, values, part, warpgroup)
+
+        def add_up(*sums):
             def step(i, _):
                 slot = jax.lax.rem(done + i, stages)
                 plgpu.barrier_wait(full.at[slot])
                 task.multiply(sums, slot, warpgroup)
-                # this product goes on; the one before is over and its slot free
-                plgpu.wgmma_wait(1)
+                for part in range(task.parts):
+                    store_if(i == part, part)
+                # these products go on; those before are over and their slot free
+                plgpu.wgmma_wait(len(sums))
 
                 @pl.when(i > 0)
                 def _():
@@ -132,18 +192,21 @@ def _multiply_all(task: Task, full, empty, stages, sums_shape, warpgroup) -> Non
                 return _
 
             jax.lax.fori_loop(0, num_steps, step, None)
-            values = sums[...]  # waits for the last product
+            for part in range(task.parts):  # of which there was no step
+                store_if(part >= num_steps, part)
+            found = [of_one[...] for of_one in sums]  # waits for the last products
 
             @pl.when(num_steps > 0)
             def _():
                 free(num_steps - 1)
 
-            return values
+            return tuple(task.finish(tile, of_one, warpgroup) for of_one in found)
 
-        values = pl.run_scoped(
-            add_up, plgpu.WGMMAAccumulatorRef(sums_shape, jnp.float32)
-        )
-        task.store(tile, values, warpgroup)
-        return done + num_steps
+        return done + num_steps, tile, pl.run_scoped(add_up, *accumulators)
 
-    task.walk(visit, jnp.int32(0))
+    _, last, values = task.walk(visit, (jnp.int32(0), *nothing))
+
+    @pl.when(last[0] >= 0)
+    def _():
+        for part in range(task.parts):
+            task.store(last, values, part, warpgroup)

@@ -1,85 +1,152 @@
 """Who computes what: the tiles of a product with lists of unequal length, shared out.
 
-Pure jnp on a few hundred numbers, so that a new topology needs no host.
+Scalar arithmetic on the lengths of the lists alone, which each program does for itself:
+a kernel before it, to share the work out, would take as long as a tenth of a product at
+low density.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from sparsejax.formats import BlockMask
-
+_UNROLL = 4  # lengths that are read at a time
 _REGION = 16  # blocks along either side of a region that is finished before the next
 
 
-def shares(costs: jax.Array, *, copies: int, windows: int, programs: int) -> jax.Array:
-    """Cuts the tiles of every window into consecutive shares of about equal cost.
-
-    A window holds `copies` tiles of each list, list after list; all windows are alike,
-    and all programs work on one window at a time, so that they read the same rows. A
-    share ends at a whole tile. The rounding differs from window to window by
-    `1 / windows` of a tile: over all windows the error of a program is below one tile,
-    since `sum_g floor(y + g / windows) = floor(windows * y)`.
-
-    Args:
-      costs: float32 `[lists]`, positive: of one tile of each list.
-      copies: tiles of a list in a window.
-      windows: number of windows.
-      programs: to share among.
-
-    Returns:
-      int32 `[windows, programs + 1]`: program p has the tiles `[s[g, p], s[g, p + 1])`
-      of window g, of `len(costs) * copies`.
-
-    Example:
-      >>> costs = jnp.array([3.0, 1.0, 1.0, 1.0])
-      >>> print(shares(costs, copies=2, windows=1, programs=4))
-      [[0 1 2 5 8]]
-    """
-    ends = jnp.cumsum(costs)
-    targets = ends[-1] / programs * jnp.arange(programs + 1, dtype=jnp.float32)
-    index = jnp.sum(ends[None, :] <= targets[:, None], axis=1)
-    index = jnp.minimum(index, len(costs) - 1)
-    within = (targets - (ends - costs)[index]) / costs[index]
-    tiles = (index + jnp.clip(within, 0, 1)) * copies
-    shift = (jnp.arange(windows, dtype=jnp.float32) + 0.5) / windows
-    cut = jnp.floor(tiles[None, :] + shift[:, None]).astype(jnp.int32)
-    last = len(costs) * copies
-    edge = jnp.arange(programs + 1)
-    return jnp.where(edge == 0, 0, jnp.where(edge == programs, last, cut))
+def add_up(length: Callable[[Any], jax.Array], size: int) -> jax.Array:
+    """The sum of `size` lengths, int32; `length` takes an index."""
+    return _scan(lambda total, i, n: total + n, jnp.int32(0), length, size)
 
 
-def kept_first(mask: BlockMask) -> tuple[jax.Array, jax.Array]:
-    """All blocks in an order in which the kept ones come first, region by region.
-
-    Blocks that are worked on at a time lie in a region of few rows and few columns, so
-    that what they read of either operand is read by many of them.
+def share(
+    cost: Callable[[Any], jax.Array], size: int, number: Any, of: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cuts lists into consecutive shares of equal cost; gives one of them.
 
     Args:
-      mask: without leading axes.
+      cost: takes the index of a list and gives its cost, int32, at least 1.
+      size: how many lists.
+      number: of the share, int32.
+      of: how many shares.
 
     Returns:
-      int32 `[block_rows * block_columns]`, `row * block_columns + column` of each; and
-      the number of kept blocks, int32.
+      Where it begins and where it ends, float32, counted in lists: 3.25 is a quarter
+      into list 3. See `whole`.
 
     Example:
-      >>> mask = BlockMask.from_blocks(jnp.array([[False, True], [True, True]]), (8, 8))
-      >>> print(*kept_first(mask))
-      [1 2 3 0] 3
+      >>> costs = jnp.array([3, 1, 1, 1])
+      >>> [tuple(map(float, share(lambda i: costs[i], 4, n, 2))) for n in (0, 1)]
+      [(0.0, 1.0), (1.0, 4.0)]
     """
-    rows, columns = mask.blocks_shape
-    ids = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
-    by_region = np.concatenate(
-        [
-            ids[r : r + _REGION, c : c + _REGION].reshape(-1)
-            for r in range(0, rows, _REGION)
-            for c in range(0, columns, _REGION)
-        ]
-    )
-    kept = mask.to_blocks().reshape(-1)[by_region]
-    num_kept = jnp.sum(kept, dtype=jnp.int32)
-    rank = jnp.cumsum(kept, dtype=jnp.int32)
-    other = num_kept + jnp.arange(len(by_region), dtype=jnp.int32) - rank
-    place = jnp.where(kept, rank - 1, other)
-    order = jnp.zeros(len(by_region), jnp.int32).at[place].set(by_region)
-    return order, num_kept
+    total = add_up(cost, size).astype(jnp.float32)
+    targets = [total * (number + i).astype(jnp.float32) / of for i in (0, 1)]
+
+    def step(carry, i, n):
+        start, *cuts = carry
+        n = n.astype(jnp.float32)
+        for k, (target, (first, base, width)) in enumerate(
+            zip(targets, cuts, strict=True)
+        ):
+            here = start <= target  # the last for which this holds
+            cuts[k] = (
+                jnp.where(here, jnp.asarray(i, jnp.float32), first),
+                jnp.where(here, start, base),
+                jnp.where(here, n, width),
+            )
+        return start + n, *cuts
+
+    nothing = (jnp.float32(0), jnp.float32(0), jnp.float32(1))
+    _, *cuts = _scan(step, (jnp.float32(0), nothing, nothing), cost, size)
+    found = []
+    for target, (first, base, width) in zip(targets, cuts, strict=True):
+        found.append(jnp.minimum(first + (target - base) / width, float(size)))
+    return found[0], found[1]
+
+
+def whole(at: jax.Array, window: Any, windows: int) -> jax.Array:
+    """Rounds a cut to a whole list, anew for every window.
+
+    The rounding differs from window to window by `1 / windows` of a list: over all
+    windows the error of a program is below one list, since
+    `sum_g floor(y + g / windows) = floor(windows * y)`.
+
+    Args:
+      at: from `share`.
+      window: its number, int32.
+      windows: how many there are; in each of them all lists are shared out.
+
+    Returns:
+      int32.
+    """
+    shift = (window.astype(jnp.float32) + 0.5) / windows
+    return (at + shift).astype(jnp.int32)
+
+
+def num_pieces(rows: int, columns: int) -> int:
+    """How many pieces of lists there are for `nth_kept` to walk over."""
+    return -(-rows // _REGION) * -(-columns // _REGION) * _REGION
+
+
+def nth_kept(
+    state: tuple[jax.Array, ...],
+    n: jax.Array,
+    length: Callable[[Any], jax.Array],
+    rows: int,
+    columns: int,
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """The n-th kept block in an order that goes region by region.
+
+    Blocks that are worked on at a time then lie in few rows and few columns, so that
+    what they read of either operand is read by many of them. A region is 16 rows and an
+    equal part of each of their lists: with random blocks about as many columns.
+
+    Args:
+      state: `(piece, its first n, its length)`, to begin with `(-1, 0, 0)`.
+      n: no smaller than in the call before.
+      length: takes a row and gives the length of its list, int32.
+      rows: of blocks.
+      columns: likewise.
+
+    Returns:
+      The next state; row and entry of its list.
+    """
+    strips = -(-columns // _REGION)
+
+    def place(piece):
+        row = jax.lax.rem(piece, _REGION)
+        rest = jax.lax.div(piece, _REGION)
+        row += jax.lax.div(rest, strips) * _REGION
+        return row, jax.lax.rem(rest, strips)
+
+    def cut(row, strip):
+        return jax.lax.div(length(row) * strip, strips)
+
+    def advance(state):
+        piece, first, num = state
+        piece, first = piece + 1, first + num
+        row, strip = place(piece)
+        last_row = jnp.minimum(row, rows - 1)
+        num = cut(last_row, strip + 1) - cut(last_row, strip)
+        return piece, first, jnp.where(row < rows, num, 0)
+
+    state = jax.lax.while_loop(lambda s: n >= s[1] + s[2], advance, state)
+    row, strip = place(state[0])
+    return state, row, cut(row, strip) + n - state[1]
+
+
+def _scan(step, carry, length, size):
+    """`carry = step(carry, i, length(i))` for each i, some reads at a time."""
+
+    def several(k, carry):
+        first = k * _UNROLL
+        lengths = [length(first + i) for i in range(_UNROLL)]
+        for i, n in enumerate(lengths):
+            carry = step(carry, first + i, n)
+        return carry
+
+    carry = jax.lax.fori_loop(0, size // _UNROLL, several, carry)
+    for i in range(size - size % _UNROLL, size):
+        carry = step(carry, jnp.int32(i), length(jnp.int32(i)))
+    return carry
