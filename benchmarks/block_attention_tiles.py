@@ -1,11 +1,10 @@
 """Which tiles make block-sparse attention fastest on a Hopper GPU?
 
-Every way to cut the work of the forward, of dq and of dk with dv that is listed here, in
-TFLOP/s of kept blocks; dq executes three products a block, dk with dv four. The defaults
-of the kernels come from this table.
+Every way to cut the work of the forward, of dq and of dk with dv that is listed here,
+in TFLOP/s of kept blocks; dq executes three products a block, dk with dv four. The
+defaults of the kernels come from this table.
 """
 
-import dataclasses
 import functools
 import importlib
 

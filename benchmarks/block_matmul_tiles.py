@@ -17,24 +17,19 @@ from benchmarks.block_matmul import Case, Shape
 DENSITIES = (0.5, 0.1, 0.05)
 WIDE = [
     {},
-    *({"window": n} for n in (1, 2, 4, 16, 32)),
-    {"stages": 3, "parts": 1},
-    {"stages": 3, "parts": 2},
-    {"stages": 4, "parts": 4},
+    *({"window": n} for n in (2, 8, 16)),
+    {"parts": 8},
+    {"stages": 3},
     {"rows": 128, "stages": 6},
-    {"rows": 128, "stages": 4, "parts": 1},
-    {"columns": 64, "rows": 256, "stages": 2, "parts": 2},
-    {"columns": 64, "rows": 128, "stages": 4, "parts": 2},
+    {"columns": 64, "rows": 128},
 ]
 NARROW = [
     {},
-    *({"window": n} for n in (2, 4, 16)),
-    {"rows": 256, "stages": 2, "parts": 4},
-    {"rows": 192, "stages": 3, "parts": 4},
-    {"rows": 128, "stages": 3, "parts": 2},
-    {"rows": 64, "stages": 6, "parts": 1},
+    *({"window": n} for n in (2, 8)),
+    {"rows": 256, "stages": 2},
+    {"rows": 64, "stages": 6},
 ]
-WEIGHTS = [{"stages": n} for n in (6, 2, 3, 4, 8)]
+WEIGHTS = [{"stages": n} for n in (5, 4, 3)]
 
 
 def run(shape: Shape, repeats: int) -> list[dict]:

@@ -38,6 +38,9 @@ from sparsejax.ops.block_attention._walk import (
     walk,
 )
 
+_TILES = Tiles(columns=64)  # with more columns registers run short
+_TILES_Q_WHOLE = Tiles(columns=128)  # where no rule is looked at
+
 
 def backward(
     q: jax.Array,
@@ -52,7 +55,6 @@ def backward(
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv; see `Kernels`."""
-    tiles = tiles or Tiles(columns=64, stages=3)
     num_queries, num_keys = q.shape[1], k.shape[1]
     length_q, length_k = lists.whole.shape[2:]
     q, do = (padded(a, length_q) for a in (q, do.astype(q.dtype)))
@@ -61,8 +63,9 @@ def backward(
     lse = padded(lse * LOG2_E, length_q, axis=2, value=jnp.inf)
     delta = padded(delta, length_q, axis=2)
     operands = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta}
-    dq = _grad_q(operands, lists, scale, tiles)
-    dk, dv = _grad_kv(operands, lists, scale, tiles)
+    tiles_q = tiles or (_TILES_Q_WHOLE if lists.partial is None else _TILES)
+    dq = _grad_q(operands, lists, scale, tiles_q)
+    dk, dv = _grad_kv(operands, lists, scale, tiles or _TILES)
     return dq[:, :num_queries], dk[:, :num_keys], dv[:, :num_keys]
 
 

@@ -74,10 +74,10 @@ class Tiles:
             width, most = 128, _MAX_ROWS
         # as few tiles as can be, then as small as can be
         row_tiles = -(-num_rows // most)
-        rows = 16 * -(-num_rows // (row_tiles * (128 // width) * 16))
+        rows = -(-num_rows // (row_tiles * (128 // width)))
         if rows <= 64:  # bound by reading w: keep many copies under way
-            return cls(width, rows, stages=8, parts=1)
-        return cls(width, rows)
+            return cls(width, _round_up(rows, 16), stages=8, parts=1)
+        return cls(width, _round_up(rows, 8 * cls.parts))
 
     @property
     def rows_of_tile(self) -> int:
@@ -95,8 +95,8 @@ class Tiles:
 
         Example:
           >>> tiles = Tiles.default(8192, 128, columns=8192)
-          >>> tiles.window_for(64, 32), tiles.window_for(16, 32), tiles.window_for(64, 1)
-          (4, 8, 1)
+          >>> [tiles.window_for(*shape) for shape in [(64, 32), (16, 32), (64, 1)]]
+          [4, 8, 1]
         """
 
         def occupied(window):
@@ -106,6 +106,10 @@ class Tiles:
 
         choices = range(1, min(row_tiles, self.num_sms) + 1)
         return max(choices, key=lambda n: (occupied(n), -abs(n - self.window)))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def unsupported_reason(x, w, block_mask, bias, full_dw=False) -> str | None:
@@ -297,9 +301,7 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
             to = pl.ds(row + part * part_rows, part_rows), pl.ds(column, DEPTH)
             plgpu.copy_smem_to_gmem(mine, refs["out"].at[to])
 
-        return Task(
-            walk, num_steps, source, load, multiply, finish, store, tiles.parts
-        )
+        return Task(walk, num_steps, source, load, multiply, finish, store, tiles.parts)
 
     operands = {"x": x, "w": w, "num": lists.num}
     operands |= {"indices": lists.indices, "positions": positions}

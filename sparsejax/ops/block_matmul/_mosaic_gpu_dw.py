@@ -14,7 +14,7 @@ from sparsejax.ops.block_matmul._schedule import add_up, nth_kept
 
 _SUMS = 2  # blocks for which a warpgroup adds up at a time
 _RING_BYTES = 200 * 1024
-_COPYING_REGISTERS = 40  # more than for y, to look for zeros
+_COPYING_REGISTERS = 48  # more than for y, to look for zeros
 _ZEROS_EVERY = 8  # steps
 
 
@@ -130,7 +130,9 @@ def grad_w(
             plgpu.copy_gmem_to_smem(from_x, x_ring.at[slot], full)
             for i, column in enumerate(source):
                 at = pl.ds(column * width + right, columns)
-                plgpu.copy_gmem_to_smem(refs["dy"].at[rows, at], dy_ring.at[slot, i], full)
+                plgpu.copy_gmem_to_smem(
+                    refs["dy"].at[rows, at], dy_ring.at[slot, i], full
+                )
 
         def multiply(sums, slot, warpgroup):
             rows = x_ring.at[slot]

@@ -28,7 +28,7 @@ def share(
     Args:
       cost: takes the index of a list and gives its cost, int32, at least 1.
       size: how many lists.
-      number: of the share, int32.
+      number: of the share.
       of: how many shares.
 
     Returns:
@@ -41,28 +41,23 @@ def share(
       [(0.0, 1.0), (1.0, 4.0)]
     """
     total = add_up(cost, size).astype(jnp.float32)
-    targets = [total * (number + i).astype(jnp.float32) / of for i in (0, 1)]
 
-    def step(carry, i, n):
-        start, *cuts = carry
-        n = n.astype(jnp.float32)
-        for k, (target, (first, base, width)) in enumerate(
-            zip(targets, cuts, strict=True)
-        ):
+    def cut(number):
+        target = total * jnp.asarray(number, jnp.float32) / of
+
+        def step(carry, i, n):
+            start, *found = carry
+            n = n.astype(jnp.float32)
             here = start <= target  # the last for which this holds
-            cuts[k] = (
-                jnp.where(here, jnp.asarray(i, jnp.float32), first),
-                jnp.where(here, start, base),
-                jnp.where(here, n, width),
-            )
-        return start + n, *cuts
+            seen = jnp.asarray(i, jnp.float32), start, n
+            found = [jnp.where(here, a, b) for a, b in zip(seen, found, strict=True)]
+            return start + n, *found
 
-    nothing = (jnp.float32(0), jnp.float32(0), jnp.float32(1))
-    _, *cuts = _scan(step, (jnp.float32(0), nothing, nothing), cost, size)
-    found = []
-    for target, (first, base, width) in zip(targets, cuts, strict=True):
-        found.append(jnp.minimum(first + (target - base) / width, float(size)))
-    return found[0], found[1]
+        zero = jnp.float32(0)
+        _, first, start, n = _scan(step, (zero, zero, zero, zero), cost, size)
+        return jnp.minimum(first + (target - start) / n, float(size))
+
+    return cut(number), cut(number + 1)
 
 
 def whole(at: jax.Array, window: Any, windows: int) -> jax.Array:
@@ -82,11 +77,6 @@ def whole(at: jax.Array, window: Any, windows: int) -> jax.Array:
     """
     shift = (window.astype(jnp.float32) + 0.5) / windows
     return (at + shift).astype(jnp.int32)
-
-
-def num_pieces(rows: int, columns: int) -> int:
-    """How many pieces of lists there are for `nth_kept` to walk over."""
-    return -(-rows // _REGION) * -(-columns // _REGION) * _REGION
 
 
 def nth_kept(

@@ -1,5 +1,6 @@
-"""How tiles are shared out: complete, in order, and balanced to a tile."""
+"""How tiles are shared out: complete, in order, and balanced to a list."""
 
+import functools
 import importlib
 
 import jax
@@ -9,67 +10,99 @@ from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.formats import BlockMask
-
 _schedule = importlib.import_module("sparsejax.ops.block_matmul._schedule")
 
 
-class SharesTest(parameterized.TestCase):
-    @parameterized.product(windows=[1, 4, 7], copies=[1, 3], programs=[1, 5, 132])
-    def test_complete_and_balanced(self, windows, copies, programs):
-        costs = np.random.default_rng(windows).uniform(0.5, 9, 40).astype(np.float32)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def cuts(costs, windows, programs):
+    """First and last list of each program in each window, `[windows, programs]`."""
+
+    def of_program(number):
+        at = _schedule.share(lambda i: costs[i], len(costs), number, programs)
+        return [
+            jnp.stack([_schedule.whole(a, jnp.int32(g), windows) for a in at])
+            for g in range(windows)
+        ]
+
+    found = jax.vmap(of_program)(jnp.arange(programs))
+    return jnp.stack(found).transpose(2, 0, 1)
+
+
+def loads(costs, first, last):
+    """The cost of each program's lists over all windows."""
+    ends = np.concatenate([[0], np.cumsum(costs)])
+    return (ends[last] - ends[first]).sum(axis=0)
+
+
+class ShareTest(parameterized.TestCase):
+    @parameterized.product(windows=[1, 4, 7], programs=[1, 5, 33])
+    def test_complete_and_balanced(self, windows, programs):
+        costs = np.random.default_rng(windows).integers(1, 10, 43)
         costs[3] = 90  # one long list
-        got = np.asarray(
-            _schedule.shares(
-                jnp.asarray(costs), copies=copies, windows=windows, programs=programs
-            )
-        )
-        self.assertEqual(got.shape, (windows, programs + 1))
-        np.testing.assert_array_equal(got[:, 0], 0)
-        np.testing.assert_array_equal(got[:, -1], 40 * copies)
-        self.assertTrue((np.diff(got, axis=1) >= 0).all())
-        tile_costs = np.repeat(costs, copies)
-        ends = np.concatenate([[0], np.cumsum(tile_costs)])
-        load = np.diff(ends[got], axis=1).sum(axis=0)
-        fair = windows * tile_costs.sum() / programs
-        # at either end of a share the error is below one tile of its list, in all
-        error = np.abs(load - fair)
+        first, last = np.asarray(cuts(jnp.asarray(costs), windows, programs))
+        np.testing.assert_array_equal(first[:, 0], 0)
+        np.testing.assert_array_equal(last[:, -1], 43)
+        np.testing.assert_array_equal(first[:, 1:], last[:, :-1])  # each list once
+        self.assertTrue((last >= first).all())
+        fair = windows * costs.sum() / programs
+        # at either end of a share the error is below one list, in all windows
+        error = np.abs(loads(costs, first, last) - fair)
         self.assertLess(error.max(), 2 * costs.max())
-        long = (got[:, :-1] <= 4 * copies) & (got[:, 1:] >= 3 * copies)
-        short = ~long.any(axis=0)  # neither end is in or beside the long list
-        self.assertLess(error[short].max(initial=0), 2 * np.sort(costs)[-2])
+        long = ((first <= 4) & (last >= 3)).any(axis=0)
+        # neither end is in or beside the long list
+        self.assertLess(error[~long].max(initial=0), 2 * np.sort(costs)[-2])
 
     def test_equal_costs(self):
-        got = _schedule.shares(jnp.ones(8), copies=2, windows=1, programs=4)
-        np.testing.assert_array_equal(got, [[0, 4, 8, 12, 16]])
+        first, last = cuts(jnp.ones(8, jnp.int32), 2, 4)
+        np.testing.assert_array_equal(first, [[0, 2, 4, 6]] * 2)
+        np.testing.assert_array_equal(last, [[2, 4, 6, 8]] * 2)
 
     def test_a_full_list_among_short_ones(self):
-        """One full block column among 63 of 10 %: within 1.2 of an even share."""
-        counts = np.full(64, 6.0, np.float32)
-        counts[10] = 64
-        got = np.asarray(
-            _schedule.shares(jnp.asarray(counts), copies=8, windows=4, programs=132)
-        )
-        ends = np.concatenate([[0], np.cumsum(np.repeat(counts, 8))])
-        load = np.diff(ends[got], axis=1).sum(axis=0)
-        self.assertLess(load.max(), 1.2 * load.mean())
+        """One full block column among 63 of 10 %: within 1.3 of an even share."""
+        costs = np.full(64, 6)
+        costs[10] = 64
+        first, last = np.asarray(cuts(jnp.asarray(costs), 8, 33))
+        load = loads(costs, first, last)
+        self.assertLess(load.max(), 1.3 * load.mean())
 
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), density=st.floats(0, 1))
-def test_kept_blocks_come_first(seed, density):
+def test_every_kept_block_is_found_once(seed, density):
     kept = np.random.default_rng(seed).random((20, 35)) < density
-    order, num_kept = _kept_first(kept)
-    assert num_kept == kept.sum()
-    np.testing.assert_array_equal(np.sort(order), np.arange(kept.size))
-    assert kept.reshape(-1)[order[:num_kept]].all()
+    num = kept.sum(axis=1)
+    found = _walk(jnp.asarray(num), 20 * 35)[: num.sum()]
+    want = [(row, entry) for row in range(20) for entry in range(num[row])]
+    assert sorted(map(tuple, found.tolist())) == want
 
 
-@jax.jit
-def _jitted(kept):
-    return _schedule.kept_first(BlockMask.from_blocks(kept, (8, 8)))
+def test_blocks_found_together_lie_together():
+    """Of a full mask, 256 in a row are 16 rows and 16 columns."""
+    found = _walk(jnp.full(64, 64), 64 * 64)
+    for first in range(0, 64 * 64, 256):
+        for axis in range(2):
+            assert len(np.unique(found[first : first + 256, axis])) == 16
 
 
-def _kept_first(kept):
-    order, num_kept = _jitted(kept)
-    return np.asarray(order), int(num_kept)
+@functools.partial(jax.jit, static_argnums=1)
+def _scan(num, most):
+    def step(state, n):
+        state, row, entry = _schedule.nth_kept(state, n, lambda r: num[r], *_sizes(num))
+        return state, jnp.stack([row, entry])
+
+    start = jnp.int32(-1), jnp.int32(0), jnp.int32(0)
+    # those beyond the last are not asked for
+    numbers = jnp.minimum(jnp.arange(most), jnp.maximum(num.sum() - 1, 0))
+    return jax.lax.cond(
+        num.sum() > 0,
+        lambda: jax.lax.scan(step, start, numbers)[1],
+        lambda: jnp.zeros((most, 2), jnp.int32),
+    )
+
+
+def _sizes(num):
+    return (20, 35) if len(num) == 20 else (64, 64)
+
+
+def _walk(num, most):
+    return np.asarray(_scan(num.astype(jnp.int32), most))
