@@ -138,11 +138,11 @@ def _top(
         num_kept,
         # a CPU pass costs its work, and XLA vectorizes two plain reductions better
         cpu=functools.partial(search, bits_per_pass=1, unroll=1, two_stage=True),
-        # a GPU pass costs a launch, so it settles four bits, and a loop would wait for
+        # a GPU pass costs a launch, so it settles three bits, and a loop would wait for
         # the host on each
-        cuda=functools.partial(search, bits_per_pass=4, unroll=True, two_stage=False),
+        cuda=functools.partial(search, bits_per_pass=3, unroll=True),
         # one number a layer travels between devices
-        default=functools.partial(search, bits_per_pass=1, unroll=1, two_stage=False),
+        default=functools.partial(search, bits_per_pass=1, unroll=1),
     )
 
 
@@ -153,7 +153,7 @@ def _search(
     stacked: int,
     bits_per_pass: int,
     unroll: int | bool,
-    two_stage: bool,
+    two_stage: bool = False,
 ) -> list[jax.Array]:
     """Finds the `num_kept`-th largest key, then the index that splits its ties."""
     count = functools.partial(_count, stacked=stacked, two_stage=two_stage)
@@ -239,7 +239,14 @@ def _count(true: jax.Array, *, stacked: int, two_stage: bool) -> jax.Array:
         partial = jnp.sum(true, axis=stacked, dtype=jnp.int32)
         true = jax.lax.optimization_barrier(partial)
     axes = tuple(range(stacked, true.ndim - 1))
-    return jnp.sum(true, axis=axes, dtype=jnp.int32)
+    # one reduction for all candidates: each entry is read once
+    counts = jax.lax.reduce(
+        tuple(true[..., i].astype(jnp.int32) for i in range(true.shape[-1])),
+        (jnp.int32(0),) * true.shape[-1],
+        lambda a, b: tuple(map(jnp.add, a, b)),
+        axes,
+    )
+    return jnp.stack(counts, axis=-1)
 
 
 def _spread(values: jax.Array, ndim: int) -> jax.Array:

@@ -87,7 +87,16 @@ def soft_method(
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
         params = check_update(method, grads, state, params)
-        found = _current_masks(params, state.settings, state.arrays)
+        found = [
+            # no step is negative: this tells XLA to shard the mask as the weight, where
+            # a mask of whole channels, or out of a switch, leaves it to a guess
+            None if mask is None else jnp.where(state.step < 0, weight != 0, mask)
+            for mask, weight in zip(
+                _current_masks(params, state.settings, state.arrays),
+                jax.tree.leaves(params, is_leaf=is_none),
+                strict=True,
+            )
+        ]
         if pull is not None:
             add = functools.partial(pull, state.step)
             grads = masks.map_masked(add, found, grads, params)

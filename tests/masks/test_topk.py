@@ -96,9 +96,7 @@ class TopKTest(parameterized.TestCase):
     def test_the_form_for_a_gpu(self, dtype, num_leaves):
         # four bits a pass; chosen at lowering, so a CPU can only call it by its name
         search = jax.jit(
-            functools.partial(
-                _topk._search, stacked=1, bits_per_pass=4, unroll=True, two_stage=False
-            )
+            functools.partial(_topk._search, stacked=1, bits_per_pass=3, unroll=True)
         )
         for few in (False, True):
             rng = np.random.default_rng(0)
