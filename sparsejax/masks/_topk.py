@@ -225,8 +225,10 @@ def _largest(
 
     def one_pass(i, value):
         shift = jnp.asarray((num_passes - 1 - i) * bits_per_pass).astype(zero.dtype)
-        candidates = value[..., None] | (digits << shift)
-        digit = jnp.sum(feasible(candidates), axis=-1, dtype=zero.dtype)
+        added = digits << shift
+        fits = (added >> shift) == digits  # the first pass may have fewer bits
+        good = feasible(value[..., None] | added) & fits
+        digit = jnp.sum(good, axis=-1, dtype=zero.dtype)
         return value | (digit << shift)
 
     return jax.lax.fori_loop(0, num_passes, one_pass, zero, unroll=unroll)

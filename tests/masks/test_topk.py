@@ -94,7 +94,7 @@ class TopKTest(parameterized.TestCase):
 
     @parameterized.product(dtype=[jnp.float32, jnp.float16], num_leaves=[1, 2])
     def test_the_form_for_a_gpu(self, dtype, num_leaves):
-        # four bits a pass; chosen at lowering, so a CPU can only call it by its name
+        # three bits a pass; chosen at lowering, so a CPU can only call it by its name
         search = jax.jit(
             functools.partial(_topk._search, stacked=1, bits_per_pass=3, unroll=True)
         )
