@@ -113,6 +113,7 @@ def torch_forms(shape: Shape, kept: np.ndarray) -> dict[str, dict[str, Callable]
         BLOCK_SIZE=BLOCK,
         mask_mod=causal if shape.causal else flex.noop_mask,
     )
+    torch.compiler.reset()  # it gives up compiling after a few shapes
     attend = torch.compile(flex.flex_attention)
     gqa = {"enable_gqa": shape.heads != shape.kv_heads}
 
@@ -239,12 +240,14 @@ def run_building(shape: Shape, repeats: int) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, repeats=9, argv=argv)
-    rows = []
-    for shape, densities in QUICK if args.quick else CASES:
-        rows += run_shape(shape, densities, args.repeats)
-    rows += run_building((QUICK if args.quick else CASES)[0][0], args.repeats)
+    rows, env = [], common.environment(repeats=args.repeats)
+    cases = QUICK if args.quick else CASES
+    parts = [functools.partial(run_shape, *case) for case in cases]
+    parts.append(functools.partial(run_building, cases[0][0]))
+    for part in parts:
+        rows += part(repeats=args.repeats)
+        common.write_json(args.json, env, rows)  # a run that is stopped keeps them
     common.print_table(rows)
-    common.write_json(args.json, common.environment(repeats=args.repeats), rows)
 
 
 if __name__ == "__main__":
