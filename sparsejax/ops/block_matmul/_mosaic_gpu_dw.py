@@ -14,7 +14,7 @@ from sparsejax.ops.block_matmul._schedule import add_up, nth_kept
 
 _SUMS = 2  # blocks for which a warpgroup adds up at a time
 _RING_BYTES = 200 * 1024
-_COPYING_REGISTERS = 48  # more than for y, to look for zeros
+_COPYING_REGISTERS = 40  # more than for y, to look for zeros
 _ZEROS_EVERY = 8  # steps
 
 
