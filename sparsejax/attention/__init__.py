@@ -7,6 +7,40 @@ from sparsejax.attention._blocks import (
 )
 from sparsejax.attention._blocks import topk_blocks as topk_blocks
 from sparsejax.attention._masks import causal_mask as causal_mask
+from sparsejax.attention._psa import kv_pyramid as kv_pyramid
+from sparsejax.attention._psa import pyramid_attention as pyramid_attention
+from sparsejax.attention._psa_levels import (
+    antidiagonal_importance as antidiagonal_importance,
+)
+from sparsejax.attention._psa_levels import level_density as level_density
+from sparsejax.attention._psa_levels import mass_levels as mass_levels
+from sparsejax.attention._psa_levels import pyramid_full_blocks as pyramid_full_blocks
+from sparsejax.attention._psa_levels import quota_levels as quota_levels
+from sparsejax.attention._psa_levels import sampled_importance as sampled_importance
+from sparsejax.attention._seer import SeerGate as SeerGate
+from sparsejax.attention._seer import init_seer_gate as init_seer_gate
+from sparsejax.attention._seer import seer_num_kept as seer_num_kept
+from sparsejax.attention._seer import seer_scores as seer_scores
+from sparsejax.attention._seer import seer_threshold as seer_threshold
+from sparsejax.attention._seer import seer_topk as seer_topk
+from sparsejax.attention._seer_decode import SeerCache as SeerCache
+from sparsejax.attention._seer_decode import SeerDecodeGate as SeerDecodeGate
+from sparsejax.attention._seer_decode import (
+    append_to_seer_cache as append_to_seer_cache,
+)
+from sparsejax.attention._seer_decode import init_seer_cache as init_seer_cache
+from sparsejax.attention._seer_decode import (
+    init_seer_decode_gate as init_seer_decode_gate,
+)
+from sparsejax.attention._seer_decode import seer_cached_scores as seer_cached_scores
+from sparsejax.attention._seer_decode import seer_decode_scores as seer_decode_scores
+from sparsejax.attention._seer_decode import (
+    seer_decode_threshold as seer_decode_threshold,
+)
+from sparsejax.attention._seer_decode import seer_decode_topk as seer_decode_topk
+from sparsejax.attention._seer_target import seer_decode_target as seer_decode_target
+from sparsejax.attention._seer_target import seer_loss as seer_loss
+from sparsejax.attention._seer_target import seer_target as seer_target
 from sparsejax.attention._spark import masked_softmax as masked_softmax
 from sparsejax.attention._spark import scaled_scores as scaled_scores
 from sparsejax.attention._spark import spark_attention as spark_attention

@@ -1,0 +1,209 @@
+"""Pyramid sparse attention: blocks that matter less are read through pooled keys.
+
+Each pair of a block of queries and a block of keys has a *level* `h`: it is read with
+keys and values averaged over `h` neighbours, and not at all at level 0. `_psa_levels`
+chooses levels.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparsejax import ops
+from sparsejax.formats import BlockMask
+
+LEVELS = (1, 2, 4, 8)
+
+
+def kv_pyramid(
+    x: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    block: int,
+    levels: Sequence[int] = LEVELS,
+) -> tuple[jax.Array, ...]:
+    """Averages keys or values over groups of `h` neighbours, for each level `h`.
+
+    Args:
+      x: keys, rotated if they are at all, or values.
+      block: tokens of a block, which is never averaged across.
+      levels: sizes of a group; each divides `block`.
+
+    Returns:
+      For each level `[batch, blocks * block / h, kv_heads, head_dim]`, in the dtype of
+      `x`; means are float32. A group at the end is the mean of the tokens that it has
+      (the paper repeats the last token, which moves the mean), one without any is 0.
+
+    Raises:
+      ValueError: if `block` is out of range or a level does not divide it.
+
+    Example:
+      >>> x = jnp.arange(6.0).reshape(1, 6, 1, 1)
+      >>> for pooled in kv_pyramid(x, block=4, levels=(2, 4)):
+      ...     print(pooled[0, :, 0, 0])
+      [0.5 2.5 4.5 0. ]
+      [1.5 4.5]
+    """
+    batch, length, *rest = x.shape
+    check_levels(levels, block)
+    if not 1 <= block <= length:
+        raise ValueError(
+            f"`block` must be in [1, {length}], the length of the sequence; got "
+            f"{block}. Choose smaller blocks, or attend to all of it."
+        )
+    whole = -(-length // block) * block
+    padded = jnp.pad(x, ((0, 0), (0, whole - length), (0, 0), (0, 0)))
+
+    def pool(h: int) -> jax.Array:
+        if h == 1:
+            return padded
+        groups = padded.reshape(batch, whole // h, h, *rest)
+        held = jnp.clip(length - h * jnp.arange(whole // h), 1, h)
+        sums = groups.sum(axis=2, dtype=jnp.float32)
+        return (sums / held[:, None, None]).astype(x.dtype)
+
+    return tuple(map(pool, levels))
+
+
+def pyramid_attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    level_map: Int[Array, "#batch #heads block_rows block_columns"],
+    *,
+    block_shape: tuple[int, int],
+    levels: Sequence[int] = LEVELS,
+    causal: bool = False,
+    scale: float | None = None,
+    with_lse: bool = False,
+    implementation: Any = None,
+) -> Any:
+    """Softmax attention in which a block of level `h` has one key for each `h`.
+
+    A pooled key stands for `h` keys, so `log(h)` is added to its score. The softmax is
+    one, over all levels: the result is that of attention over keys and values replaced
+    by the means of their groups, in blocks that are not dropped. Gradients are those
+    of that, and reach each token by its share in its mean.
+
+    A block that causality or the end of the keys cuts through is read at level 1, if it
+    is kept: no query reads a mean that has a later token in it.
+
+    Args:
+      q: queries; bfloat16, float16 or float32.
+      k: keys, of the dtype of `q`; `kv_heads` divides `heads`.
+      v: values, like the keys.
+      level_map: of each block, `[batch|1, heads|kv_heads|1, ..]`: one of `levels`, or
+        0, as any other number, to drop it. May be traced; no gradient.
+      block_shape: `(height, width)`, queries and keys of a block.
+      levels: in use; 1 among them, and each divides the width. A map of ones alone
+        gives dense attention.
+      causal: key j is seen from query i if `j <= i`.
+      scale: see `sj.ops.block_attention`.
+      with_lse: return `(out, lse)`.
+      implementation: see `sj.ops.block_attention`, which is called for each level.
+
+    Returns:
+      As `sj.ops.block_attention`. A query that sees no key gets 0.
+
+    Raises:
+      TypeError: if `level_map` is not of integers.
+      ValueError: if shapes disagree, `levels` are out of range, or a sequence is
+        shorter than a block.
+
+    Example:
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
+      >>> k = v = jnp.repeat(k[:, ::8], 8, axis=1)  # nothing is lost by a mean
+      >>> coarse = jnp.full((1, 1, 2, 2), 8)
+      >>> out = pyramid_attention(q, k, v, coarse, block_shape=(32, 32))
+      >>> bool(jnp.allclose(out, sj.ops.block_attention(q, k, v), atol=1e-6))
+      True
+
+    References:
+      PSA, 2025, https://arxiv.org/abs/2512.04025, and the code released with it. There
+      a query may see a pooled key in the forward that its backward does not, in blocks
+      on the diagonal; here these are at level 1.
+    """
+    height, width = block_shape
+    level_map = jnp.asarray(level_map)
+    _check(q, k, level_map, block_shape)
+    check_levels(levels, width)
+    if 1 not in levels:
+        raise ValueError(
+            f"`levels` must have 1, for blocks that are cut through; got {levels}."
+        )
+    seen_whole, seen = _in_sight(q.shape[1], k.shape[1], block_shape, causal)
+    level_map = jnp.where(seen, level_map, 0)
+    level_map = jnp.where(seen_whole, level_map, jnp.minimum(level_map, 1))
+    coarse = tuple(sorted(set(levels) - {1}))
+    keys_of, values_of = (
+        (x, *kv_pyramid(x, block=width, levels=coarse)) for x in (k, v)
+    )
+    parts = []
+    for h, keys, values in zip((1, *coarse), keys_of, values_of, strict=True):
+        mask = BlockMask.from_blocks(level_map == h, (height, width // h))
+        out, lse = ops.block_attention(
+            q,
+            keys,
+            values,
+            mask,
+            causal=causal and h == 1,
+            scale=scale,
+            with_lse=True,
+            implementation=implementation,
+        )
+        # equal within a level, the bias moves nothing there but the log-sum-exp
+        parts.append((out, lse + math.log(h)))
+    out, lse = parts[0]
+    for part in parts[1:]:
+        out, lse = ops.merge_attention(out, lse, *part)
+    return (out, lse) if with_lse else out
+
+
+def check_levels(levels: Sequence[int], width: int) -> None:
+    """Raises if a level is below 1 or does not divide the keys of a block."""
+    for h in levels:
+        if h < 1 or width % h:
+            raise ValueError(
+                f"each of `levels` must be at least 1 and divide the {width} keys of a "
+                f"block; got {h}. Leave it out or choose other blocks."
+            )
+
+
+def _in_sight(
+    num_queries: int, num_keys: int, block_shape: tuple[int, int], causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Which blocks all queries see whole, and which any of them sees at all."""
+    height, width = block_shape
+    first_query = height * jnp.arange(-(-num_queries // height))[:, None]
+    last_query = jnp.minimum(first_query + height, num_queries) - 1
+    first_key = width * jnp.arange(-(-num_keys // width))
+    last_key = first_key + width - 1
+    seen_whole = jnp.broadcast_to(
+        last_key < num_keys, (len(first_query), len(first_key))
+    )
+    if not causal:
+        return seen_whole, jnp.ones_like(seen_whole)
+    return seen_whole & (last_key <= first_query), first_key <= last_query
+
+
+def _check(q: Any, k: Any, level_map: Any, block_shape: tuple[int, int]) -> None:
+    height, width = block_shape
+    if not jnp.issubdtype(level_map.dtype, jnp.integer):
+        raise TypeError(
+            f"`level_map` must be of integers; got {jax.typeof(level_map)}."
+        )
+    for name, size, array in (("height", height, q), ("width", width, k)):
+        if not 1 <= size <= array.shape[1]:
+            raise ValueError(
+                f"the {name} of `block_shape` must be in [1, {array.shape[1]}], the "
+                f"length of the sequence; got {block_shape}. Choose smaller blocks."
+            )
+    blocks = (-(-q.shape[1] // height), -(-k.shape[1] // width))
+    if level_map.ndim != 4 or level_map.shape[2:] != blocks:
+        raise ValueError(
+            "`level_map` must have one number for each block, [batch|1, "
+            f"heads|kv_heads|1, {blocks[0]}, {blocks[1]}]; got {level_map.shape}."
+        )

@@ -1,0 +1,364 @@
+"""SeerAttention: a small gate learns which blocks carry a model's attention.
+
+The gate scores blocks from pooled queries and keys before their rotation. What it is
+trained on is in `_seer_target`, the form that decodes token by token in `_seer_decode`.
+Causal self-attention throughout.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from sparsejax.attention import _blocks
+from sparsejax.formats import BlockMask
+
+Rotate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""Gives `[batch, seq, heads, dim]` the positions `[1 | batch, seq]`; the model's own
+`sj.nn.apply_rope` with its `base` bound."""
+
+KEY_POOLS = (jnp.max, jnp.min, jnp.mean)  # of the gate's key features, in this order
+
+
+class SeerGate(NamedTuple):
+    """Weights of the gate of one layer.
+
+    Attributes:
+      query: `[heads, head_dim, d_gate]`, or None: pooled queries are used as they are,
+        and `d_gate` is `head_dim`.
+      key: `[heads, 3 head_dim, d_gate]` where `query` is None, else `[kv_heads, ..]`.
+    """
+
+    query: jax.Array | None
+    key: jax.Array
+
+
+def init_seer_gate(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    key: jax.Array,
+    d_gate: int = 128,
+    project_query: bool | None = None,
+) -> SeerGate:
+    """Draws a gate from Normal(0, 0.02).
+
+    Args:
+      num_heads: query heads; each has scores of its own.
+      num_kv_heads: key heads; divides `num_heads`.
+      head_dim: width of queries and keys.
+      key: random key.
+      d_gate: width of what the gate compares; even, for the rotation.
+      project_query: whether queries have a kernel; by default only where `d_gate` is
+        not `head_dim`, where they need one.
+
+    Returns:
+      float32 weights.
+
+    Raises:
+      ValueError: if `num_kv_heads` does not divide `num_heads`, a size is below 1,
+        `d_gate` is odd, or another `d_gate` than `head_dim` has no projection.
+
+    References:
+      Gao et al., 2024, https://arxiv.org/abs/2410.13276. Pooling, kernels and draw are
+      those of the code released with it.
+    """
+    if min(num_heads, num_kv_heads, head_dim, d_gate) < 1 or d_gate % 2:
+        raise ValueError(
+            "heads and widths must be at least 1 and `d_gate` even; got "
+            f"num_heads={num_heads}, num_kv_heads={num_kv_heads}, "
+            f"head_dim={head_dim}, d_gate={d_gate}."
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            "`num_kv_heads` must divide `num_heads`; got "
+            f"num_kv_heads={num_kv_heads} and num_heads={num_heads}."
+        )
+    if project_query is None:
+        project_query = d_gate != head_dim
+    if not project_query and d_gate != head_dim:
+        raise ValueError(
+            "without `project_query`, `d_gate` must be `head_dim`; got "
+            f"d_gate={d_gate} and head_dim={head_dim}."
+        )
+    of_query, of_key = jax.random.split(key)
+    width = len(KEY_POOLS) * head_dim
+    key_heads = num_kv_heads if project_query else num_heads
+    kernel = 0.02 * jax.random.normal(of_key, (key_heads, width, d_gate))
+    if not project_query:
+        return SeerGate(None, kernel)
+    shape = (num_heads, head_dim, d_gate)
+    return SeerGate(0.02 * jax.random.normal(of_query, shape), kernel)
+
+
+def seer_scores(
+    gate: SeerGate,
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    block: int,
+    rotate: Rotate,
+    positions: Int[Array, "#batch seq"] | None = None,
+) -> Float[Array, "batch heads blocks blocks"]:
+    """Scores each block of keys for each block of queries, by the gate.
+
+    Queries are pooled by their mean, keys by maximum, minimum and mean side by side;
+    the last block pools the tokens that it has. The projected are rotated to the
+    position of the first token of their block: pooling what is rotated already would
+    average the phases away. Arithmetic is float32.
+
+    Args:
+      gate: weights.
+      query: before rotation; query head `i` uses key head `i // (heads / kv_heads)`.
+      key: before rotation; `kv_heads` divides `heads`.
+      block: tokens of a block, in `[1, seq]`; the paper has 64.
+      rotate: see `Rotate`; called with blocks of width `d_gate`.
+      positions: of the tokens; 0, 1, 2, ... by default.
+
+    Returns:
+      float32; -inf where a block lies after the queries. Gradients reach `gate` alone.
+
+    Raises:
+      ValueError: if shapes disagree, also those of `gate`, or `block` is out of range.
+
+    Example:
+      >>> gate = init_seer_gate(2, 2, 8, d_gate=8, key=jax.random.key(0))
+      >>> x = jax.random.normal(jax.random.key(1), (1, 64, 2, 8))
+      >>> import functools
+      >>> rotate = functools.partial(sj.nn.apply_rope, base=1e4)
+      >>> scores = seer_scores(gate, x, x, block=16, rotate=rotate)
+      >>> print(jnp.isfinite(scores[0, 0]).astype(int))
+      [[1 0 0 0]
+       [1 1 0 0]
+       [1 1 1 0]
+       [1 1 1 1]]
+
+    References:
+      Gao et al., 2024, https://arxiv.org/abs/2410.13276, and the code released with it:
+      its default pooling, `Qavg_Kmaxminavg`.
+    """
+    check_sequences(query, key, block)
+    _check_gate(gate, query, key)
+    query, key = jax.lax.stop_gradient((query, key))
+    gated_query = _blocks._pooled(query, block, jnp.mean)
+    if gate.query is not None:
+        gated_query = jnp.einsum("bnhi,hio->bnho", gated_query, gate.query)
+    features = key_features(key, block)
+    if gate.query is None:
+        features = _to_heads(features, query.shape[2])
+    gated_key = jnp.einsum("bnhi,hio->bnho", features, gate.key)
+    gated_key = _to_heads(gated_key, query.shape[2])
+    if positions is None:
+        positions = jnp.arange(query.shape[1])[None]
+    starts = positions[:, ::block]
+    gated_query, gated_key = rotate(gated_query, starts), rotate(gated_key, starts)
+    scores = jnp.einsum("bihd,bjhd->bhij", gated_query, gated_key)
+    scores *= gated_key.shape[-1] ** -0.5
+    return jnp.where(jnp.tri(scores.shape[-1], dtype=jnp.bool_), scores, -jnp.inf)
+
+
+def seer_num_kept(density: float, num_blocks: int) -> int:
+    """Computes how many blocks a row keeps, so that of the causal half `density` stay.
+
+    Early rows have fewer blocks than that: `k n - k**2 / 2` of `n**2 / 2` are kept.
+
+    Args:
+      density: share of the causal blocks, in (0, 1].
+      num_blocks: of the sequence.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> [seer_num_kept(density, 64) for density in (0.1, 0.5, 0.75, 1)]
+      [3, 18, 32, 64]
+    """
+    if not 0 < density <= 1 or num_blocks < 1:
+        raise ValueError(
+            "`density` must be in (0, 1] and `num_blocks` at least 1; got "
+            f"density={density} and num_blocks={num_blocks}."
+        )
+    exact = (1 - math.sqrt(1 - density)) * num_blocks
+    return max(1, int(exact + 1e-9))  # 1 - sqrt(0.81) is just below 0.1
+
+
+def seer_topk(
+    scores: Float[Array, "batch heads blocks blocks"],
+    *,
+    num_kept: ArrayLike,
+    block: int,
+    dense_last_rows: int = 2,
+) -> BlockMask:
+    """Keeps the blocks of highest score for each block of queries.
+
+    Args:
+      scores: of `seer_scores`; -inf and NaN are never kept.
+      num_kept: blocks of a row, or one number for each head; may be traced. The block
+        of the queries themselves is always kept and counts: the released code may drop
+        it. Of equal scores the one further left wins.
+      block: tokens of a block.
+      dense_last_rows: so many block rows at the end keep all blocks, as in the paper's
+        prefill, where they hold the question; 0 for training.
+
+    Returns:
+      A mask `[batch, heads, seq, seq]`, rounded up to whole blocks; use it with
+      `causal=True`. `pair_density` gives what it keeps. No gradient.
+
+    Raises:
+      ValueError: if `num_kept` is below 1, more than there are blocks, or neither one
+        number nor one for each head; or `dense_last_rows` is negative.
+
+    Example:
+      >>> scores = jnp.where(jnp.tri(4, dtype=bool), jnp.arange(4.0), -jnp.inf)
+      >>> mask = seer_topk(
+      ...     scores[None, None], num_kept=1, block=64, dense_last_rows=1
+      ... )
+      >>> print(mask.num[0, 0])
+      [1 1 1 4]
+    """
+    own = jnp.arange(scores.shape[-2])
+    kept = topk_kept(scores, own, num_kept)
+    capacity = None if dense_last_rows else room(num_kept)
+    return _with_last_rows(kept, own, dense_last_rows, block, capacity)
+
+
+def seer_threshold(
+    scores: Float[Array, "batch heads blocks blocks"],
+    *,
+    threshold: ArrayLike,
+    block: int,
+    dense_last_rows: int = 2,
+) -> BlockMask:
+    """Keeps the blocks whose softmax of scores is above a threshold.
+
+    Args:
+      scores: of `seer_scores`.
+      threshold: of a row's softmax; may be traced. The paper uses 5e-4 to 5e-3.
+      block: tokens of a block.
+      dense_last_rows: see `seer_topk`.
+
+    Returns:
+      As `seer_topk`. The block of the queries themselves is always kept: without it a
+      row could be empty.
+
+    Raises:
+      ValueError: if `dense_last_rows` is negative.
+
+    Example:
+      >>> scores = jnp.log(jnp.array([[1.0, 0.0], [0.75, 0.25]]))
+      >>> mask = seer_threshold(
+      ...     scores[None, None], threshold=0.7, block=64, dense_last_rows=0
+      ... )
+      >>> print(mask.to_blocks()[0, 0].astype(int))
+      [[1 0]
+       [1 1]]
+    """
+    own = jnp.arange(scores.shape[-2])
+    kept = threshold_kept(scores, own, threshold)
+    return _with_last_rows(kept, own, dense_last_rows, block)
+
+
+def topk_kept(scores: jax.Array, own: jax.Array, num_kept: ArrayLike) -> jax.Array:
+    """The `num_kept` highest of each row, the block `own` of the row among them."""
+    _, heads, _, columns = scores.shape
+    if jnp.shape(num_kept) not in ((), (heads,)):
+        raise ValueError(
+            f"`num_kept` must be one number or one for each of {heads} heads; got "
+            f"shape {jnp.shape(num_kept)}."
+        )
+    if not isinstance(num_kept, Tracer):
+        counts = np.asarray(num_kept)
+        if counts.min() < 1 or counts.max() > columns:
+            raise ValueError(
+                f"`num_kept` must be in [1, {columns}], the blocks of the sequence; "
+                f"got {num_kept}. Lower the budget or the size of a block."
+            )
+    scores = jax.lax.stop_gradient(scores)
+    is_own = jnp.arange(columns) == own[:, None]
+    ranked = jnp.where(is_own, jnp.inf, scores)
+    ranked = jnp.where(ranked > -jnp.inf, ranked, -jnp.inf)  # NaN too is never kept
+    order = jnp.argsort(-ranked, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1)
+    counts = jnp.reshape(jnp.asarray(num_kept), (-1, 1, 1))
+    return (rank < counts) & (ranked > -jnp.inf)
+
+
+def threshold_kept(scores: jax.Array, own: jax.Array, threshold: ArrayLike):
+    """The blocks above the threshold, and the block `own` of each row."""
+    scores = jax.lax.stop_gradient(scores)
+    in_sight = scores > -jnp.inf
+    weights = jax.nn.softmax(jnp.where(in_sight, scores, -1e30), axis=-1)
+    above = (weights > threshold) & in_sight
+    return above | (jnp.arange(scores.shape[-1]) == own[:, None])
+
+
+def room(num_kept: ArrayLike) -> int | None:
+    """The most blocks that a row can have by `topk_kept`; None where it is traced."""
+    return None if isinstance(num_kept, Tracer) else int(np.max(num_kept))
+
+
+def key_features(key: jax.Array, block: int) -> jax.Array:
+    """Pooled keys `[batch, blocks, kv_heads, 3 head_dim]`, float32."""
+    return jnp.concatenate(
+        [_blocks._pooled(key, block, pool) for pool in KEY_POOLS], axis=-1
+    )
+
+
+def check_sequences(query: Any, key: Any, block: int) -> None:
+    """Raises if queries and keys are not of one sequence, or it is below a block."""
+    if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            "`query` and `key` must be [batch, seq, heads, head_dim] of one sequence; "
+            f"got {query.shape} and {key.shape}."
+        )
+    if query.shape[3] != key.shape[3] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            "`query` and `key` must agree on head_dim, and the key heads must divide "
+            f"the query heads; got {query.shape} and {key.shape}."
+        )
+    if not 1 <= block <= query.shape[1]:
+        raise ValueError(
+            f"`block` must be in [1, {query.shape[1]}], the length of the sequence; "
+            f"got {block}. Choose smaller blocks, or attend to all of it."
+        )
+
+
+def _check_gate(gate: SeerGate, query: jax.Array, key: jax.Array) -> None:
+    heads, dim = query.shape[2:]
+    width, d_gate = len(KEY_POOLS) * dim, gate.key.shape[-1]
+    if gate.query is None:
+        want, got = (heads, width, dim), gate.key.shape
+        name = "key"
+    elif gate.query.shape != (heads, dim, d_gate):
+        want, got, name = (heads, dim, d_gate), gate.query.shape, "query"
+    else:
+        want, got, name = (key.shape[2], width, d_gate), gate.key.shape, "key"
+    if got != want:
+        raise ValueError(
+            f"`gate.{name}` must have shape {want} for {heads} query and "
+            f"{key.shape[2]} key heads of width {dim}; got {got}. Is it the gate of "
+            "another model?"
+        )
+
+
+def _to_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Repeats what key heads have for the query heads that share them."""
+    return jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def _with_last_rows(
+    kept, own, dense_last_rows: int, block: int, capacity: int | None = None
+) -> BlockMask:
+    if dense_last_rows < 0:
+        raise ValueError(f"`dense_last_rows` must be 0 or more; got {dense_last_rows}.")
+    rows, columns = kept.shape[-2:]
+    last = jnp.arange(rows) >= rows - dense_last_rows
+    kept |= last[:, None] & (jnp.arange(columns) <= own[:, None])
+    return BlockMask.from_blocks(kept, (block, block), capacity=capacity)

@@ -1,0 +1,343 @@
+"""The SeerAttention gate in decoding: one query, one choice for each key head."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int
+
+from sparsejax.attention._seer import (
+    KEY_POOLS,
+    Rotate,
+    check_sequences,
+    key_features,
+    room,
+    threshold_kept,
+    topk_kept,
+)
+from sparsejax.formats import BlockMask
+
+
+class SeerDecodeGate(NamedTuple):
+    """Weights of the decoding gate of one layer.
+
+    Attributes:
+      query: `[kv_heads, group, head_dim, d_gate]`: the query heads that share a key
+        head are projected together.
+      key: `[kv_heads, 3 head_dim, d_gate]`.
+      query_norm: `[d_gate]`, scale of an RMSNorm of the projected; None for none.
+      key_norm: likewise.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    query_norm: jax.Array | None
+    key_norm: jax.Array | None
+
+
+class SeerCache(NamedTuple):
+    """What the gate keeps of the keys so far; a pytree of constant shapes.
+
+    Attributes:
+      gated_keys: `[batch, blocks, kv_heads, d_gate]`, of each finished block, rotated.
+      tail: `[batch, block, kv_heads, head_dim]`, keys of the block that is not.
+      length: int32, tokens so far.
+    """
+
+    gated_keys: jax.Array
+    tail: jax.Array
+    length: jax.Array
+
+
+def init_seer_decode_gate(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    key: jax.Array,
+    d_gate: int = 128,
+    norm: bool = True,
+) -> SeerDecodeGate:
+    """Draws a decoding gate, Xavier-uniform in each key head.
+
+    Args:
+      num_heads: query heads.
+      num_kv_heads: key heads; divides `num_heads`.
+      head_dim: width of queries and keys.
+      key: random key.
+      d_gate: width of what the gate compares; even, for the rotation.
+      norm: whether the projected have an RMSNorm.
+
+    Returns:
+      float32 weights.
+
+    Raises:
+      ValueError: if a size is below 1, `d_gate` is odd, or the heads do not divide.
+    """
+    if min(num_heads, num_kv_heads, head_dim, d_gate) < 1 or d_gate % 2:
+        raise ValueError(
+            "heads and widths must be at least 1 and `d_gate` even; got "
+            f"num_heads={num_heads}, num_kv_heads={num_kv_heads}, "
+            f"head_dim={head_dim}, d_gate={d_gate}."
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            "`num_kv_heads` must divide `num_heads`; got "
+            f"num_kv_heads={num_kv_heads} and num_heads={num_heads}."
+        )
+    of_query, of_key = jax.random.split(key)
+
+    def draw(key: jax.Array, d_in: int) -> jax.Array:
+        reach = (6 / (d_in + d_gate)) ** 0.5
+        shape = (num_kv_heads, d_in, d_gate)
+        return jax.random.uniform(key, shape, minval=-reach, maxval=reach)
+
+    group = num_heads // num_kv_heads
+    query = draw(of_query, group * head_dim)
+    query = query.reshape(num_kv_heads, group, head_dim, d_gate)
+    scale = jnp.ones(d_gate) if norm else None
+    return SeerDecodeGate(query, draw(of_key, len(KEY_POOLS) * head_dim), scale, scale)
+
+
+def seer_decode_scores(
+    gate: SeerDecodeGate,
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    block: int,
+    rotate: Rotate,
+) -> Float[Array, "batch kv_heads seq blocks"]:
+    """Scores for each token the blocks before its own: the form for training.
+
+    Args:
+      gate: weights.
+      query: before rotation; not pooled, and rotated to their own position.
+      key: before rotation; pooled as in `seer_scores`.
+      block: tokens of a block, in `[1, seq]`.
+      rotate: see `Rotate`.
+
+    Returns:
+      float32; -inf for a token's own block and those after it. Gradients reach `gate`
+      alone.
+
+    Raises:
+      ValueError: if shapes disagree, also those of `gate`, or `block` is out of range.
+
+    References:
+      Gao et al., 2025, https://arxiv.org/abs/2506.08889 (SeerAttention-R), and the code
+      released with it.
+    """
+    check_sequences(query, key, block)
+    _check_gate(gate, query.shape[2:], key.shape[2])
+    query, key = jax.lax.stop_gradient((query, key))
+    length = query.shape[1]
+    gated_query = _gated_query(gate, query, jnp.arange(length)[None], rotate)
+    starts = jnp.arange(0, length, block)[None]
+    gated_key = _gated_key(gate, key_features(key, block), starts, rotate)
+    return _scores(gated_query, gated_key, jnp.arange(length) // block)
+
+
+def init_seer_cache(
+    gate: SeerDecodeGate,
+    batch: int,
+    max_length: int,
+    *,
+    block: int,
+    dtype: DTypeLike = jnp.float32,
+) -> SeerCache:
+    """Makes an empty cache.
+
+    Args:
+      gate: weights.
+      batch: sequences.
+      max_length: most tokens; what is appended beyond is not scored.
+      block: tokens of a block, in `[1, max_length]`.
+      dtype: of the keys of the unfinished block.
+
+    Raises:
+      ValueError: if `block` is out of range.
+    """
+    if not 1 <= block <= max_length:
+        raise ValueError(
+            f"`block` must be in [1, {max_length}], `max_length`; got {block}. Choose "
+            "smaller blocks or a longer cache."
+        )
+    kv_heads, width, d_gate = gate.key.shape
+    blocks = -(-max_length // block)
+    return SeerCache(
+        jnp.zeros((batch, blocks, kv_heads, d_gate)),
+        jnp.zeros((batch, block, kv_heads, width // len(KEY_POOLS)), dtype),
+        jnp.int32(0),
+    )
+
+
+def append_to_seer_cache(
+    gate: SeerDecodeGate,
+    cache: SeerCache,
+    key: Float[Array, "batch 1 kv_heads head_dim"],
+    *,
+    rotate: Rotate,
+) -> SeerCache:
+    """Appends the key of one token; a block that it finishes is pooled and projected.
+
+    Args:
+      gate: weights.
+      cache: of the tokens before.
+      key: before rotation.
+      rotate: see `Rotate`.
+
+    Returns:
+      The cache with the token; same shapes, for `jax.lax.scan`.
+
+    Raises:
+      ValueError: if `key` does not fit the cache.
+    """
+    batch, block, kv_heads, head_dim = cache.tail.shape
+    if key.shape != (batch, 1, kv_heads, head_dim):
+        raise ValueError(
+            f"`key` must be of one token, {(batch, 1, kv_heads, head_dim)}; got "
+            f"{key.shape}."
+        )
+    slot, row = cache.length % block, cache.length // block
+    tail = cache.tail.at[:, slot].set(key[:, 0].astype(cache.tail.dtype))
+    starts = (row * block)[None, None]
+    gated = _gated_key(gate, key_features(tail, block), starts, rotate)
+    finished = cache.gated_keys.at[:, row].set(gated[:, 0])  # beyond the end: dropped
+    gated_keys = jnp.where(slot == block - 1, finished, cache.gated_keys)
+    return SeerCache(gated_keys, tail, cache.length + 1)
+
+
+def seer_cached_scores(
+    gate: SeerDecodeGate,
+    cache: SeerCache,
+    query: Float[Array, "batch 1 heads head_dim"],
+    *,
+    rotate: Rotate,
+) -> Float[Array, "batch kv_heads 1 blocks"]:
+    """Scores the blocks before that of the last token: a row of `seer_decode_scores`.
+
+    Args:
+      gate: weights.
+      cache: with the token's own key appended.
+      query: of that token, before rotation.
+      rotate: see `Rotate`.
+
+    Raises:
+      ValueError: if `query` or `gate` do not fit.
+    """
+    if query.ndim != 4 or query.shape[1] != 1:
+        raise ValueError(f"`query` must be of one token; got shape {query.shape}.")
+    _check_gate(gate, query.shape[2:], cache.tail.shape[2])
+    position = cache.length[None] - 1
+    gated_query = _gated_query(gate, query, position[None], rotate)
+    return _scores(gated_query, cache.gated_keys, position // cache.tail.shape[1])
+
+
+def seer_decode_topk(
+    scores: Float[Array, "batch kv_heads queries blocks"],
+    *,
+    num_kept: ArrayLike,
+    block: int,
+    positions: Int[Array, " queries"] | None = None,
+) -> BlockMask:
+    """Keeps the blocks of highest score for each token, and its own.
+
+    Args:
+      scores: of `seer_decode_scores` or `seer_cached_scores`.
+      num_kept: blocks of a token, its own among them: a budget in tokens over `block`.
+        One number, or one for each key head; may be traced.
+      block: tokens of a block.
+      positions: of the queries; 0, 1, 2, ... by default.
+
+    Returns:
+      A mask of blocks `(1, block)`, which `sj.ops.block_attention` reads. The token's
+      own block is kept whole: keys after the token are cut by `causal`, or in a cache
+      by `segment_ids`. No gradient.
+
+    Raises:
+      ValueError: as `seer_topk`.
+
+    Example:
+      >>> scores = jnp.array([3.0, 1.0, 2.0, -jnp.inf, -jnp.inf])[None, None, None]
+      >>> mask = seer_decode_topk(
+      ...     scores, num_kept=3, block=64, positions=jnp.array([200])
+      ... )
+      >>> print(mask.indices[0, 0, 0])
+      [0 2 3]
+    """
+    own = _own(scores, block, positions)
+    kept = topk_kept(scores, own, num_kept)
+    return BlockMask.from_blocks(kept, (1, block), capacity=room(num_kept))
+
+
+def seer_decode_threshold(
+    scores: Float[Array, "batch kv_heads queries blocks"],
+    *,
+    threshold: ArrayLike,
+    block: int,
+    positions: Int[Array, " queries"] | None = None,
+) -> BlockMask:
+    """Keeps the blocks whose softmax of scores is above a threshold, and its own.
+
+    Args:
+      scores: of `seer_decode_scores` or `seer_cached_scores`.
+      threshold: of a row's softmax; may be traced.
+      block: tokens of a block.
+      positions: of the queries; 0, 1, 2, ... by default.
+
+    Returns:
+      As `seer_decode_topk`.
+    """
+    own = _own(scores, block, positions)
+    kept = threshold_kept(scores, own, threshold)
+    return BlockMask.from_blocks(kept, (1, block))
+
+
+def _own(scores: jax.Array, block: int, positions: jax.Array | None) -> jax.Array:
+    """The block of each query."""
+    if positions is None:
+        positions = jnp.arange(scores.shape[-2])
+    return positions // block
+
+
+def _check_gate(gate: SeerDecodeGate, of_query: tuple[int, ...], kv_heads: int) -> None:
+    heads, dim = of_query
+    d_gate = gate.key.shape[-1]
+    wanted = {
+        "query": (kv_heads, heads // kv_heads, dim, d_gate),
+        "key": (kv_heads, len(KEY_POOLS) * dim, d_gate),
+    }
+    for name, want in wanted.items():
+        got = getattr(gate, name).shape
+        if got != want or heads % kv_heads:
+            raise ValueError(
+                f"`gate.{name}` must have shape {want} for {heads} query and "
+                f"{kv_heads} key heads of width {dim}; got {got}. Is it the gate of "
+                "another model?"
+            )
+
+
+def _gated_query(gate, query, positions, rotate: Rotate) -> jax.Array:
+    kv_heads, group = gate.query.shape[:2]
+    query = query.reshape(*query.shape[:2], kv_heads, group, -1).astype(jnp.float32)
+    projected = jnp.einsum("bskgi,kgio->bsko", query, gate.query)
+    return rotate(_normed(projected, gate.query_norm), positions)
+
+
+def _gated_key(gate, features, starts, rotate: Rotate) -> jax.Array:
+    projected = jnp.einsum("bnki,kio->bnko", features, gate.key)
+    return rotate(_normed(projected, gate.key_norm), starts)
+
+
+def _normed(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    if scale is None:
+        return x
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def _scores(gated_query, gated_key, own) -> jax.Array:
+    scores = jnp.einsum("bskd,bnkd->bksn", gated_query, gated_key)
+    scores *= gated_key.shape[-1] ** -0.5
+    earlier = jnp.arange(scores.shape[-1]) < own[:, None]
+    return jnp.where(earlier, scores, -jnp.inf)

@@ -1,0 +1,171 @@
+"""What a SeerAttention gate is trained on: where the model's own attention peaks."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparsejax.attention._seer import check_sequences
+
+
+def seer_target(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    block: int,
+) -> Float[Array, "batch heads blocks blocks"]:
+    """Pools the causal attention map to the highest weight of each block.
+
+    Equal to softmax, then maximum over blocks `block x block`, then division by the
+    sum of the row. It is computed by one walk over blocks of keys, as FlashAttention
+    computes its statistics: the map of `seq x seq` is never there, one number for each
+    query and block is.
+
+    Args:
+      query: rotated queries.
+      key: rotated keys; `kv_heads` divides `heads`.
+      block: tokens of a block, in `[1, seq]`.
+
+    Returns:
+      float32; rows sum to 1, blocks after the queries are 0. No gradient.
+
+    Raises:
+      ValueError: if shapes disagree or `block` is out of range.
+
+    Example:
+      >>> x = jnp.zeros((1, 4, 1, 2))  # each token attends evenly
+      >>> print(seer_target(x, x, block=2)[0, 0])
+      [[1.  0. ]
+       [0.5 0.5]]
+
+    References:
+      Gao et al., 2024, https://arxiv.org/abs/2410.13276, section 3.2. A maximum, not
+      the block's mass.
+    """
+    peaks = _peaks(query, key, block)  # [blocks, batch, heads, seq]
+    columns, batch, heads, length = peaks.shape
+    peaks = jnp.pad(peaks, ((0, 0), (0, 0), (0, 0), (0, columns * block - length)))
+    peaks = peaks.reshape(columns, batch, heads, columns, block).max(axis=-1)
+    peaks = jnp.moveaxis(peaks, 0, -1)
+    return peaks / peaks.sum(axis=-1, keepdims=True)
+
+
+def seer_decode_target(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    block: int,
+) -> Float[Array, "batch kv_heads seq blocks"]:
+    """As `seer_target`, for each token and key head, over the blocks before its own.
+
+    The weight of a block is the highest of its keys', and of the query heads that share
+    the key head.
+
+    Args:
+      query: rotated queries.
+      key: rotated keys; `kv_heads` divides `heads`.
+      block: tokens of a block, in `[1, seq]`.
+
+    Returns:
+      float32; rows sum to 1, those of the first block are 0. No gradient.
+
+    Raises:
+      ValueError: as `seer_target`.
+
+    References:
+      Gao et al., 2025, https://arxiv.org/abs/2506.08889 (SeerAttention-R).
+    """
+    peaks = _peaks(query, key, block)
+    columns, batch, _, length = peaks.shape
+    peaks = peaks.reshape(columns, batch, key.shape[2], -1, length).max(axis=3)
+    peaks = jnp.moveaxis(peaks, 0, -1)
+    own = jnp.arange(length)[:, None] // block
+    peaks = jnp.where(jnp.arange(columns) < own, peaks, 0)
+    return peaks / (peaks.sum(axis=-1, keepdims=True) + 1e-9)
+
+
+def seer_loss(
+    scores: Float[Array, "batch heads rows blocks"],
+    target: Float[Array, "batch heads rows blocks"],
+    *,
+    skip: float = 0.25,
+    reduction: Literal["row", "elementwise"] = "row",
+) -> Float[Array, ""]:
+    """Computes KL(target || softmax(scores)), in float32.
+
+    Args:
+      scores: of the gate; -inf where a block is out of sight.
+      target: of the same shape; no gradient reaches it.
+      skip: share of the first rows that do not count, in [0, 1): they have few blocks
+        to choose from. 0.25 for blocks of queries and 0.5 for tokens in the papers.
+      reduction: "row" sums over blocks and is the mean over rows; "elementwise" is the
+        mean over blocks as well, as in the released code, which multiplies it by 10.
+
+    Returns:
+      The loss in nats. A row without a block in sight counts as 0.
+
+    Raises:
+      ValueError: if shapes differ or an option is out of range.
+
+    Example:
+      >>> target = jnp.array([[[[1.0, 0.0], [0.5, 0.5]]]])
+      >>> scores = jnp.where(jnp.tri(2, dtype=bool), 0.0, -jnp.inf)[None, None]
+      >>> print(seer_loss(scores, target))
+      0.0
+
+    References:
+      Gao et al., 2024, https://arxiv.org/abs/2410.13276, section 3.2, and the code
+      released with it. The reduction to rows is ours.
+    """
+    if scores.shape != target.shape:
+        raise ValueError(
+            "`scores` and `target` must have one shape; got "
+            f"{scores.shape} and {target.shape}."
+        )
+    if not 0 <= skip < 1:
+        raise ValueError(f"`skip` must be in [0, 1); got {skip}.")
+    if reduction not in ("row", "elementwise"):
+        raise ValueError(
+            f"`reduction` must be 'row' or 'elementwise'; got {reduction!r}."
+        )
+    first = int(skip * scores.shape[-2])
+    scores = scores[..., first:, :].astype(jnp.float32)
+    target = jax.lax.stop_gradient(target[..., first:, :].astype(jnp.float32))
+    # finite, so that 0 times the log of an unseen block is 0
+    scores = jnp.where(scores > -jnp.inf, scores, -1e30)
+    log_share = jax.nn.log_softmax(scores, axis=-1)
+    terms = jax.scipy.special.xlogy(target, target) - target * log_share
+    return jnp.mean(terms) if reduction == "elementwise" else terms.sum(-1).mean()
+
+
+def _peaks(query: jax.Array, key: jax.Array, block: int) -> jax.Array:
+    """The highest weight of each query in each block, `[blocks, batch, heads, seq]`."""
+    check_sequences(query, key, block)
+    query, key = jax.lax.stop_gradient((query, key))
+    batch, length, heads, dim = query.shape
+    columns = -(-length // block)
+    key = jnp.pad(key, ((0, 0), (0, columns * block - length), (0, 0), (0, 0)))
+    key = jnp.moveaxis(key.reshape(batch, columns, block, -1, dim), 1, 0)
+    query = query.reshape(batch, length, key.shape[3], -1, dim)
+    positions = jnp.arange(length)[:, None]
+
+    def step(carry, of_block):
+        top, total = carry
+        keys, column = of_block
+        scores = jnp.einsum(
+            "bqhgd,bkhd->bhgqk", query, keys, preferred_element_type=jnp.float32
+        )
+        seen = column * block + jnp.arange(block) <= positions
+        scores = jnp.where(seen, scores * dim**-0.5, -jnp.inf)
+        highest = scores.max(axis=-1)
+        new_top = jnp.maximum(top, highest)
+        powers = jnp.exp(scores - new_top[..., None]).sum(axis=-1)
+        return (new_top, total * jnp.exp(top - new_top) + powers), highest
+
+    empty = jnp.zeros((batch, key.shape[3], heads // key.shape[3], length))
+    (top, total), highest = jax.lax.scan(
+        step, (empty - jnp.inf, empty), (key, jnp.arange(columns))
+    )
+    peaks = jnp.exp(highest - top) / total
+    return peaks.reshape(columns, batch, heads, length)

@@ -1,0 +1,495 @@
+"""SeerAttention against loops written from the paper: gate, target, loss, selection."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+import sparsejax as sj
+from sparsejax import attention, nn, ops
+
+HEADS, KV_HEADS, DIM, GROUP = 4, 2, 8, 2
+BASE = 100.0
+rotate = functools.partial(nn.apply_rope, base=BASE)
+
+scores_of = jax.jit(
+    functools.partial(attention.seer_scores, rotate=rotate), static_argnames="block"
+)
+target_of = jax.jit(attention.seer_target, static_argnames="block")
+decode_target_of = jax.jit(attention.seer_decode_target, static_argnames="block")
+loss_and_grad = jax.jit(
+    jax.value_and_grad(attention.seer_loss), static_argnames=("skip", "reduction")
+)
+
+
+def operands(seq=26, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (2, seq, HEADS, DIM), (2, seq, KV_HEADS, DIM)
+    return [jnp.asarray(2 * rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def rope_oracle(x, position):
+    """One vector: pairs are `(i, i + half)`."""
+    half, out = len(x) // 2, np.zeros(len(x))
+    for i in range(half):
+        angle = position * BASE ** (-i / half)
+        out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+        out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+    return out
+
+
+def features_oracle(keys):
+    """Keys of one block and head, as many as it really has."""
+    return np.concatenate([keys.max(axis=0), keys.min(axis=0), keys.mean(axis=0)])
+
+
+def scores_oracle(gate, query, key, block):
+    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+    of_query, of_key = (None if w is None else np.asarray(w, np.float64) for w in gate)
+    blocks = -(-query.shape[1] // block)
+    scores = np.full((len(query), HEADS, blocks, blocks), -np.inf)
+    for b, h, i, j in np.ndindex(scores.shape):
+        if j > i:
+            continue
+        q = query[b, i * block : (i + 1) * block, h].mean(axis=0)
+        k = features_oracle(key[b, j * block : (j + 1) * block, h // GROUP])
+        if of_query is None:
+            k = k @ of_key[h]
+        else:
+            q, k = q @ of_query[h], k @ of_key[h // GROUP]
+        q, k = rope_oracle(q, i * block), rope_oracle(k, j * block)
+        scores[b, h, i, j] = q @ k / np.sqrt(len(q))
+    return scores
+
+
+def softmax_oracle(query, key):
+    """The causal attention map, `[batch, heads, seq, seq]`."""
+    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+    seq = query.shape[1]
+    weights = np.zeros((len(query), HEADS, seq, seq))
+    for b, h, t in np.ndindex(weights.shape[:3]):
+        s = key[b, : t + 1, h // GROUP] @ query[b, t, h] / np.sqrt(DIM)
+        weights[b, h, t, : t + 1] = np.exp(s - s.max()) / np.exp(s - s.max()).sum()
+    return weights
+
+
+def target_oracle(query, key, block):
+    weights = softmax_oracle(query, key)
+    blocks = -(-weights.shape[-1] // block)
+    target = np.zeros((*weights.shape[:2], blocks, blocks))
+    for i, j in np.ndindex(blocks, blocks):
+        rows, columns = (slice(n * block, (n + 1) * block) for n in (i, j))
+        target[..., i, j] = weights[..., rows, columns].max(axis=(-2, -1))
+    return target / target.sum(axis=-1, keepdims=True)
+
+
+def decode_target_oracle(query, key, block):
+    weights = softmax_oracle(query, key)
+    batch, _, seq, _ = weights.shape
+    target = np.zeros((batch, KV_HEADS, seq, -(-seq // block)))
+    for b, h, t in np.ndindex(target.shape[:3]):
+        for j in range(t // block):
+            columns = slice(j * block, (j + 1) * block)
+            group = weights[b, h * GROUP : (h + 1) * GROUP, t, columns]
+            target[b, h, t, j] = group.max()
+    return target / (target.sum(axis=-1, keepdims=True) + 1e-9)
+
+
+class GateTest(parameterized.TestCase):
+    @parameterized.product(d_gate=[DIM, 6], block=[4, 13])
+    def test_scores(self, d_gate, block):
+        """Both forms of the gate, with a short and a whole last block."""
+        gate = attention.init_seer_gate(
+            HEADS, KV_HEADS, DIM, d_gate=d_gate, key=jax.random.key(0)
+        )
+        assert (gate.query is None) == (d_gate == DIM)
+        gate = jax.tree.map(lambda w: 10 * w, gate)
+        query, key = operands()
+        got = scores_of(gate, query, key, block=block)
+        want = scores_oracle(gate, query, key, block)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+    def test_all_the_same_sign_in_the_last_block(self):
+        """Padding by zeros would be its minimum, and lower its mean."""
+        gate = attention.init_seer_gate(
+            HEADS, KV_HEADS, DIM, d_gate=DIM, key=jax.random.key(0)
+        )
+        query, key = (jnp.abs(x) + 1 for x in operands())
+        got = scores_of(gate, query, key, block=4)
+        want = scores_oracle(gate, query, key, 4)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+    def test_positions(self):
+        """A distance is all that matters, and other positions are another matter."""
+        gate = attention.init_seer_gate(
+            HEADS, KV_HEADS, DIM, d_gate=DIM, key=jax.random.key(0)
+        )
+        query, key = operands()
+        at = jnp.arange(26)[None]
+        plain, moved, spread = (
+            scores_of(gate, query, key, block=4, positions=p)
+            for p in (None, at + 7, 2 * at)
+        )
+        np.testing.assert_allclose(plain, moved, atol=1e-5)
+        assert jnp.abs((plain - spread)[:, :, -1]).max() > 1e-2
+
+    def test_draw(self):
+        gate = attention.init_seer_gate(
+            8, 2, 64, d_gate=32, key=jax.random.key(0), project_query=True
+        )
+        assert gate.query.shape == (8, 64, 32) and gate.key.shape == (2, 192, 32)
+        for kernel in gate:
+            np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.05)
+
+    def test_gradients_reach_the_gate_alone(self):
+        gate = attention.init_seer_gate(
+            HEADS, KV_HEADS, DIM, d_gate=6, key=jax.random.key(0)
+        )
+
+        @functools.partial(jax.grad, argnums=(0, 1, 2))
+        def grads(gate, query, key):
+            scores = attention.seer_scores(gate, query, key, block=4, rotate=rotate)
+            target = attention.seer_target(query, key, block=4)
+            return attention.seer_loss(scores, target)
+
+        of_gate, *others = jax.jit(grads)(gate, *operands())
+        for leaf in of_gate:
+            assert jnp.isfinite(leaf).all() and (leaf != 0).all()
+        for leaf in others:
+            np.testing.assert_array_equal(leaf, 0)
+
+
+class TargetTest(parameterized.TestCase):
+    @parameterized.product(block=[4, 13, 26])
+    def test_target(self, block):
+        query, key = operands()
+        got = target_of(query, key, block=block)
+        want = target_oracle(query, key, block)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got.sum(axis=-1), 1, rtol=1e-6)
+        np.testing.assert_array_equal(np.triu(got, 1), 0)
+
+    @parameterized.product(block=[4, 13])
+    def test_decode_target(self, block):
+        query, key = operands()
+        got = decode_target_of(query, key, block=block)
+        want = decode_target_oracle(query, key, block)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(got[:, :, :block], 0)
+
+    def test_bfloat16(self):
+        query, key = operands(dtype=jnp.bfloat16)
+        got = target_of(query, key, block=4)
+        np.testing.assert_allclose(got, target_oracle(query, key, 4), atol=1e-2)
+
+    def test_the_map_is_never_there(self):
+        """No array of the program has an entry for each pair of tokens."""
+        query, key = (jnp.zeros((1, 512, heads, 4)) for heads in (2, 1))
+        for fn in (attention.seer_target, attention.seer_decode_target):
+            text = str(jax.make_jaxpr(functools.partial(fn, block=32))(query, key))
+            assert "512,32]" in text and "512,512]" not in text
+
+
+class LossTest(parameterized.TestCase):
+    def operands(self):
+        query, key = operands()
+        target = target_of(query, key, block=3)  # 9 blocks
+        rng = np.random.default_rng(1)
+        scores = np.where(np.tri(9, dtype=bool), rng.normal(size=target.shape), -np.inf)
+        return jnp.asarray(scores, jnp.float32), target
+
+    def test_oracle_and_reductions(self):
+        scores, target = self.operands()
+        got, grads = loss_and_grad(scores, target)
+        want = []
+        first = 9 // 4
+        for b, h, i in np.ndindex(target.shape[:3]):
+            if i < first:
+                continue
+            s, g = np.float64(scores[b, h, i, : i + 1]), target[b, h, i, : i + 1]
+            log_p = s - np.log(np.exp(s).sum())
+            want.append((g * (np.log(g) - log_p)).sum())
+        np.testing.assert_allclose(got, np.mean(want), rtol=1e-5)
+        assert got > 0
+        np.testing.assert_array_equal(grads[:, :, :first], 0)
+        assert jnp.isfinite(grads).all() and jnp.any(grads[:, :, first] != 0)
+        # the mean over all elements, the columns too: the released code's
+        element, _ = loss_and_grad(scores, target, reduction="elementwise")
+        np.testing.assert_allclose(9 * element, got, rtol=1e-5)
+
+    def test_zero_where_the_gate_is_right(self):
+        _, target = self.operands()
+        got, grads = loss_and_grad(jnp.log(target) + 3, target)
+        np.testing.assert_allclose(got, 0, atol=1e-6)
+        np.testing.assert_allclose(grads, 0, atol=1e-6)
+
+    def test_rows_without_a_block(self):
+        """Tokens of the first block have none before them, also where they count."""
+        query, key = operands()
+        target = decode_target_of(query, key, block=4)
+        earlier = np.arange(7) < np.arange(26)[:, None] // 4
+        scores = jnp.where(earlier, jnp.zeros(target.shape), -jnp.inf)
+        got, grads = loss_and_grad(scores, target, skip=0.0)
+        assert jnp.isfinite(got) and jnp.isfinite(grads).all()
+        np.testing.assert_array_equal(grads[:, :, :4], 0)
+
+
+def causal_scores(blocks, seed=0, heads=HEADS):
+    scores = np.random.default_rng(seed).normal(size=(2, heads, blocks, blocks))
+    return jnp.asarray(np.where(np.tri(blocks, dtype=bool), scores, -np.inf))
+
+
+class SelectionTest(parameterized.TestCase):
+    @parameterized.product(num_kept=[1, 3, 9], last=[0, 2])
+    def test_topk(self, num_kept, last):
+        scores = causal_scores(9)
+        mask = attention.seer_topk(
+            scores, num_kept=num_kept, block=4, dense_last_rows=last
+        )
+        want = np.zeros(scores.shape, bool)
+        for at in np.ndindex(scores.shape[:3]):
+            i = at[2]
+            order = sorted(range(i), key=lambda j: -scores[*at, j])
+            chosen = range(i) if i >= 9 - last else order[: num_kept - 1]
+            want[*at, [*chosen, i]] = True
+        np.testing.assert_array_equal(mask.to_blocks(), want)
+        assert mask.block_shape == (4, 4) and not mask.overflowed.any()
+        assert mask.indices.shape[-1] == (9 if last else num_kept)
+
+    def test_one_number_for_each_head(self):
+        scores = causal_scores(9)
+        counts = jnp.array([1, 2, 5, 9])
+        select = jax.jit(
+            functools.partial(attention.seer_topk, block=4, dense_last_rows=0)
+        )
+        mask = select(scores, num_kept=counts)
+        np.testing.assert_array_equal(mask.num[0, :, -1], counts)
+        each = [
+            select(scores[:, h : h + 1], num_kept=n).num for h, n in enumerate(counts)
+        ]
+        np.testing.assert_array_equal(mask.num, jnp.concatenate(each, axis=1))
+
+    @parameterized.product(tau=[0.0, 0.2, 1.0], last=[0, 1])
+    def test_threshold(self, tau, last):
+        scores = causal_scores(9)
+        mask = attention.seer_threshold(
+            scores, threshold=tau, block=4, dense_last_rows=last
+        )
+        want = np.zeros(scores.shape, bool)
+        for at in np.ndindex(scores.shape[:3]):
+            i = at[2]
+            powers = np.exp(np.float64(scores[at][: i + 1]))
+            want[*at, : i + 1] = (powers / powers.sum() > tau) | (i >= 9 - last)
+            want[*at, i] = True
+        np.testing.assert_array_equal(mask.to_blocks(), want)
+
+    def test_no_row_is_empty(self):
+        """The released code may keep none by threshold, and then divides by 0."""
+        query, key = operands(seq=24)
+        scores = jnp.where(np.tri(6, dtype=bool), 0.0, -jnp.inf)[None, None]
+        mask = attention.seer_threshold(
+            scores, threshold=0.9, block=4, dense_last_rows=0
+        )
+        out, lse = ops.block_attention(
+            query, key, key, mask, causal=True, with_lse=True
+        )
+        assert mask.num.min() == 1
+        assert jnp.isfinite(out).all() and jnp.isfinite(lse).all()
+
+    def test_nan_is_never_kept(self):
+        scores = causal_scores(4).at[:, :, 3, 0].set(jnp.nan)
+        mask = attention.seer_topk(scores, num_kept=4, block=4, dense_last_rows=0)
+        np.testing.assert_array_equal(mask.num[0, 0], [1, 2, 3, 3])
+
+    @parameterized.parameters(0.1, 0.25, 0.5, 0.9, 1.0)
+    def test_density(self, density):
+        """Within a block in a row of what was asked for."""
+        num_kept = attention.seer_num_kept(density, 32)
+        mask = attention.seer_topk(
+            causal_scores(32, heads=1), num_kept=num_kept, block=2, dense_last_rows=0
+        )
+        realised = mask.num.sum(-1) / (32 * 33 / 2)
+        np.testing.assert_allclose(realised, density, atol=2 / 32)
+        if density == 1:
+            np.testing.assert_array_equal(mask.num[0, 0], np.arange(32) + 1)
+
+    def test_card_numbers(self):
+        """k = max(1, int((1 - sqrt(1 - rho)) n)): 2 k n - k**2 of n**2 are rho."""
+        assert attention.seer_num_kept(0.1, 512) == 26
+        assert attention.seer_num_kept(0.5, 512) == 149
+        assert attention.seer_num_kept(0.19, 10) == 1  # 1 - sqrt(0.81) in floats
+        assert attention.seer_num_kept(0.36, 10) == 2
+        assert attention.seer_num_kept(1e-6, 512) == 1
+
+
+def decode_gate(norm=True):
+    gate = attention.init_seer_decode_gate(
+        HEADS, KV_HEADS, DIM, d_gate=6, key=jax.random.key(0), norm=norm
+    )
+    if not norm:
+        return gate
+    scales = 1 + jax.random.uniform(jax.random.key(1), (2, 6))
+    return gate._replace(query_norm=scales[0], key_norm=scales[1])
+
+
+decode_scores_of = jax.jit(
+    functools.partial(attention.seer_decode_scores, rotate=rotate, block=4)
+)
+
+
+class DecodeTest(parameterized.TestCase):
+    @parameterized.parameters(True, False)
+    def test_scores(self, norm):
+        gate, (query, key) = decode_gate(norm), operands(seq=15)
+        got = decode_scores_of(gate, query, key)
+
+        def normed(x, scale):
+            if not norm:
+                return x
+            return x / np.sqrt((x**2).mean() + 1e-6) * np.float64(scale)
+
+        want = np.full((2, KV_HEADS, 15, 4), -np.inf)
+        weights = [None if w is None else np.asarray(w, np.float64) for w in gate]
+        for b, h, t in np.ndindex(want.shape[:3]):
+            q = np.zeros(6)
+            for g in range(GROUP):
+                q += np.float64(query[b, t, h * GROUP + g]) @ weights[0][h, g]
+            q = rope_oracle(normed(q, weights[2]), t)
+            for j in range(t // 4):
+                block = np.float64(key[b, 4 * j : 4 * j + 4, h])
+                k = normed(features_oracle(block) @ weights[1][h], weights[3])
+                want[b, h, t, j] = q @ rope_oracle(k, 4 * j) / np.sqrt(6)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+    def test_cache_repeats_the_training_form(self):
+        gate, (query, key) = decode_gate(), operands(seq=15)
+        want = decode_scores_of(gate, query, key)
+
+        @jax.jit
+        def walk(query, key):
+            def step(cache, token):
+                q, k = (x[:, None] for x in token)
+                cache = attention.append_to_seer_cache(gate, cache, k, rotate=rotate)
+                scores = attention.seer_cached_scores(gate, cache, q, rotate=rotate)
+                mask = attention.seer_decode_topk(
+                    scores, num_kept=2, block=4, positions=cache.length[None] - 1
+                )
+                return cache, (scores[:, :, 0], mask.to_blocks()[:, :, 0])
+
+            cache = attention.init_seer_cache(gate, 2, 15, block=4)
+            tokens = [jnp.moveaxis(x, 1, 0) for x in (query, key)]
+            cache, outputs = jax.lax.scan(step, cache, tokens)
+            return cache.length, *[jnp.moveaxis(x, 0, 2) for x in outputs]
+
+        length, scores, kept = walk(query, key)
+        assert length == 15
+        np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-5)
+        mask = attention.seer_decode_topk(want, num_kept=2, block=4)
+        np.testing.assert_array_equal(kept, mask.to_blocks())
+        assert mask.block_shape == (1, 4)
+        for t in range(15):
+            np.testing.assert_array_equal(kept[:, :, t, t // 4], True)
+            np.testing.assert_array_equal(kept[:, :, t].sum(-1), min(2, t // 4 + 1))
+
+    def test_threshold(self):
+        scores = jnp.log(jnp.array([0.6, 0.3, 0.1, 0.0]))[None, None, None]
+        mask = attention.seer_decode_threshold(
+            scores, threshold=0.2, block=4, positions=jnp.array([13])
+        )
+        np.testing.assert_array_equal(mask.indices[0, 0, 0, :3], [0, 1, 3])
+        assert mask.num == 3
+
+    def test_masks_are_read_by_the_kernel(self):
+        """A token attends to the kept blocks, its own up to itself."""
+        gate, (query, key) = decode_gate(), operands(seq=16)
+        mask = attention.seer_decode_topk(
+            decode_scores_of(gate, query, key), num_kept=2, block=4
+        )
+        out = ops.block_attention(query, key, key, mask, causal=True)
+        seen = mask.to_dense() & np.tri(16, dtype=bool)
+        want = jax.nn.dot_product_attention(
+            query, key, key, mask=jnp.repeat(seen, GROUP, axis=1)
+        )
+        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+
+    def test_group_draw(self):
+        """Xavier of a key head: its query heads are projected together."""
+        gate = attention.init_seer_decode_gate(
+            16, 4, 64, d_gate=32, key=jax.random.key(0)
+        )
+        for kernel, d_in in ((gate.query, 4 * 64), (gate.key, 3 * 64)):
+            reach = np.sqrt(6 / (d_in + 32))
+            np.testing.assert_allclose(jnp.abs(kernel).max(), reach, rtol=1e-2)
+
+
+def test_bad_input_is_named():
+    query, key = operands(seq=8)
+    gate = attention.init_seer_gate(4, 2, 8, d_gate=8, key=jax.random.key(0))
+    of_others = attention.init_seer_gate(4, 2, 16, d_gate=16, key=jax.random.key(0))
+    projected = attention.init_seer_gate(4, 4, 8, d_gate=6, key=jax.random.key(0))
+    decoding, scores = decode_gate(), causal_scores(4)
+    cache = attention.init_seer_cache(decoding, 2, 8, block=4)
+
+    def gated(gate=gate, query=query, key=key, block=4):
+        return lambda: attention.seer_scores(
+            gate, query, key, block=block, rotate=rotate
+        )
+
+    def made(heads=4, kv_heads=2, **options):
+        return lambda: attention.init_seer_gate(
+            heads, kv_heads, 8, key=jax.random.key(0), **options
+        )
+
+    def top(num_kept, **options):
+        return lambda: attention.seer_topk(
+            scores, num_kept=num_kept, block=4, **options
+        )
+
+    for wrong, message in [
+        (gated(block=9), r"`block` must be in \[1, 8\].*got 9. Choose smaller"),
+        (gated(block=0), "got 0"),
+        (gated(key=key[:, :4]), r"of one sequence; got \(2, 8, 4, 8\) and \(2, 4"),
+        (gated(query=query[:, :, :3]), "must divide the query heads; got"),
+        (gated(of_others), r"`gate.key` must .*\(4, 24, 8\).*got \(4, 48, 16\)"),
+        (gated(projected), r"`gate.key` must .*\(2, 24, 6\).*got \(4, 24, 6\)"),
+        (gated(projected, query=query[:, :, :2]), r"`gate.query`.*\(2, 8, 6\)"),
+        (made(4, 3), "`num_kv_heads` must divide.*num_kv_heads=3"),
+        (made(d_gate=7), "`d_gate` even.*d_gate=7"),
+        (made(0), "num_heads=0"),
+        (made(d_gate=6, project_query=False), "d_gate=6 and head_dim=8"),
+        (lambda: attention.init_seer_decode_gate(4, 3, 8, key=None), "divide"),
+        (lambda: attention.init_seer_decode_gate(4, 2, 0, key=None), "head_dim=0"),
+        (lambda: attention.seer_target(query, key, block=9), "got 9"),
+        (lambda: attention.seer_loss(scores, scores[:1]), "must have one shape"),
+        (lambda: attention.seer_loss(scores, scores, skip=1), r"\[0, 1\); got 1"),
+        (lambda: attention.seer_loss(scores, scores, reduction="sum"), "got 'sum'"),
+        (top(5), r"`num_kept` must be in \[1, 4\].*got 5. Lower the budget"),
+        (top(0), "got 0"),
+        (top(np.array([1, 2])), r"one for each of 4 heads; got shape \(2,\)"),
+        (top(1, dense_last_rows=-1), "`dense_last_rows` must .*got -1"),
+        (lambda: attention.seer_num_kept(1.5, 4), r"\(0, 1\].*density=1.5"),
+        (lambda: attention.init_seer_cache(decoding, 2, 8, block=9), "got 9"),
+        (
+            lambda: attention.append_to_seer_cache(decoding, cache, key, rotate=rotate),
+            r"one token, \(2, 1, 2, 8\); got \(2, 8, 2, 8\)",
+        ),
+        (
+            lambda: attention.seer_cached_scores(decoding, cache, query, rotate=rotate),
+            "one token",
+        ),
+        (
+            lambda: attention.seer_cached_scores(
+                decoding, cache, query[:, :1, :2], rotate=rotate
+            ),
+            r"`gate.query` must have shape \(2, 1, 8, 6\).*another model",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_front_door():
+    assert sj.attention.seer_scores is attention.seer_scores
