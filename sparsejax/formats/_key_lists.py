@@ -14,7 +14,7 @@ from sparsejax.formats._block_mask import BlockMask
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyLists:
-    """Which keys of a cache are kept: pages of them, or single ones, in ascending order.
+    """Which keys of a cache are kept: pages of them or single ones, in rising order.
 
     What a decoding query attends to, or what is left of a cache after eviction. Page i
     holds the positions from `page_size * i` on. Leading axes are batch and heads; where

@@ -367,7 +367,7 @@ def errors(q, k, v):
 def test_claim_in_small():
     """Smooth keys: means lose less than dropping, at less cost. Noise: they lose more.
 
-    Queries are sharp: where they attend to all keys, means are better for noise too.
+    Queries are sharp; where each attends to nearly all keys, a mean helps with noise too.
     """
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(3, 1, 128, 2, 16)).astype(np.float32)

@@ -1,0 +1,96 @@
+"""Block-sparse: the blocks of highest mean score, with the first and the nearest."""
+
+import bisect
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparsejax.attention import _blocks, _window
+from sparsejax.formats import BlockMask
+
+
+def block_sparse(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    num_kept: int = 64,
+    block_shape: tuple[int, int] = (16, 16),
+    per_head: bool = True,
+) -> BlockMask:
+    """Keeps the `num_kept` key blocks of highest mean score for each block of queries.
+
+    As `topk_blocks` with `causal`, but the first block and the one before the queries'
+    own are always kept too.
+
+    Args:
+      query: see `block_scores`.
+      key: likewise, for as many positions.
+      num_kept: blocks of a row, exactly; all in sight where there are fewer. At most
+        the blocks of the sequence; `blocks_for_density` gives it for a density. The
+        blocks that are always kept count: three, where blocks are square.
+      block_shape: `(height, width)`, queries and keys of a block.
+      per_head: a mask for each query head; else for each key head.
+
+    Returns:
+      A mask `[batch, heads | kv_heads, seq, seq]`, rounded up to whole blocks; use it
+      with `causal=True`. No gradient.
+
+    Raises:
+      ValueError: if shapes disagree, a block is longer than the sequence, or `num_kept`
+        is more than its blocks or below what is always kept.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
+      >>> mask = sj.attention.block_sparse(x, x, num_kept=3, block_shape=(8, 8))
+      >>> print(mask.num[0, 0], mask.indices[0, 0, -1])
+      [1 2 3 3 3 3 3 3] [0 6 7]
+
+    References:
+      Jiang et al., 2024, https://arxiv.org/abs/2407.02490 (MInference), as in Nawrot et
+      al., 2025, https://arxiv.org/abs/2504.17768 (The Sparse Frontier).
+    """
+    _window.check_square(query, key, block_shape)
+    columns = -(-key.shape[1] // block_shape[1])
+    least = min(_blocks._most_diagonal(block_shape) + 2, columns)
+    _window.check_count("num_kept", num_kept, least, columns, "blocks")
+    scores = _blocks.block_scores(
+        query, key, block_shape=block_shape, per_head=per_head
+    )
+    visible, own = _blocks._in_sight(query, key, block_shape, causal=True)
+    before = jnp.pad(own[:, 1:], [(0, 0), (0, 1)]) & ~own  # ends where its own begin
+    first = jnp.arange(columns) == 0
+    ranked = _blocks._ranked(scores, visible, own | before | first)
+    return BlockMask.from_scores(ranked, block_shape, num_kept)
+
+
+def blocks_for_density(density: float, num_blocks: int) -> int:
+    """Gives the most blocks in a row that keep at most a share of a causal map.
+
+    Of `n` rows of square blocks the first rows have fewer in sight than `t`, so that
+    `t (t + 1) / 2 + (n - t) t` blocks are kept of `n (n + 1) / 2`.
+
+    Args:
+      density: share of the blocks in sight, in (0, 1].
+      num_blocks: `n`, blocks of the sequence.
+
+    Returns:
+      `t`, at least 1.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> sj.attention.blocks_for_density(0.1, 1024)
+      52
+    """
+    if not 0 < density <= 1 or num_blocks < 1:
+        raise ValueError(
+            "`density` must be in (0, 1] and `num_blocks` at least 1; got "
+            f"{density} and {num_blocks}."
+        )
+
+    def kept(t):
+        return t * (t + 1) // 2 + (num_blocks - t) * t
+
+    room = density * kept(num_blocks)
+    return max(1, bisect.bisect_right(range(1, num_blocks + 1), room, key=kept))

@@ -1,0 +1,147 @@
+"""What training-free selectors share: the weights of the last queries, and budgets.
+
+The last queries of a prompt attend to all of it; what they attend to stands for what
+the others, or those to come, need.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparsejax import activations
+from sparsejax.attention import _blocks
+from sparsejax.attention._spark import scaled_scores
+from sparsejax.formats import BlockMask
+
+
+def window_weights(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    window: int,
+) -> Float[Array, "batch kv_heads group window keys"]:
+    """Causal attention weights of the last `window` queries, float32, no gradient.
+
+    Queries are the last of the positions of the keys; each row sums to 1.
+    """
+    query, key = jax.lax.stop_gradient((query[:, -window:], key))
+    keys = jnp.arange(key.shape[1])
+    seen = keys <= keys[-window:, None]
+    scores = jnp.where(seen, scaled_scores(query, key), -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def diagonal_sums(
+    weights: Float[Array, "*lead window keys"],
+) -> Float[Array, "*lead keys"]:
+    """Sums the weights over the queries at each distance from query to key.
+
+    Entry `o` is of the keys `o` positions before their query; 0 is a query's own key.
+    """
+    *lead, window, keys = weights.shape
+    # Each row shorter by one shifts the next by one, so that diagonals stand upright.
+    padding = [(0, 0)] * (len(lead) + 1) + [(0, window)]
+    flat = jnp.pad(weights[..., ::-1], padding).reshape(*lead, -1)
+    upright = flat[..., :-window].reshape(*lead, window, keys + window - 1)
+    return upright.sum(axis=-2)[..., window - 1 :]  # those before are of later keys
+
+
+def keep_highest(
+    scores: Float[Array, "*lead keys"],
+    num_kept: int | jax.Array,
+    *,
+    always: Bool[Array, "*#lead keys"],
+) -> Bool[Array, "*lead keys"]:
+    """Keeps the `num_kept` highest, `always` first; of equal ones those further left.
+
+    `num_kept` is one Python int, or int32 `[*lead]` that may be traced, which costs a
+    sort. A NaN ranks below every number.
+    """
+    ranked = jnp.where(always, jnp.inf, scores)
+    if isinstance(num_kept, int):
+        return activations.topk_activation(ranked, num_kept)[1]
+    ranked = jnp.where(jnp.isnan(ranked), -jnp.inf, ranked)
+    order = jnp.argsort(ranked, axis=-1, descending=True, stable=True)
+    rank = jnp.argsort(order, axis=-1)
+    return rank < num_kept[..., None]
+
+
+def lines_to_blocks(
+    columns: Bool[Array, "*lead keys"],
+    offsets: Bool[Array, "*lead keys"],
+    block_shape: tuple[int, int],
+) -> BlockMask:
+    """Keeps the blocks that hold a kept pair: its key's column, or its offset, is kept.
+
+    Causal, for as many queries as keys; an offset is the distance from query to key.
+    """
+    (height, width), length = block_shape, columns.shape[-1]
+    first_query = height * jnp.arange(math.ceil(length / height))[:, None]
+    last_query = jnp.minimum(first_query + height, length) - 1
+    first_key = width * jnp.arange(math.ceil(length / width))
+    last_key = jnp.minimum(first_key + width, length) - 1
+
+    # a column counts from the query on that sees it
+    lead = [(0, 0)] * (columns.ndim - 1)
+    at = jnp.where(columns, jnp.arange(length), length)
+    padding = [*lead, (0, -length % width)]
+    at = jnp.pad(at, padding, constant_values=length)
+    leftmost = at.reshape(*at.shape[:-1], -1, width).min(axis=-1)
+    crossed = leftmost[..., None, :] <= last_query
+
+    # the distances of the pairs of a block have no gap
+    before = jnp.pad(jnp.cumsum(offsets, axis=-1, dtype=jnp.int32), [*lead, (1, 0)])
+    nearest = jnp.maximum(first_query - last_key, 0)
+    beyond = jnp.maximum(last_query - first_key + 1, 0)
+    crossed |= before[..., beyond] > before[..., nearest]
+    return BlockMask.from_blocks(crossed, block_shape)
+
+
+def check_prompt(query: Any, key: Any, window: int) -> None:
+    """Raises unless shapes agree and there are `window` queries, at the last keys."""
+    _blocks._check(query, key, (1, 1))
+    queries, keys = query.shape[1], key.shape[1]
+    if queries > keys:
+        raise ValueError(
+            "`query` must be the last positions of `key`, so no longer; got "
+            f"{queries} queries and {keys} keys."
+        )
+    check_count("window", window, 1, queries, "queries")
+
+
+def check_square(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
+    """Raises unless there are as many queries as keys, and a whole block of them."""
+    _blocks._check(query, key, block_shape)
+    queries, keys = query.shape[1], key.shape[1]
+    if queries != keys:
+        raise ValueError(
+            "`query` and `key` must be of one whole prompt; got "
+            f"{queries} queries and {keys} keys."
+        )
+    if max(block_shape) > keys:
+        raise ValueError(
+            f"`block_shape` must fit into the {keys} positions of the prompt; got "
+            f"{block_shape}. Choose smaller blocks, or attend to all of so short a one."
+        )
+
+
+def check_ends(local: int, sink: int, keys: int, *, least_local: int = 0) -> None:
+    """Raises unless `local` last keys and `sink` first keys are there."""
+    check_count("local", local, least_local, keys, "keys")
+    check_count("sink", sink, 0, keys, "keys")
+
+
+def check_count(name: str, count: int, least: int, most: int, unit: str) -> None:
+    """Raises unless `count` is a budget from what is always kept to what there is."""
+    if count < least:
+        raise ValueError(
+            f"`{name}` must be at least {least}, what is always kept; got {count}. "
+            "Raise it, or keep fewer always."
+        )
+    if count > most:
+        raise ValueError(
+            f"`{name}` must be at most the {most} {unit} that there are; got {count}. "
+            "Lower it, or attend to all of so short a sequence."
+        )
