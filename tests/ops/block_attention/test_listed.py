@@ -1,0 +1,157 @@
+"""Attention to listed keys: against loops, its kernel, what it refuses."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsejax import _compat
+from sparsejax.formats import KeyLists
+from sparsejax.ops import listed_attention
+
+_kernel, _walk = (
+    importlib.import_module(f"sparsejax.ops.block_attention.{name}")
+    for name in ("_mosaic_gpu_listed", "_walk")
+)
+
+
+def operands(batch, queries, slots, heads, kv_heads, dim, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(batch, queries, heads, dim)] + 2 * [(batch, slots, kv_heads, dim)]
+    return [
+        jax.random.normal(key, shape).astype(dtype)
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+def make_lists(lead, pages, page_size, capacity=None):
+    """The last list of all is empty, if there are several."""
+    kept = np.random.default_rng(0).random((*lead, pages)) < 0.5
+    if lead != (1, 1):
+        kept[-1, -1] = False
+    return KeyLists.from_mask(jnp.asarray(kept), page_size=page_size, capacity=capacity)
+
+
+def by_loops(q, k, v, lists, lengths, scale):
+    """The definition, a query and a head at a time."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    batch, queries, heads, _ = q.shape
+    size, out = lists.page_size, np.zeros(q.shape)
+    for b in range(batch):
+        for h in range(heads):
+            lead = lists.num.shape
+            at = (b if lead[0] > 1 else 0, h * lead[1] // heads)
+            pages = np.asarray(lists.indices[at])[: int(lists.num[at])]
+            seen = [p * size + i for p in pages for i in range(size)]
+            seen = [s for s in seen if s < lengths[b]]
+            if not seen:
+                continue
+            head = h * k.shape[2] // heads
+            for i in range(queries):
+                scores = k[b, seen, head] @ q[b, i, h] * scale
+                weights = np.exp(scores - scores.max())
+                out[b, i, h] = weights @ v[b, seen, head] / weights.sum()
+    return out
+
+
+class ListedAttentionTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ((2, 1, 24, 4, 2, 8), (2, 2), 4, [24, 10]),
+        ((2, 3, 24, 4, 2, 8), (1, 4), 1, [24, 0]),  # a list a query head; no keys
+        ((1, 1, 22, 2, 2, 8), (1, 1), 4, [21]),  # a last page beyond the cache
+    )
+    def test_against_loops(self, sizes, lead, page_size, lengths):
+        q, k, v = operands(*sizes)
+        lists = make_lists(lead, -(-sizes[2] // page_size), page_size)
+        # what is not in the cache yet may hold anything
+        beyond = jnp.arange(sizes[2]) >= jnp.asarray(lengths)[:, None]
+        k, v = (jnp.where(beyond[..., None, None], jnp.nan, a) for a in (k, v))
+        call = jax.jit(functools.partial(listed_attention, scale=0.7))
+        got = call(q, k, v, lists, jnp.asarray(lengths))
+        clean = (jnp.nan_to_num(a) for a in (k, v))
+        want = by_loops(q, *clean, lists, lengths, 0.7)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        self.assertTrue((want != 0).any())
+
+    @parameterized.parameters(
+        ({"lists": "x"}, TypeError, "must be KeyLists; got str"),
+        ({"k": jnp.zeros((1, 8, 1, 8), jnp.bfloat16)}, TypeError, "for `k`. Cast it"),
+        ({"v": jnp.zeros((1, 9, 1, 8))}, ValueError, r"`k` and `v` alike"),
+        ({"q": jnp.zeros((1, 1, 3, 4))}, ValueError, "agree on batch and head_dim"),
+        ({"lead": (1, 3)}, ValueError, r"\[1 or 1, 1, 1 or 2\]"),
+        ({"length": jnp.zeros(2, jnp.int32)}, ValueError, "one for each of 1"),
+        ({"scale": -1.0}, ValueError, "`scale` must be positive"),
+    )
+    def test_refuses(self, change, error, message):
+        q, k, v = operands(1, 1, 8, 2, 1, 8)
+        lists = make_lists(change.pop("lead", (1, 1)), 2, 4)
+        given = {"q": q, "k": k, "v": v, "lists": lists, "length": 8} | change
+        scale = given.pop("scale", None)
+        with self.assertRaisesRegex(error, message):
+            listed_attention(*given.values(), scale=scale)
+
+    @parameterized.parameters(
+        ({"page_size": 64}, "pages must be a multiple of 128 keys"),
+        ({"queries": 200}, "at most 128"),
+        ({"dim": 32}, "`head_dim` must be one of"),
+    )
+    def test_kernel_says_why(self, change, reason):
+        options = {"page_size": 128, "queries": 1, "dim": 64} | change
+        q, k, v = operands(
+            1, options["queries"], 256, 2, 1, options["dim"], jnp.bfloat16
+        )
+        lists = make_lists((1, 1), 256 // options["page_size"], options["page_size"])
+        with self.assertRaisesRegex(NotImplementedError, reason):
+            listed_attention(q, k, v, lists, 5, implementation="mosaic_gpu")
+
+    def test_lowers_for_cuda(self):
+        q, k, v = operands(1, 1, 1024, 8, 2, 128, jnp.bfloat16)
+        lists = make_lists((1, 2), 8, 128, capacity=3)
+        call = functools.partial(listed_attention, implementation="mosaic_gpu")
+        exported = jax.export.export(jax.jit(call), platforms=["cuda"])(
+            q, k, v, lists, jnp.int32(1000)
+        )
+        self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 1)
+
+    @pytest.mark.skipif(
+        not _compat.can_interpret_mosaic_gpu(plgpu),
+        reason="this jax cannot run Mosaic GPU kernels on a CPU",
+    )
+    def test_kernel_matches(self):
+        q, k, v = operands(2, 1, 512, 4, 2, 64, jnp.bfloat16)
+        lists = make_lists((2, 2), 4, 128, capacity=3)
+        length = jnp.array([450, 512])
+        want = listed_attention(q, k, v, lists, length, implementation="reference")
+        tiles = _walk.Tiles(128, stages=2, in_registers=False)
+        call = functools.partial(
+            _kernel.listed_attention, scale=64**-0.5, num_parts=2, tiles=tiles
+        )
+        with plgpu.force_gpu_interpret_mode(
+            plgpu.InterpretGPUParams(detect_races=True)
+        ):
+            got = jax.jit(call)(q, k, v, lists, length)
+        np.testing.assert_allclose(
+            got.astype(jnp.float32), want.astype(jnp.float32), atol=0.02
+        )
+        np.testing.assert_array_equal(got[1, :, 2:], 0)  # nothing is listed
+
+
+@pytest.mark.gpu
+class DeviceTest(parameterized.TestCase):
+    @parameterized.parameters((128, 8, 2), (64, 4, 4))
+    def test_matches_reference(self, dim, heads, kv_heads):
+        q, k, v = operands(2, 1, 8192, heads, kv_heads, dim, jnp.bfloat16)
+        lists = make_lists((2, kv_heads), 64, 128, capacity=40)
+        length = jnp.array([8000, 8192])
+        got, want = (
+            jax.jit(functools.partial(listed_attention, implementation=name))(
+                q, k, v, lists, length
+            ).astype(jnp.float32)
+            for name in ("mosaic_gpu", "reference")
+        )
+        np.testing.assert_allclose(got, want, atol=0.02)
