@@ -1,11 +1,15 @@
 """Which keys a query attends to: pure functions of queries and keys."""
 
+from sparsejax.attention._block_sparse import block_sparse as block_sparse
+from sparsejax.attention._block_sparse import blocks_for_density as blocks_for_density
 from sparsejax.attention._blocks import block_scores as block_scores
 from sparsejax.attention._blocks import causal_density as causal_density
 from sparsejax.attention._blocks import (
     statistical_topk_blocks as statistical_topk_blocks,
 )
 from sparsejax.attention._blocks import topk_blocks as topk_blocks
+from sparsejax.attention._density import pair_density as pair_density
+from sparsejax.attention._flex_prefill import flex_prefill as flex_prefill
 from sparsejax.attention._masks import causal_mask as causal_mask
 from sparsejax.attention._psa import kv_pyramid as kv_pyramid
 from sparsejax.attention._psa import pyramid_attention as pyramid_attention
@@ -17,6 +21,11 @@ from sparsejax.attention._psa_levels import mass_levels as mass_levels
 from sparsejax.attention._psa_levels import pyramid_full_blocks as pyramid_full_blocks
 from sparsejax.attention._psa_levels import quota_levels as quota_levels
 from sparsejax.attention._psa_levels import sampled_importance as sampled_importance
+from sparsejax.attention._quest import PageBounds as PageBounds
+from sparsejax.attention._quest import append_key as append_key
+from sparsejax.attention._quest import page_bounds as page_bounds
+from sparsejax.attention._quest import page_scores as page_scores
+from sparsejax.attention._quest import quest as quest
 from sparsejax.attention._seer import SeerGate as SeerGate
 from sparsejax.attention._seer import init_seer_gate as init_seer_gate
 from sparsejax.attention._seer import seer_num_kept as seer_num_kept
@@ -41,7 +50,10 @@ from sparsejax.attention._seer_decode import seer_decode_topk as seer_decode_top
 from sparsejax.attention._seer_target import seer_decode_target as seer_decode_target
 from sparsejax.attention._seer_target import seer_loss as seer_loss
 from sparsejax.attention._seer_target import seer_target as seer_target
+from sparsejax.attention._snapkv import ada_snapkv as ada_snapkv
+from sparsejax.attention._snapkv import snapkv as snapkv
 from sparsejax.attention._spark import masked_softmax as masked_softmax
 from sparsejax.attention._spark import scaled_scores as scaled_scores
 from sparsejax.attention._spark import spark_attention as spark_attention
 from sparsejax.attention._spark import spark_selection as spark_selection
+from sparsejax.attention._vertical_slash import vertical_slash as vertical_slash

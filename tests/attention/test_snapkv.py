@@ -1,0 +1,177 @@
+"""SnapKV and Ada-SnapKV against loops over keys, and what is left of a cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from sparsejax import attention
+from tests.attention import prompts
+
+LENGTH = 40
+SMALL = dict(num_kept=9, window=7, pool_size=5, local=3, sink=2)
+ALWAYS = {0, 1, LENGTH - 3, LENGTH - 2, LENGTH - 1}
+
+
+def pooled_oracle(x, size):
+    """A moving average whose divisor counts the zeros beyond the ends."""
+    out = np.zeros(len(x))
+    for j in range(len(x)):
+        for other in range(j - size // 2, j + size // 2 + 1):
+            out[j] += x[other] / size if 0 <= other < len(x) else 0
+    return out
+
+
+def importance_oracle(query, key, window, pool_size, reduce):
+    """Of each key of each key head, with `reduce` over queries and heads."""
+    weights = prompts.weights_oracle(query, key, window)
+    scores = np.zeros((len(weights), prompts.KV_HEADS, key.shape[1]))
+    for b, h in np.ndindex(scores.shape[:2]):
+        own = weights[b, h * prompts.GROUP : (h + 1) * prompts.GROUP]
+        scores[b, h] = pooled_oracle(reduce(own), pool_size)
+    return scores
+
+
+def ada_oracle(scores, num_kept, own, always):
+    """One sequence: each head's own first, then pair after pair of head and key."""
+    kept = [prompts.highest_oracle(row, own, always) for row in scores]
+    heads, keys = scores.shape
+    for _ in range(heads * (num_kept - own)):
+        left = [(h, j) for h, j in np.ndindex(heads, keys) if j not in kept[h]]
+        h, j = max(left, key=lambda at: (scores[at], -at[0], -at[1]))
+        kept[h].add(j)
+    return kept
+
+
+def run_with_vmap(select):
+    @jax.jit
+    def run(query, key):
+        lists, again = select(query, key), jax.vmap(select)(query[None], key[None])
+        return lists, lists.density(key.shape[1]), again
+
+    return run
+
+
+def assert_lists(lists, at, want):
+    """The list at `at` holds `want`, ascending, then its last index."""
+    num = int(lists.num[at])
+    np.testing.assert_array_equal(lists.indices[at][:num], sorted(want))
+    assert (lists.indices[at][num:] == max(want)).all()
+
+
+class SnapKVTest(parameterized.TestCase):
+    @parameterized.parameters(5, 9, LENGTH)
+    def test_equals_the_oracle(self, num_kept):
+        """With keys of all the prompt, and queries of no more than its end."""
+        query, key = prompts.prompt(LENGTH)
+        options = SMALL | dict(num_kept=num_kept)
+        run = run_with_vmap(functools.partial(attention.snapkv, **options))
+        lists, density, again = run(query[:, -12:], key)
+        scores = importance_oracle(
+            query, key, 7, 5, lambda own: own.mean(axis=0).sum(axis=0)
+        )
+        for at in np.ndindex(scores.shape[:2]):
+            want = prompts.highest_oracle(scores[at], num_kept, ALWAYS)
+            assert_lists(lists, at, want)
+            self.assertLen(want, num_kept)
+        np.testing.assert_allclose(density, num_kept / LENGTH, rtol=1e-6)
+        self.assertEqual(lists.indices.shape, (2, prompts.KV_HEADS, num_kept))
+        self.assertFalse(lists.overflowed.any())
+        prompts.assert_same_under_vmap(lists, again)
+
+    def test_keys_at_the_ends_are_not_smoothed_into_their_neighbours(self):
+        """They are forced after the pooling: before it, `inf` would spread."""
+        query, key = np.zeros((2, 1, LENGTH, 1, 4), np.float32)
+        query[..., 0] = key[0, 20, 0, 0] = 8  # the one key that matters
+        lists = attention.snapkv(
+            jnp.asarray(query), jnp.asarray(key), **SMALL | dict(num_kept=10)
+        )
+        np.testing.assert_array_equal(
+            lists.indices[0, 0], [0, 1, 18, 19, 20, 21, 22, 37, 38, 39]
+        )
+
+    def test_attention_to_what_is_left(self):
+        """Gathered by their positions, all keys give what all keys give."""
+        query, key = prompts.prompt(16, batch=1)
+
+        @jax.jit
+        def attended(query, key):
+            lists = attention.snapkv(query, key, **SMALL | dict(num_kept=16))
+            positions, valid = lists.positions(16)
+            left = jnp.take_along_axis(key, positions.swapaxes(1, 2)[..., None], axis=1)
+            return jax.nn.dot_product_attention(
+                query, left, left, mask=jnp.repeat(valid, prompts.GROUP, 1)[:, :, None]
+            )
+
+        want = jax.nn.dot_product_attention(query, key, key)
+        np.testing.assert_allclose(attended(query, key), want, atol=1e-5)
+
+
+class AdaSnapKVTest(parameterized.TestCase):
+    @parameterized.parameters((9, 0.2), (9, 0.8), (5, 0.2), (LENGTH, 0.5))
+    def test_equals_the_oracle(self, num_kept, min_share):
+        x = prompts.prompt(LENGTH)
+        options = SMALL | dict(num_kept=num_kept, min_share=min_share)
+        run = run_with_vmap(functools.partial(attention.ada_snapkv, **options))
+        lists, density, again = run(*x)
+        scores = importance_oracle(*x, 7, 5, lambda own: own.max(axis=(0, 1)))
+        own = max(int(min_share * num_kept), 5)
+        for b in range(2):
+            kept = ada_oracle(scores[b], num_kept, own, ALWAYS)
+            for h, want in enumerate(kept):
+                assert_lists(lists, (b, h), want)
+                np.testing.assert_allclose(density[b, h], len(want) / LENGTH, rtol=1e-6)
+                self.assertLessEqual(ALWAYS, want)
+        np.testing.assert_array_equal(lists.num.sum(axis=1), 2 * num_kept)
+        self.assertGreaterEqual(lists.num.min(), own)
+        self.assertFalse(lists.overflowed.any())
+        if num_kept == 9 and min_share == 0.2:
+            self.assertGreater(np.ptp(lists.num), 0)  # heads differ
+        prompts.assert_same_under_vmap(lists, again)
+
+    def test_equal_heads_keep_what_each_would_alone(self):
+        """One query is asked, by one head a key head: its sum is its maximum."""
+        query, key = prompts.prompt(LENGTH)
+        query, key = query[:, :, :1].repeat(2, 2), key[:, :, :1].repeat(2, 2)
+        options = SMALL | dict(window=1)
+        ada = jax.jit(functools.partial(attention.ada_snapkv, **options))(query, key)
+        one = jax.jit(functools.partial(attention.snapkv, **options))(query, key)
+        np.testing.assert_array_equal(ada.num, one.num)
+        np.testing.assert_array_equal(ada.indices[..., :9], one.indices)
+
+    def test_all_is_kept_by_count_where_scores_are_nan(self):
+        query, key = prompts.prompt(LENGTH)
+        query = query.at[0, -1].set(jnp.nan)
+        lists = jax.jit(functools.partial(attention.ada_snapkv, **SMALL))(query, key)
+        np.testing.assert_array_equal(lists.num.sum(axis=1), 18)
+
+
+@pytest.mark.parametrize("select", [attention.snapkv, attention.ada_snapkv])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_kept": 41}, "`num_kept` must be at most the 40 keys .*; got 41. Lower"),
+        ({"num_kept": 4}, "`num_kept` must be at least 5, what is .*; got 4. Raise"),
+        ({"window": 41}, "`window` must be at most the 40 queries .*; got 41"),
+        ({"pool_size": 4}, "`pool_size` must be odd and at least 1; got 4"),
+        ({"local": 41}, "`local` must be at most the 40 keys .*; got 41"),
+        ({"sink": -1}, "`sink` must be at least 0, .*; got -1"),
+        ({"heads": 3}, r"key heads must divide .*got \(2, 40, 3, 8\)"),
+        ({"keys": 39}, "no longer; got 40 queries and 39 keys"),
+    ],
+)
+def test_bad_settings_raise(select, changed, message):
+    query, key = prompts.prompt(LENGTH)
+    options = SMALL | changed
+    query = query[:, :, : options.pop("heads", 4)]
+    key = key[:, : options.pop("keys", LENGTH)]
+    with pytest.raises(ValueError, match=message):
+        select(query, key, **options)
+
+
+def test_a_bad_share_raises():
+    with pytest.raises(ValueError, match=r"`min_share` must be in \[0, 1\], .*got 1.2"):
+        attention.ada_snapkv(*prompts.prompt(LENGTH), **SMALL, min_share=1.2)
