@@ -9,13 +9,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax.formats import BlockMask, block_slots
 from sparsejax.ops._warpgroups import COMPUTING, smem
-from sparsejax.ops.block_matmul._pipeline import DEPTH, Aside, Task, run
+from sparsejax.ops.block_matmul._aside import is_listed, spread_out
+from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
 from sparsejax.ops.block_matmul._schedule import add_up, nth_kept
 
 _SUMS = 2  # blocks for which a warpgroup adds up at a time
 _RING_BYTES = 200 * 1024
 _COPYING_REGISTERS = 40  # more than for y, to look for zeros
-_ZEROS_EVERY = 8  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +156,9 @@ def grad_w(
                 entry += warpgroup * _SUMS
             exists = entry < length(row)
             entry = jnp.minimum(entry, length(row) - 1)
-            place = refs["slots"][row, entry] if compact else None
+            place = None
             if compact:
+                place = refs["slots"][row, entry]
                 exists &= place < num_places
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staging[warpgroup] = values[i][:, piece * DEPTH : (piece + 1) * DEPTH]
@@ -169,67 +170,33 @@ def grad_w(
                 to = pl.ds(down, DEPTH), pl.ds(right + piece * DEPTH, DEPTH)
                 plgpu.copy_smem_to_gmem(staging.at[warpgroup], block.at[to])
 
-        # zeros: each program looks at some of the blocks
         kept = jnp.minimum(add_up(length, block_rows), num_places) if compact else 0
-        num_seen = mine(num_places - kept)
-        num_steps = num_tiles * steps_of_tile
-        chunks = jax.lax.div(num_steps + _ZEROS_EVERY - 1, _ZEROS_EVERY)
-        chunks = jnp.maximum(chunks, 1)
-        at_a_time = jax.lax.div(num_seen + chunks - 1, chunks)
 
         def write_zeros(i):
+            """Where the i-th place that this program looks at is to be 0."""
             number = program + i * programs
-            row, column = None, None
-            if compact:
-                place, absent = kept + number, True
-            else:
-                place = None
-                row = jax.lax.div(number, block_columns)
-                column = jax.lax.rem(number, block_columns)
-                absent = ~is_listed(row, column)
+            row = jax.lax.div(number, block_columns)
+            column = jax.lax.rem(number, block_columns)
+            listed = jnp.bool_(False)
+            if not compact:
+                listed = is_listed(
+                    lambda i: refs["indices"][row, i], length(row), capacity, column
+                )
 
-            @pl.when(absent)
+            @pl.when(~listed)
             def _():
-                block = target(row, column, place)
+                block = target(row, column, kept + number)
                 for down in range(0, height, DEPTH):
                     for right in range(0, width, DEPTH):
                         to = block.at[pl.ds(down, DEPTH), pl.ds(right, DEPTH)]
                         plgpu.copy_smem_to_gmem(refs["zeros"], to)
 
-        def is_listed(row, column):
-            def halve(_, bounds):
-                low, high = bounds
-                middle = jax.lax.div(low + high, 2)
-                below = refs["indices"][row, jnp.minimum(middle, capacity - 1)] < column
-                return (
-                    jnp.where((low < high) & below, middle + 1, low),
-                    jnp.where((low < high) & ~below, middle, high),
-                )
-
-            bounds = (jnp.int32(0), length(row))
-            at, _ = jax.lax.fori_loop(0, capacity.bit_length(), halve, bounds)
-            found = refs["indices"][row, jnp.minimum(at, capacity - 1)]
-            return (at < length(row)) & (found == column)
-
-        def write_chunk(first):
-            last = jnp.minimum(first + at_a_time, num_seen)
-            jax.lax.fori_loop(first, last, lambda i, _: write_zeros(i), None)
-
-        def begin():
-            zeros = jnp.zeros((DEPTH, DEPTH), w.dtype)
-            refs["zeros"][...] = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-            plgpu.commit_smem()
-
-        def after(step):
-            @pl.when(jax.lax.rem(step, _ZEROS_EVERY) == 0)
-            def _():
-                write_chunk(jax.lax.div(step, _ZEROS_EVERY) * at_a_time)
-
-        def end():
-            seen = jnp.where(num_tiles > 0, chunks * at_a_time, 0)
-            jax.lax.fori_loop(seen, num_seen, lambda i, _: write_zeros(i), None)
-            plgpu.wait_smem_to_gmem(0)
-
+        aside = spread_out(
+            refs["zeros"],
+            write_zeros,
+            num=mine(num_places - kept),
+            num_steps=num_tiles * steps_of_tile,
+        )
         return Task(
             walk,
             lambda tile: jnp.int32(steps_of_tile),
@@ -239,7 +206,7 @@ def grad_w(
             finish,
             store,
             parts=_SUMS * columns // DEPTH,
-            aside=Aside(begin, after, end),
+            aside=aside,
         )
 
     operands = {"x": x, "dy": dy, "num": block_mask.num, "indices": block_mask.indices}
