@@ -9,5 +9,9 @@ from sparsejax.nn._block_sparse_linear import BlockSparseLinear as BlockSparseLi
 from sparsejax.nn._block_sparse_linear import Topology as Topology
 from sparsejax.nn._gated_ffn import GatedFFN as GatedFFN
 from sparsejax.nn._rope import apply_rope as apply_rope
+from sparsejax.nn._seer_attention import GateLoss as GateLoss
+from sparsejax.nn._seer_attention import GateParam as GateParam
+from sparsejax.nn._seer_attention import SeerAttention as SeerAttention
+from sparsejax.nn._seer_attention import pop_gate_losses as pop_gate_losses
 from sparsejax.nn._spark_attention import SparkAttention as SparkAttention
 from sparsejax.nn._spark_ffn import SparkFFN as SparkFFN
