@@ -1,4 +1,10 @@
-"""Which keys a query attends to: pure functions of queries and keys."""
+"""Which keys a query attends to: pure functions of queries and keys.
+
+A selector takes queries and what it knows of the keys, budgets as counts, and returns
+what a kernel reads: in a prefill a `BlockMask`, for `ops.block_attention`, in decoding
+`KeyLists`, for `ops.listed_attention`. What it keeps is read off that: `pair_density`
+and `KeyLists.density`.
+"""
 
 from sparsejax.attention._block_sparse import block_sparse as block_sparse
 from sparsejax.attention._block_sparse import blocks_for_density as blocks_for_density

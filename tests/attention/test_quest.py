@@ -9,7 +9,7 @@ from absl.testing import parameterized
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sparsejax import attention
+from sparsejax import attention, ops
 from tests.attention import prompts
 
 ROOM, PAGE = 26, 4  # seven pages, the last of two keys
@@ -72,21 +72,16 @@ class QuestTest(parameterized.TestCase):
     def test_all_pages_are_dense_attention(self):
         query, key = prompts.prompt(ROOM)
         query = last_queries(query)
-        lists = quest(query, page_bounds(key, LENGTHS, page_size=PAGE), num_kept=6)
 
         @jax.jit
-        def attended(lists):
-            positions, valid = lists.positions(jnp.asarray(LENGTHS))
-            left = jnp.take_along_axis(
-                key, positions.swapaxes(1, 2)[..., None], axis=1, mode="clip"
-            )
-            return jax.nn.dot_product_attention(
-                query, left, left, mask=jnp.repeat(valid, prompts.GROUP, 1)[:, :, None]
-            )
+        def attended(query, key):
+            bounds = attention.page_bounds(key, LENGTHS, page_size=PAGE)
+            lists = attention.quest(query, bounds, num_kept=6)
+            return ops.listed_attention(query, key, key, lists, LENGTHS)
 
-        seen = (np.arange(ROOM) < LENGTHS[:, None])[:, None, None]
-        want = jax.nn.dot_product_attention(query, key, key, mask=jnp.asarray(seen))
-        np.testing.assert_allclose(attended(lists), want, atol=1e-5)
+        seen = jnp.arange(ROOM) < jnp.asarray(LENGTHS)[:, None, None, None]
+        want = jax.nn.dot_product_attention(query, key, key, mask=seen)
+        np.testing.assert_allclose(attended(query, key), want, atol=1e-5)
 
     def test_an_empty_cache_and_a_nan_query(self):
         query, key = prompts.prompt(ROOM)

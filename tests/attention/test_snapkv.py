@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sparsejax import attention
+from sparsejax import attention, ops
 from tests.attention import prompts
 
 LENGTH = 40
@@ -86,27 +86,23 @@ class SnapKVTest(parameterized.TestCase):
         """They are forced after the pooling: before it, `inf` would spread."""
         query, key = np.zeros((2, 1, LENGTH, 1, 4), np.float32)
         query[..., 0] = key[0, 20, 0, 0] = 8  # the one key that matters
-        lists = attention.snapkv(
-            jnp.asarray(query), jnp.asarray(key), **SMALL | dict(num_kept=10)
-        )
+        lists = jax.jit(
+            functools.partial(attention.snapkv, **SMALL | dict(num_kept=10))
+        )(query, key)
         np.testing.assert_array_equal(
             lists.indices[0, 0], [0, 1, 18, 19, 20, 21, 22, 37, 38, 39]
         )
 
-    def test_attention_to_what_is_left(self):
-        """Gathered by their positions, all keys give what all keys give."""
-        query, key = prompts.prompt(16, batch=1)
+    def test_all_keys_are_dense_attention(self):
+        query, key = prompts.prompt(LENGTH)
+        now = query[:, -1:]
 
         @jax.jit
         def attended(query, key):
-            lists = attention.snapkv(query, key, **SMALL | dict(num_kept=16))
-            positions, valid = lists.positions(16)
-            left = jnp.take_along_axis(key, positions.swapaxes(1, 2)[..., None], axis=1)
-            return jax.nn.dot_product_attention(
-                query, left, left, mask=jnp.repeat(valid, prompts.GROUP, 1)[:, :, None]
-            )
+            lists = attention.snapkv(query, key, **SMALL | dict(num_kept=LENGTH))
+            return ops.listed_attention(now, key, key, lists, LENGTH)
 
-        want = jax.nn.dot_product_attention(query, key, key)
+        want = jax.nn.dot_product_attention(now, key, key)
         np.testing.assert_allclose(attended(query, key), want, atol=1e-5)
 
 
