@@ -59,7 +59,9 @@ def make_cache(size: Size, dtype: str, context: int, num_tokens: int) -> decode.
     keys = jax.random.split(jax.random.key(0), (2, size.num_layers))
     draw = functools.partial(jax.random.normal, shape=shape, dtype=dtype)
     keys, values = (tuple(map(draw, row)) for row in keys)
-    return decode.Cache(keys, values, jnp.full(1, context, jnp.int32))
+    return decode.Cache(
+        keys, values, jnp.full(1, context, jnp.int32), (None,) * len(keys)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="num_tokens")

@@ -1,6 +1,7 @@
 """What a decoder remembers of the tokens so far."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -17,8 +18,10 @@ class Cache:
       keys: for each layer `[batch, capacity, kv_heads, head_dim]`, rotated.
       values: for each layer `[batch, capacity, kv_heads, head_dim]`.
       lengths: int32 `[batch]`, the tokens of each sequence.
+      known: for each layer what its `KeySelector` knows of the keys, or None.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     lengths: jax.Array
+    known: tuple[Any, ...]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax import nn
+from sparsejax.decode._keys import KeySelector
 from sparsejax.models import Decoder
 from sparsejax.typing import KeyPath, plain_path
 
@@ -24,6 +25,7 @@ class DecodeModel:
       graph: the model without its weights.
       sparse: skip what is not active.
       capacity_factor: room for active neurons and attended keys, over the expected.
+      select_keys: which keys plain attention reads; None for all.
     """
 
     state: nnx.State
@@ -31,6 +33,7 @@ class DecodeModel:
     graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     sparse: bool = dataclasses.field(metadata={"static": True})
     capacity_factor: float = dataclasses.field(metadata={"static": True})
+    select_keys: KeySelector | None = dataclasses.field(metadata={"static": True})
 
     def decoder(self) -> Decoder:
         """The model, over the same weights."""
@@ -38,7 +41,11 @@ class DecodeModel:
 
 
 def prepare(
-    model: Decoder, *, sparse: bool = True, capacity_factor: float = 2.0
+    model: Decoder,
+    *,
+    sparse: bool = True,
+    capacity_factor: float = 2.0,
+    select_keys: KeySelector | None = None,
 ) -> DecodeModel:
     """Makes a trained model ready for `generate`.
 
@@ -52,6 +59,10 @@ def prepare(
       capacity_factor: room for active neurons and attended keys, as a multiple of the
         expected number; at least 1. A step that needs more is computed densely, and
         counted: results do not depend on it.
+      select_keys: which keys of the cache attention reads, `Quest(...)` or another
+        `KeySelector`; all by default. It is for layers of `nn.Attention` and those that
+        attend as it does with a cache, `nn.BlockAttention` say, without a window:
+        others have a rule of their own. Prompts are read in full.
 
     Returns:
       A pytree, to be passed through `jax.jit` as any other.
@@ -83,7 +94,13 @@ def prepare(
         else None
         for block in model.blocks
     )
-    return DecodeModel(state, up, graph, sparse, float(capacity_factor))
+    return DecodeModel(state, up, graph, sparse, float(capacity_factor), select_keys)
+
+
+def key_selector(model: DecodeModel, layer: nn.Attention) -> KeySelector | None:
+    """Who chooses the keys that this layer reads; None if nobody does."""
+    own_rule = isinstance(layer, nn.SparkAttention) or layer.window is not None
+    return None if own_rule or not model.sparse else model.select_keys
 
 
 def _is_matrix(path: KeyPath) -> bool:

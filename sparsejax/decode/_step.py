@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparsejax import attention, nn
+from sparsejax import attention, nn, ops
 from sparsejax.decode._cache import Cache
 from sparsejax.decode._layers import active_ffn, gathered_attention
-from sparsejax.decode._model import DecodeModel
+from sparsejax.decode._model import DecodeModel, key_selector
 
 
 class Overflows(NamedTuple):
@@ -46,7 +46,8 @@ def prefill(
     seq = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
     x = decoder.embed(tokens)
-    keys, values = [], []
+    keys, values, known = [], [], []
+    lengths = lengths.astype(jnp.int32)
     for block in decoder.blocks:
         query, key, value = block.attention.project(block.attention_norm(x), positions)
         y, _ = block.attention.attend(query, key, value)
@@ -55,8 +56,10 @@ def prefill(
         room = ((0, 0), (0, capacity - seq), (0, 0), (0, 0))
         keys.append(jnp.pad(key, room))
         values.append(jnp.pad(value, room))
+        selector = key_selector(model, block.attention)
+        known.append(None if selector is None else selector.start(keys[-1], lengths))
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
-    cache = Cache(tuple(keys), tuple(values), lengths.astype(jnp.int32))
+    cache = Cache(tuple(keys), tuple(values), lengths, tuple(known))
     return decoder.logits(last), cache
 
 
@@ -79,13 +82,22 @@ def decode_step(
     positions = cache.lengths[:, None]
     slots = jnp.arange(cache.keys[0].shape[1])[None]
     x = decoder.embed(tokens)[:, None]
-    keys, values, ffn_overflows, attention_overflows = [], [], [], []
+    keys, values, knowns, ffn_overflows, attention_overflows = [], [], [], [], []
     for layer, block in enumerate(decoder.blocks):
         query, key, value = block.attention.project(block.attention_norm(x), positions)
+        known, selector = cache.known[layer], key_selector(model, block.attention)
+        if selector is not None:
+            known = selector.append(known, key)
         key = _append(cache.keys[layer], key, cache.lengths)
         value = _append(cache.values[layer], value, cache.lengths)
-        valid = attention.causal_mask(positions, slots, window=block.attention.window)
-        y, overflow = _attend(model, block.attention, query, key, value, valid)
+        if selector is not None:
+            lists = selector.select(query, known)
+            y = ops.listed_attention(query, key, value, lists, cache.lengths + 1)
+            overflow = jnp.int32(0)
+        else:
+            window = block.attention.window
+            valid = attention.causal_mask(positions, slots, window=window)
+            y, overflow = _attend(model, block.attention, query, key, value, valid)
         attention_overflows.append(overflow)
         x = x + block.attention.combine(y)
         y, overflow = _feed_forward(model, layer, block.ffn, block.ffn_norm(x)[:, 0])
@@ -93,7 +105,8 @@ def decode_step(
         x = x + y[:, None]
         keys.append(key)
         values.append(value)
-    cache = Cache(tuple(keys), tuple(values), cache.lengths + 1)
+        knowns.append(known)
+    cache = Cache(tuple(keys), tuple(values), cache.lengths + 1, tuple(knowns))
     overflows = Overflows(jnp.stack(ffn_overflows), jnp.stack(attention_overflows))
     return decoder.logits(x[:, 0]), cache, overflows
 
