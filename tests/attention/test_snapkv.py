@@ -63,18 +63,22 @@ def assert_lists(lists, at, want):
 
 
 class SnapKVTest(parameterized.TestCase):
-    @parameterized.parameters(5, 9, LENGTH)
-    def test_equals_the_oracle(self, num_kept):
-        """With keys of all the prompt, and queries of no more than its end."""
+    @parameterized.parameters((5, 5, ALWAYS), (LENGTH, 5, ALWAYS), (15, 15, ()))
+    def test_equals_the_oracle(self, num_kept, pool_size, always):
+        """With keys of all the prompt, and queries of no more than its end.
+
+        Where no key is forced the zeros beyond the ends show: they count.
+        """
         query, key = prompts.prompt(LENGTH)
-        options = SMALL | dict(num_kept=num_kept)
+        options = SMALL | dict(num_kept=num_kept, pool_size=pool_size)
+        options |= {} if always else dict(local=0, sink=0)
         run = run_with_vmap(functools.partial(attention.snapkv, **options))
         lists, density, again = run(query[:, -12:], key)
         scores = importance_oracle(
-            query, key, 7, 5, lambda own: own.mean(axis=0).sum(axis=0)
+            query, key, 7, pool_size, lambda own: own.mean(axis=0).sum(axis=0)
         )
         for at in np.ndindex(scores.shape[:2]):
-            want = prompts.highest_oracle(scores[at], num_kept, ALWAYS)
+            want = prompts.highest_oracle(scores[at], num_kept, always)
             assert_lists(lists, at, want)
             self.assertLen(want, num_kept)
         np.testing.assert_allclose(density, num_kept / LENGTH, rtol=1e-6)
