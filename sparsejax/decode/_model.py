@@ -97,10 +97,11 @@ def prepare(
     return DecodeModel(state, up, graph, sparse, float(capacity_factor), select_keys)
 
 
-def key_selector(model: DecodeModel, layer: nn.Attention) -> KeySelector | None:
+def key_selector(model: DecodeModel, layer: object) -> KeySelector | None:
     """Who chooses the keys that this layer reads; None if nobody does."""
-    own_rule = isinstance(layer, nn.SparkAttention) or layer.window is not None
-    return None if own_rule or not model.sparse else model.select_keys
+    if not isinstance(layer, nn.Attention) or isinstance(layer, nn.SparkAttention):
+        return None
+    return model.select_keys if model.sparse and layer.window is None else None
 
 
 def _is_matrix(path: KeyPath) -> bool:

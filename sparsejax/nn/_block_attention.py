@@ -35,8 +35,8 @@ class BlockAttention(Attention):
 
     A block of queries selects as one, so a token has a say in what the tokens shortly
     before it attend to. Decoding a token at a time cannot repeat that: there each token
-    attends to all before it, or to the pages that `sj.decode.prepare` is told to select,
-    and only the prompt is read by blocks.
+    attends to all before it, or to the pages that `sj.decode.prepare` is told to
+    select, and only the prompt is read by blocks.
 
     Args:
       d_model: width of input and output.
