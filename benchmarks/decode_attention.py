@@ -1,0 +1,144 @@
+"""How fast does a decoding query read a sixteenth of a long cache, against all of it?
+
+One query a sequence, pages of 128 keys, random ones listed for each key head. Dense
+attention over the whole cache is computed by XLA in the ways that it has; the best one
+counts. Choosing the pages by Quest's bounds is a row of its own. Some layers with
+caches of their own make one program, so that no cache of the device holds them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sparsejax as sj
+from benchmarks import common
+from benchmarks.block_matmul import relative_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A cache, and which share of its pages is read."""
+
+    length: int
+    kept: float
+    batch: int = 1
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 128
+    layers: int = 4
+    dtype: str = "bfloat16"
+
+
+CASES = [
+    *(Case(65536, kept) for kept in (0.25, 0.125, 0.0625, 0.03125)),
+    Case(16384, 0.0625),
+    Case(65536, 0.0625, batch=4, layers=2),
+    Case(65536, 0.0625, heads=8),
+]
+QUICK = [Case(1024, 0.25, 1, 4, 2, 16, 64, 2, "float32")]
+
+
+def dense_forms(case: Case) -> dict[str, Callable]:
+    """Ways to attend to the whole cache."""
+
+    def grouped(q, k, v):
+        q = q.reshape(case.batch, case.kv_heads, -1, case.head_dim)
+        scores = jnp.einsum("bhgd,bkhd->bhgk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * case.head_dim**-0.5).astype(v.dtype)
+        out = jnp.einsum("bhgk,bkhd->bhgd", weights, v)
+        return out.reshape(case.batch, 1, case.heads, case.head_dim)
+
+    forms = {"XLA": jax.nn.dot_product_attention, "XLA, grouped": grouped}
+    if jax.default_backend() == "gpu":
+        forms["cuDNN"] = functools.partial(
+            jax.nn.dot_product_attention, implementation="cudnn"
+        )
+    return forms
+
+
+def run(case: Case, repeats: int) -> dict:
+    """Checks, then times one case; times are of one layer."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    lead = (case.layers, case.batch)
+    q = jax.random.normal(keys[0], (*lead, 1, case.heads, case.head_dim))
+    k, v = (
+        jax.random.normal(key, (*lead, case.length, case.kv_heads, case.head_dim))
+        for key in keys[1:]
+    )
+    layers = [tuple(a[i].astype(case.dtype) for a in (q, k, v)) for i in range(lead[0])]
+    pages = case.length // case.page_size
+    rng, num_kept = np.random.default_rng(0), round(case.kept * pages)
+    shape = (case.batch, case.kv_heads, pages)
+    kept = rng.permuted(np.broadcast_to(np.arange(pages) < num_kept, shape), axis=-1)
+    lists = sj.formats.KeyLists.from_mask(
+        jnp.asarray(kept), page_size=case.page_size, capacity=num_kept
+    )
+    bounds = [
+        sj.attention.page_bounds(key, page_size=case.page_size) for _, key, _ in layers
+    ]
+
+    def for_each(fn, *others):
+        together = jax.jit(
+            lambda layers, *others: [
+                fn(*layer, *(o[i] for o in others)) for i, layer in enumerate(layers)
+            ]
+        )
+        return functools.partial(together, layers, *others)
+
+    def listed(implementation):
+        return for_each(
+            lambda q, k, v: sj.ops.listed_attention(
+                q, k, v, lists, case.length, implementation=implementation
+            )
+        )
+
+    ours = {"gather": listed("reference")}
+    if jax.default_backend() == "gpu":
+        ours["kernel"] = listed("mosaic_gpu")
+    dense = {name: for_each(fn) for name, fn in dense_forms(case).items()}
+
+    def select(q, k, v, bounds):
+        return sj.attention.quest(q, bounds, num_kept=max(num_kept - 1, 1))
+
+    selecting = {"select": for_each(select, bounds)}
+    want = ours["gather"]()[0]
+    errors = [relative_error(fn()[0], want) for fn in ours.values()]
+    assert max(errors) < 0.01, (case, errors)
+    whole = [fn()[0] for fn in dense.values()]
+    assert all(relative_error(a, whole[0]) < 0.01 for a in whole), case
+    times = common.time_in_turn(
+        ours | dense | selecting, repeats=repeats, units=case.layers
+    )
+    best = min(times[name].ms for name in ours)
+    best_dense = min(times[name].ms for name in dense)
+    item = jnp.dtype(case.dtype).itemsize
+    read = 2 * case.batch * case.kv_heads * case.head_dim * case.length * item
+    return dataclasses.asdict(case) | {
+        **{f"{name}_ms": time.ms for name, time in times.items()},
+        "iqr_ms": max(times[name].iqr_ms for name in ours),
+        "speedup": best_dense / best,
+        "with_selection": best_dense / (best + times["select"].ms),
+        "ideal": 1 / case.kept,
+        "gb_per_s": read * case.kept / best / 1e6,
+        "dense_gb_per_s": read / best_dense / 1e6,
+        "error": max(errors),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs all cases."""
+    args = common.parse_args(__doc__, repeats=15, argv=argv)
+    rows, env = [], common.environment(repeats=args.repeats)
+    for case in QUICK if args.quick else CASES:
+        rows.append(run(case, args.repeats))
+        common.write_json(args.json, env, rows)  # a run that is stopped keeps them
+    common.print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
