@@ -11,6 +11,8 @@ from absl.testing import parameterized
 import sparsejax as sj
 from sparsejax import attention, nn, ops
 
+pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all is compilation
+
 HEADS, KV_HEADS, DIM, GROUP = 4, 2, 8, 2
 BASE = 100.0
 rotate = functools.partial(nn.apply_rope, base=BASE)
@@ -23,6 +25,15 @@ decode_target_of = jax.jit(attention.seer_decode_target, static_argnames="block"
 loss_and_grad = jax.jit(
     jax.value_and_grad(attention.seer_loss), static_argnames=("skip", "reduction")
 )
+
+topk = jax.jit(
+    attention.seer_topk, static_argnames=("num_kept", "block", "dense_last_rows")
+)
+topk_traced = jax.jit(attention.seer_topk, static_argnames=("block", "dense_last_rows"))
+threshold = jax.jit(
+    attention.seer_threshold, static_argnames=("block", "dense_last_rows")
+)
+blocks_of = jax.jit(sj.BlockMask.to_blocks)
 
 
 def operands(seq=26, dtype=jnp.float32, seed=0):
@@ -246,25 +257,21 @@ class SelectionTest(parameterized.TestCase):
     @parameterized.product(num_kept=[1, 3, 9], last=[0, 2])
     def test_topk(self, num_kept, last):
         scores = causal_scores(9)
-        mask = attention.seer_topk(
-            scores, num_kept=num_kept, block=4, dense_last_rows=last
-        )
+        mask = topk(scores, num_kept=num_kept, block=4, dense_last_rows=last)
         want = np.zeros(scores.shape, bool)
         for at in np.ndindex(scores.shape[:3]):
             i = at[2]
             order = sorted(range(i), key=lambda j: -scores[*at, j])
             chosen = range(i) if i >= 9 - last else order[: num_kept - 1]
             want[*at, [*chosen, i]] = True
-        np.testing.assert_array_equal(mask.to_blocks(), want)
+        np.testing.assert_array_equal(blocks_of(mask), want)
         assert mask.block_shape == (4, 4) and not mask.overflowed.any()
         assert mask.indices.shape[-1] == (9 if last else num_kept)
 
     def test_one_number_for_each_head(self):
         scores = causal_scores(9)
         counts = jnp.array([1, 2, 5, 9])
-        select = jax.jit(
-            functools.partial(attention.seer_topk, block=4, dense_last_rows=0)
-        )
+        select = functools.partial(topk_traced, block=4, dense_last_rows=0)
         mask = select(scores, num_kept=counts)
         np.testing.assert_array_equal(mask.num[0, :, -1], counts)
         each = [
@@ -275,24 +282,20 @@ class SelectionTest(parameterized.TestCase):
     @parameterized.product(tau=[0.0, 0.2, 1.0], last=[0, 1])
     def test_threshold(self, tau, last):
         scores = causal_scores(9)
-        mask = attention.seer_threshold(
-            scores, threshold=tau, block=4, dense_last_rows=last
-        )
+        mask = threshold(scores, threshold=tau, block=4, dense_last_rows=last)
         want = np.zeros(scores.shape, bool)
         for at in np.ndindex(scores.shape[:3]):
             i = at[2]
             powers = np.exp(np.float64(scores[at][: i + 1]))
             want[*at, : i + 1] = (powers / powers.sum() > tau) | (i >= 9 - last)
             want[*at, i] = True
-        np.testing.assert_array_equal(mask.to_blocks(), want)
+        np.testing.assert_array_equal(blocks_of(mask), want)
 
     def test_no_row_is_empty(self):
         """The released code may keep none by threshold, and then divides by 0."""
         query, key = operands(seq=24)
         scores = jnp.where(np.tri(6, dtype=bool), 0.0, -jnp.inf)[None, None]
-        mask = attention.seer_threshold(
-            scores, threshold=0.9, block=4, dense_last_rows=0
-        )
+        mask = threshold(scores, threshold=0.9, block=4, dense_last_rows=0)
         out, lse = ops.block_attention(
             query, key, key, mask, causal=True, with_lse=True
         )
@@ -301,14 +304,14 @@ class SelectionTest(parameterized.TestCase):
 
     def test_nan_is_never_kept(self):
         scores = causal_scores(4).at[:, :, 3, 0].set(jnp.nan)
-        mask = attention.seer_topk(scores, num_kept=4, block=4, dense_last_rows=0)
+        mask = topk(scores, num_kept=4, block=4, dense_last_rows=0)
         np.testing.assert_array_equal(mask.num[0, 0], [1, 2, 3, 3])
 
     @parameterized.parameters(0.1, 0.25, 0.5, 0.9, 1.0)
     def test_density(self, density):
         """Within a block in a row of what was asked for."""
         num_kept = attention.seer_num_kept(density, 32)
-        mask = attention.seer_topk(
+        mask = topk(
             causal_scores(32, heads=1), num_kept=num_kept, block=2, dense_last_rows=0
         )
         realised = mask.num.sum(-1) / (32 * 33 / 2)
@@ -367,6 +370,7 @@ class DecodeTest(parameterized.TestCase):
     def test_cache_repeats_the_training_form(self):
         gate, (query, key) = decode_gate(), operands(seq=15)
         want = decode_scores_of(gate, query, key)
+        select = functools.partial(attention.seer_decode_topk, num_kept=2, block=4)
 
         @jax.jit
         def walk(query, key):
@@ -374,10 +378,8 @@ class DecodeTest(parameterized.TestCase):
                 q, k = (x[:, None] for x in token)
                 cache = attention.append_to_seer_cache(gate, cache, k, rotate=rotate)
                 scores = attention.seer_cached_scores(gate, cache, q, rotate=rotate)
-                mask = attention.seer_decode_topk(
-                    scores, num_kept=2, block=4, positions=cache.length[None] - 1
-                )
-                return cache, (scores[:, :, 0], mask.to_blocks()[:, :, 0])
+                mask = select(scores, positions=cache.length[None] - 1)
+                return cache, (scores[:, :, 0], blocks_of(mask)[:, :, 0])
 
             cache = attention.init_seer_cache(gate, 2, 15, block=4)
             tokens = [jnp.moveaxis(x, 1, 0) for x in (query, key)]
@@ -387,8 +389,8 @@ class DecodeTest(parameterized.TestCase):
         length, scores, kept = walk(query, key)
         assert length == 15
         np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-5)
-        mask = attention.seer_decode_topk(want, num_kept=2, block=4)
-        np.testing.assert_array_equal(kept, mask.to_blocks())
+        mask = jax.jit(select)(want)
+        np.testing.assert_array_equal(kept, blocks_of(mask))
         assert mask.block_shape == (1, 4)
         for t in range(15):
             np.testing.assert_array_equal(kept[:, :, t, t // 4], True)
@@ -404,16 +406,21 @@ class DecodeTest(parameterized.TestCase):
 
     def test_masks_are_read_by_the_kernel(self):
         """A token attends to the kept blocks, its own up to itself."""
-        gate, (query, key) = decode_gate(), operands(seq=16)
-        mask = attention.seer_decode_topk(
-            decode_scores_of(gate, query, key), num_kept=2, block=4
-        )
-        out = ops.block_attention(query, key, key, mask, causal=True)
-        seen = mask.to_dense() & np.tri(16, dtype=bool)
-        want = jax.nn.dot_product_attention(
-            query, key, key, mask=jnp.repeat(seen, GROUP, axis=1)
-        )
-        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+
+        @jax.jit
+        def both(gate, query, key):
+            scores = attention.seer_decode_scores(
+                gate, query, key, block=4, rotate=rotate
+            )
+            mask = attention.seer_decode_topk(scores, num_kept=2, block=4)
+            seen = mask.to_dense() & np.tri(16, dtype=bool)
+            want = jax.nn.dot_product_attention(
+                query, key, key, mask=jnp.repeat(seen, GROUP, axis=1)
+            )
+            return ops.block_attention(query, key, key, mask, causal=True), want
+
+        got, want = both(decode_gate(), *operands(seq=16))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
     def test_group_draw(self):
         """Xavier of a key head: its query heads are projected together."""

@@ -12,6 +12,8 @@ from flax import nnx
 import sparsejax as sj
 from sparsejax import attention, models, nn, ops
 
+pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all is compilation
+
 SEQ, BLOCK = 30, 4
 topk = functools.partial(attention.seer_topk, num_kept=3, dense_last_rows=1)
 threshold = functools.partial(
@@ -89,28 +91,39 @@ class SeerAttentionTest(parameterized.TestCase):
 
     def test_loss_is_the_pure_functions(self):
         layer = make(distill=True)
-        x, positions = inputs()
-        layer(x, positions)
-        (got,) = nn.pop_gate_losses(layer)
-        query, key, _ = layer.project(x, positions)
-        want = attention.seer_loss(
-            layer.scores(x, positions), attention.seer_target(query, key, block=BLOCK)
-        )
+
+        @nnx.jit
+        def both(layer):
+            x, positions = inputs()
+            layer(x, positions)
+            query, key, _ = layer.project(x, positions)
+            want = attention.seer_loss(
+                layer.scores(x, positions),
+                attention.seer_target(query, key, block=BLOCK),
+            )
+            return nn.pop_gate_losses(layer), want
+
+        (got,), want = both(layer)
         np.testing.assert_allclose(got, want, rtol=1e-5)
         with pytest.raises(ValueError, match="no layer of `model` left a gate loss"):
             nn.pop_gate_losses(layer)
 
     def test_bad_input_is_named(self):
-        x, positions = inputs()
-        with pytest.raises(ValueError, match=r"`block` must be in \[1, 30\].*got 31"):
-            make(block=31, select=topk)(x, positions)
-        assert make(block=31)(x, positions).shape == x.shape  # no gate is needed
-        with pytest.raises(ValueError, match="`block` must be at least 1; got 0"):
-            make(block=0)
-        with pytest.raises(ValueError, match=r"`d_gate` even.*d_gate=3"):
-            make(d_gate=3)
-        with pytest.raises(ValueError, match=r"in \[1, 8\].*got 9. Lower the budget"):
-            make(select=functools.partial(topk, num_kept=9))(x, positions)
+        def called(**options):
+            return nnx.eval_shape(lambda: make(**options)(*inputs()))
+
+        assert called(block=31).shape == (2, SEQ, 16)  # no gate is needed
+        for options, message in [
+            ({"block": 31, "select": topk}, r"`block` must be in \[1, 30\].*got 31"),
+            ({"block": 0}, "`block` must be at least 1; got 0"),
+            ({"d_gate": 3}, r"`d_gate` even.*d_gate=3"),
+            (
+                {"select": functools.partial(topk, num_kept=9)},
+                r"in \[1, 8\].*got 9. Lower the budget",
+            ),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                called(**options)
 
 
 def decoder(**options):
