@@ -138,8 +138,8 @@ def _check(query, key, window, pool_size, local, sink) -> jax.Array:
     _window.check_ends(local, sink, keys)
     if pool_size < 1 or pool_size % 2 == 0:
         raise ValueError(
-            f"`pool_size` must be odd and at least 1; got {pool_size}. A moving average "
-            "of an even number of keys has no middle one."
+            f"`pool_size` must be odd and at least 1; got {pool_size}. Take one more "
+            "or one less: an even number of keys has no middle one."
         )
     at = jnp.arange(keys)
     return (at < sink) | (at >= keys - local)
