@@ -85,8 +85,8 @@ class KeyLists:
         listed = jnp.arange(self.indices.shape[-1]) < self.num[..., None]
         length = _trailing(length, positions.ndim)
         valid = listed[..., None] & (positions < length)
-        shape = (*self.num.shape, -1)
-        return positions.reshape(shape), valid.reshape(shape)
+        # one length each for sequences that share a list makes more of `valid`
+        return _pages_merged(positions), _pages_merged(valid)
 
     def density(self, length: ArrayLike) -> jax.Array:
         """Computes the share of the keys that are kept, float32 `[...]`.
@@ -117,6 +117,10 @@ class KeyLists:
         kept = jnp.zeros((len(flat), num_keys), jnp.bool_)
         kept = kept.at[jnp.arange(len(flat))[:, None], flat].set(True, mode="drop")
         return kept.reshape(*self.num.shape, num_keys)
+
+
+def _pages_merged(a: jax.Array) -> jax.Array:
+    return a.reshape(*a.shape[:-2], -1)
 
 
 def _trailing(length: ArrayLike, ndim: int) -> jax.Array:

@@ -75,9 +75,6 @@ def _gathered(q, k, v, key_lists, length, *, scale):
     """Gathers what is listed; the oracle of the kernel too."""
     batch, num_queries, heads, dim = q.shape
     kv_heads, own = k.shape[2], key_lists.num.shape[1]
-    key_lists = jax.tree.map(
-        lambda a: jnp.broadcast_to(a, (batch, *a.shape[1:])), key_lists
-    )
     positions, valid = key_lists.positions(length)
     # a list for each key head, or for each query head where they differ
     groups = heads if own == heads else kv_heads
