@@ -15,7 +15,19 @@ from sparsejax.attention._blocks import (
 )
 from sparsejax.attention._blocks import topk_blocks as topk_blocks
 from sparsejax.attention._density import pair_density as pair_density
+from sparsejax.attention._double_sparsity import KeyLabels as KeyLabels
+from sparsejax.attention._double_sparsity import append_label as append_label
+from sparsejax.attention._double_sparsity import double_sparsity as double_sparsity
+from sparsejax.attention._double_sparsity import key_labels as key_labels
+from sparsejax.attention._double_sparsity import label_scores as label_scores
 from sparsejax.attention._flex_prefill import flex_prefill as flex_prefill
+from sparsejax.attention._label_channels import ChannelKind as ChannelKind
+from sparsejax.attention._label_channels import LabelChannels as LabelChannels
+from sparsejax.attention._label_channels import channel_scores as channel_scores
+from sparsejax.attention._label_channels import (
+    interleaved_channels as interleaved_channels,
+)
+from sparsejax.attention._label_channels import select_channels as select_channels
 from sparsejax.attention._masks import causal_mask as causal_mask
 from sparsejax.attention._psa import kv_pyramid as kv_pyramid
 from sparsejax.attention._psa import pyramid_attention as pyramid_attention
@@ -62,4 +74,7 @@ from sparsejax.attention._spark import masked_softmax as masked_softmax
 from sparsejax.attention._spark import scaled_scores as scaled_scores
 from sparsejax.attention._spark import spark_attention as spark_attention
 from sparsejax.attention._spark import spark_selection as spark_selection
+from sparsejax.attention._sparsed import sparsed as sparsed
+from sparsejax.attention._sparsed import sparsed_denoise as sparsed_denoise
+from sparsejax.attention._sparsed import sparsed_dense_steps as sparsed_dense_steps
 from sparsejax.attention._vertical_slash import vertical_slash as vertical_slash
