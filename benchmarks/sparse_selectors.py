@@ -1,0 +1,227 @@
+"""Selectors of `sparsejax.attention` by name, each set to keep a share of the keys.
+
+A new one is one more entry. Budgets are what comes nearest to a density from below, but
+at least what a selector always keeps; what is really kept is measured.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax import attention
+from sparsejax.formats import BlockMask, KeyLists
+
+SINK, LOCAL = 4, 8  # first and last keys that are always kept, where a method does
+WINDOW = 32  # last queries that are asked
+PSA_LEVELS = (1, 2, 4)
+
+
+class Seen(NamedTuple):
+    """What a selector of a prefill may look at in one layer.
+
+    Attributes:
+      query: rotated, `[batch, seq, heads, head_dim]`.
+      key: rotated, `[batch, seq, kv_heads, head_dim]`.
+      gate: scores of SeerAttention's gate, `[batch, heads, blocks, blocks]`.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    gate: jax.Array
+
+    @property
+    def num_blocks(self) -> int:
+        return self.gate.shape[-1]
+
+    @property
+    def side(self) -> int:
+        """Tokens of a block."""
+        return self.query.shape[1] // self.num_blocks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    def count(self, density: float, least: int = 1) -> int:
+        """Blocks of a row, for that share of the causal map."""
+        count = attention.blocks_for_density(density, self.num_blocks)
+        return min(max(count, least), self.num_blocks)
+
+
+class Cached(NamedTuple):
+    """What a selector of decoding may look at in one layer.
+
+    Attributes:
+      asked: rotated last queries of the prompt, `[batch, WINDOW, heads, head_dim]`.
+      query: rotated query at hand, `[batch, 1, heads, head_dim]`.
+      key: cache of rotated keys, `[batch, room, kv_heads, head_dim]`.
+      prompt: static, how many of them are the prompt's.
+      length: how many there are.
+    """
+
+    asked: jax.Array
+    query: jax.Array
+    key: jax.Array
+    prompt: int
+    length: jax.Array
+
+
+def topk_blocks(seen: Seen, density: float) -> BlockMask:
+    return attention.topk_blocks(
+        seen.query,
+        seen.key,
+        num_kept=seen.count(density),
+        block_shape=seen.shape,
+        causal=True,
+        per_head=True,
+    )
+
+
+def statistical_topk_blocks(seen: Seen, density: float) -> BlockMask:
+    return attention.statistical_topk_blocks(
+        seen.query,
+        seen.key,
+        k=seen.count(density),
+        block_shape=seen.shape,
+        causal=True,
+        per_head=True,
+    )
+
+
+def block_sparse(seen: Seen, density: float) -> BlockMask:
+    return attention.block_sparse(
+        seen.query,
+        seen.key,
+        num_kept=seen.count(density, least=3),
+        block_shape=seen.shape,
+    )
+
+
+def vertical_slash(seen: Seen, density: float) -> BlockMask:
+    """Of the pairs that are in sight a line holds one in `seq`, on average."""
+    length = seen.query.shape[1]
+    lines = length if density == 1 else max(LOCAL, int(density * length / 2))
+    return attention.vertical_slash(
+        seen.query,
+        seen.key,
+        num_vertical=lines,
+        num_slash=lines,
+        window=WINDOW,
+        sink=SINK,
+        local=LOCAL,
+        block_shape=seen.shape,
+    )
+
+
+def flex_prefill(seen: Seen, density: float) -> BlockMask:
+    """Its budget is a share of the attention, not of the keys: the density is that."""
+    return attention.flex_prefill(
+        seen.query,
+        seen.key,
+        alpha=density,
+        min_budget=LOCAL,
+        window=WINDOW,
+        sink=SINK,
+        local=LOCAL,
+        block_shape=seen.shape,
+    )
+
+
+def seer(seen: Seen, density: float) -> BlockMask:
+    return attention.seer_topk(
+        seen.gate, num_kept=seen.count(density), block=seen.side, dense_last_rows=0
+    )
+
+
+def oracle(seen: Seen, density: float) -> BlockMask:
+    """The blocks with the highest single weights of the true map: no method."""
+    peaks = attention.seer_target(seen.query, seen.key, block=seen.side)
+    return seer(seen._replace(gate=_in_sight(peaks)), density)
+
+
+def random(seen: Seen, density: float) -> BlockMask:
+    """Drawn blocks, and the queries' own: what a method must beat."""
+    draw = jax.random.uniform(jax.random.key(0), seen.gate.shape)
+    return seer(seen._replace(gate=_in_sight(draw)), density)
+
+
+def psa(seen: Seen, density: float) -> jax.Array:
+    """Half of the density at level 1, a quarter at 2, a quarter at 4: levels."""
+    importance = attention.antidiagonal_importance(
+        seen.query,
+        seen.key,
+        stride=min(16, seen.side),
+        block_shape=seen.shape,
+        causal=True,
+    )
+    shares = (
+        (density / 2, density, min(1.0, 2 * density)) if density < 1 else (1.0,) * 3
+    )
+    return attention.quota_levels(
+        importance,
+        bounds=tuple(zip(PSA_LEVELS, shares, strict=True)),
+        full=jnp.eye(seen.num_blocks, dtype=jnp.bool_),
+    )
+
+
+def quest(cached: Cached, density: float, page_size: int = 16) -> KeyLists:
+    bounds = attention.page_bounds(cached.key, cached.length, page_size=page_size)
+    pages = bounds.low.shape[1]
+    num_kept = min(max(round(density * pages), 1), pages) - 1  # and the query's own
+    return attention.quest(cached.query, bounds, num_kept=num_kept)
+
+
+def evicted(
+    select: Callable[..., KeyLists], cached: Cached, density: float
+) -> KeyLists:
+    """What a selector leaves of the prompt, and all that was decoded since."""
+    room = cached.key.shape[1]
+    least = min(SINK + LOCAL, cached.prompt)
+    lists = select(
+        cached.asked,
+        cached.key[:, : cached.prompt],
+        num_kept=min(max(int(density * cached.prompt), least), cached.prompt),
+        window=cached.asked.shape[1],
+        pool_size=3,
+        local=LOCAL,
+        sink=SINK,
+    )
+    kept = lists.to_mask(room) | (jnp.arange(room) >= cached.prompt)
+    capacity = lists.indices.shape[-1] + room - cached.prompt
+    return KeyLists.from_mask(kept, capacity=min(capacity, room))
+
+
+def recent(cached: Cached, density: float) -> KeyLists:
+    """The first keys and the last ones: what a method must beat."""
+    room = cached.key.shape[1]
+    num_kept = max(int(density * room), SINK + LOCAL)
+    at = jnp.arange(room)
+    kept = (at < SINK) | (at >= cached.length - (num_kept - SINK))
+    lists = KeyLists.from_mask(kept & (at < cached.length), capacity=num_kept)
+    return jax.tree.map(lambda a: a[None, None], lists)
+
+
+PREFILL: Mapping[str, Callable[[Seen, float], BlockMask | jax.Array]] = {
+    "random": random,
+    "topk_blocks": topk_blocks,
+    "statistical_topk_blocks": statistical_topk_blocks,
+    "block_sparse": block_sparse,
+    "vertical_slash": vertical_slash,
+    "flex_prefill": flex_prefill,
+    "seer": seer,
+    "psa": psa,
+    "oracle": oracle,
+}
+DECODE: Mapping[str, Callable[[Cached, float], KeyLists]] = {
+    "recent": recent,
+    "snapkv": functools.partial(evicted, attention.snapkv),
+    "ada_snapkv": functools.partial(evicted, attention.ada_snapkv),
+    "quest": quest,
+}
+
+
+def _in_sight(scores: jax.Array) -> jax.Array:
+    return jnp.where(jnp.tri(scores.shape[-1], dtype=jnp.bool_), scores, -jnp.inf)

@@ -1,0 +1,156 @@
+"""The long-context tasks have the answers that they claim; selectors keep budgets."""
+
+import collections
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import long_context_tasks as tasks
+from benchmarks import sparse_frontier, sparse_selectors
+from sparsejax.formats import BlockMask, KeyLists
+
+LENGTHS = (64, 200, 512)
+
+
+def read(row):
+    """What a reader finds: the context's pairs and words, names asked, answers told."""
+    row = row.tolist()
+    start = row.index(tasks.ASK)
+    context, rest = row[:start], row[start:]
+    tell = rest.index(tasks.TELL)
+    asked = [rest[i + 1] for i in range(tell) if rest[i] == tasks.ASK]
+    meanings = [
+        (first, second)
+        for first, second in itertools.pairwise(context)
+        if first in tasks.NAMES and (second in tasks.NAMES or second in tasks.VALUES)
+    ]
+    counts = collections.Counter(t for t in context if t in tasks.WORDS)
+    told = []
+    for token in rest[tell:]:
+        told.append([]) if token == tasks.TELL else told[-1].append(token)
+    return meanings, counts, asked, told
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_answers_are_those_that_a_reader_finds(task, length):
+    tokens = tasks.draw(task, length, 8, (3,))
+    assert tokens.shape == (8, length) and tokens.dtype == np.int32
+    assert tokens.min() >= 0 and tokens.max() < tasks.VOCAB_SIZE
+    for row in tokens:
+        meanings, counts, asked, told = read(row)
+        assert len(dict(meanings)) == len(meanings)  # a name means one thing
+        for name, (given, *answer) in zip(asked, told, strict=True):
+            assert given == name
+            if task == "words":
+                (best, most), (_, second) = counts.most_common(2)
+                assert answer == [best] and most >= 2 * second
+                continue
+            path = [name]
+            while path[-1] in tasks.NAMES:
+                path.append(dict(meanings)[path[-1]])
+            assert answer == path[1:]
+            assert len(answer) == (tasks.HOPS if task == "hops" else 1)
+
+
+@pytest.mark.parametrize("length, pairs", [(64, 4), (256, 8), (2048, 16)])
+def test_longer_sequences_ask_for_one_of_more(length, pairs):
+    meanings, *_ = read(tasks.draw("multi", length, 1, (0,))[0])
+    assert len(meanings) == pairs
+
+
+def test_a_seed_gives_the_same_sequences_and_another_does_not():
+    for task in tasks.TASKS:
+        first = tasks.draw(task, 64, 4, (0, 1))
+        np.testing.assert_array_equal(first, tasks.draw(task, 64, 4, (0, 1)))
+        assert (first != tasks.draw(task, 64, 4, (0, 2))).any()
+
+
+def test_a_sequence_too_short_is_refused():
+    with pytest.raises(ValueError, match="at least 64; got 63"):
+        tasks.draw("single", 63, 1, (0,))
+
+
+@pytest.mark.parametrize("task, answers", [("multi", 4), ("hops", 1)])
+def test_an_answer_is_right_if_all_its_tokens_are(task, answers):
+    tokens = tasks.draw(task, 64, 2, (0,))
+    assert tasks.accuracy(task, tokens, tokens) == 1
+    wrong = tokens.copy()
+    wrong[0, -1] += 1
+    assert tasks.accuracy(task, tokens, wrong) == 1 - 1 / (2 * answers)
+    given = tokens.copy()
+    given[:, -tasks.ANSWER :][:, tasks.TASKS[task].judged == 0] += 1
+    assert tasks.accuracy(task, tokens, given) == 1
+
+
+@pytest.mark.parametrize("length, block", [(512, 16), (8192, 64)])
+def test_selectors_accept_every_density(length, block):
+    # traced only: budgets and shapes are checked before anything is computed
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    blocks = length // block
+    seen = sparse_selectors.Seen(
+        shape(1, length, 4, 8), shape(1, length, 2, 8), shape(1, 4, blocks, blocks)
+    )
+    cached = (shape(1, 32, 4, 8), shape(1, 1, 4, 8), shape(1, length, 2, 8))
+
+    def choose(select, density, asked, query, key):
+        prompt = length - tasks.ANSWER
+        return select(
+            sparse_selectors.Cached(asked, query, key, prompt, length), density
+        )
+
+    for density in (max(sparse_frontier.DENSITIES), min(sparse_frontier.DENSITIES)):
+        for name, select in sparse_selectors.PREFILL.items():
+            found = jax.eval_shape(functools.partial(select, density=density), seen)
+            if name == "psa":
+                assert found.shape == (1, 4, blocks, blocks)
+            else:
+                assert isinstance(found, BlockMask), name
+                assert found.block_shape == (block, block)
+        for name, select in sparse_selectors.DECODE.items():
+            found = jax.eval_shape(functools.partial(choose, select, density), *cached)
+            assert isinstance(found, KeyLists), name
+
+
+def test_recalled_mass_of_listed_keys_is_the_weight_on_them():
+    query = jnp.zeros((1, 1, 4, 8))  # attends evenly to the 6 keys that are there
+    key = jax.random.normal(jax.random.key(0), (1, 8, 2, 8))
+    kept = jnp.array([[[True, False, True, False, False, False, True, True]]])
+    measure = jax.jit(sparse_frontier.listed_mass)
+    for heads in (2, 4):
+        lists = KeyLists.from_mask(jnp.broadcast_to(kept, (1, heads, 8)))
+        mass = measure(query, key, lists, 6)
+        np.testing.assert_allclose(mass, 2 / 6, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("compile_fast")
+def test_all_keys_give_what_the_model_gives():
+    recipe = sparse_frontier.Recipe(64, 0, 0, d_model=16, num_layers=2)
+    model = sparse_frontier.make_model(recipe)
+    tokens = jnp.asarray(tasks.draw("multi", 64, 2, (0,)))
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def every(state, tokens):
+        model = nnx.merge(graph, state)
+        blocks = sparse_frontier.prefill(
+            model, tokens, sparse_selectors.topk_blocks, density=1.0
+        )
+        listed = sparse_frontier.decode(
+            model, tokens, sparse_selectors.quest, density=1.0
+        )
+        return model(tokens).argmax(-1), blocks, listed
+
+    wanted, blocks, listed = every(state, tokens)
+    wanted = wanted[:, -tasks.ANSWER - 1 : -1]
+    np.testing.assert_array_equal(blocks[0], wanted)
+    np.testing.assert_array_equal(listed[0][:, 1:], wanted[:, 1:])
+    for _, density, mass in (blocks, listed):
+        np.testing.assert_allclose([density, mass], 1, rtol=1e-5)
