@@ -3,8 +3,10 @@
 from sparsejax.decode._cache import Cache as Cache
 from sparsejax.decode._generate import Generated as Generated
 from sparsejax.decode._generate import generate as generate
+from sparsejax.decode._keys import DoubleSparsity as DoubleSparsity
 from sparsejax.decode._keys import KeySelector as KeySelector
 from sparsejax.decode._keys import Quest as Quest
+from sparsejax.decode._keys import channel_scores as channel_scores
 from sparsejax.decode._model import DecodeModel as DecodeModel
 from sparsejax.decode._model import prepare as prepare
 from sparsejax.decode._step import Overflows as Overflows

@@ -4,15 +4,19 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from sparsejax import attention
 from sparsejax.formats import KeyLists
+from sparsejax.models import Decoder
 
 
 class KeySelector(Protocol):
     """Chooses keys anew for each token, by something small kept beside the cache.
 
-    A selector is a setting of `prepare`: hashable, without arrays. `Quest` is one.
+    A selector is a pytree: settings are static, and what was calibrated are leaves. One
+    without arrays, such as `Quest`, is made so by `jax.tree_util.register_static`.
     """
 
     def start(self, key: jax.Array, lengths: jax.Array) -> Any:
@@ -39,6 +43,7 @@ class KeySelector(Protocol):
         ...
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Quest:
     """Reads the pages whose keys may score highest, and the page of the query.
@@ -69,3 +74,90 @@ class Quest:
         """See `sj.attention.quest`; fewer pages where the cache has fewer."""
         num_kept = min(self.num_kept, known.low.shape[1] - 1)
         return attention.quest(query, known, num_kept=num_kept)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DoubleSparsity:
+    """Reads the keys whose labels, a few of their channels, score highest.
+
+    Calibrated for one layer: give `prepare` one for each.
+
+    Attributes:
+      channels: of this layer, from `sj.attention.select_channels`.
+      num_kept: keys; at most those of the cache.
+      sink: first keys that are always kept.
+      local: last keys that are always kept, the query's own the first of them. The
+        paper forces neither.
+      bits: of an entry of a label; None for the precision of the keys.
+
+    Example:
+      >>> from flax import nnx
+      >>> config = sj.models.DecoderConfig(num_layers=2)
+      >>> model = sj.models.Decoder(config, rngs=nnx.Rngs(0))
+      >>> text = jnp.array([[72, 105, 33, 10]])
+      >>> scores = sj.decode.channel_scores(model, text)
+      >>> channels = [sj.attention.select_channels(s, num_channels=4) for s in scores]
+      >>> # the first layer reads all
+      >>> select = [None, sj.decode.DoubleSparsity(channels[1], num_kept=16)]
+      >>> ready = sj.decode.prepare(model, select_keys=select)
+
+    References:
+      See `sj.attention.double_sparsity`.
+    """
+
+    channels: attention.LabelChannels
+    num_kept: int = dataclasses.field(default=256, metadata={"static": True})
+    sink: int = dataclasses.field(default=0, metadata={"static": True})
+    local: int = dataclasses.field(default=1, metadata={"static": True})
+    bits: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def start(self, key: jax.Array, lengths: jax.Array) -> attention.KeyLabels:
+        """Labels the keys; raises if `channels` are of another model."""
+        return attention.key_labels(key, self.channels, lengths, bits=self.bits)
+
+    def append(self, known: attention.KeyLabels, key: jax.Array) -> attention.KeyLabels:
+        """Labels the next key."""
+        return attention.append_label(known, key)
+
+    def select(self, query: jax.Array, known: attention.KeyLabels) -> KeyLists:
+        """See `sj.attention.double_sparsity`; fewer keys where the cache has fewer."""
+        return attention.double_sparsity(
+            query,
+            known,
+            num_kept=min(self.num_kept, known.values.shape[1]),
+            sink=self.sink,
+            local=self.local,
+        )
+
+
+def channel_scores(
+    model: Decoder,
+    tokens: Int[Array, "batch seq"],
+    *,
+    kind: attention.ChannelKind = "qk",
+) -> tuple[Float[Array, "kv_heads group head_dim"], ...]:
+    """Scores the channels of every layer on a calibration text.
+
+    Those of several batches add up, `jax.tree.map(jnp.add, a, b)`. For speed call it
+    under `nnx.jit`.
+
+    Args:
+      model: attends to all it would in training.
+      tokens: without padding: every one counts.
+      kind: see `sj.attention.channel_scores`.
+
+    Returns:
+      For each layer the scores that `sj.attention.select_channels` takes.
+
+    Raises:
+      ValueError: if `kind` is unknown.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = model.embed(tokens)
+    scores = []
+    for block in model.blocks:
+        query, key, _ = block.attention.project(block.attention_norm(x), positions)
+        scores.append(attention.channel_scores(query, key, kind=kind))
+        x = block(x, positions)
+    return tuple(scores)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sparsejax import nn
@@ -22,18 +24,18 @@ class DecodeModel:
       state: the weights of the model.
       up: for each layer the kernel of `up` as `[d_ff, d_in]`, a neuron's weights side
         by side; None where the layer is computed densely.
+      select_keys: for each layer who chooses the keys that it reads; None for all.
       graph: the model without its weights.
       sparse: skip what is not active.
       capacity_factor: room for active neurons and attended keys, over the expected.
-      select_keys: which keys plain attention reads; None for all.
     """
 
     state: nnx.State
     up: tuple[jax.Array | None, ...]
+    select_keys: tuple[KeySelector | None, ...]
     graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     sparse: bool = dataclasses.field(metadata={"static": True})
     capacity_factor: float = dataclasses.field(metadata={"static": True})
-    select_keys: KeySelector | None = dataclasses.field(metadata={"static": True})
 
     def decoder(self) -> Decoder:
         """The model, over the same weights."""
@@ -45,7 +47,7 @@ def prepare(
     *,
     sparse: bool = True,
     capacity_factor: float = 2.0,
-    select_keys: KeySelector | None = None,
+    select_keys: KeySelector | Sequence[KeySelector | None] | None = None,
 ) -> DecodeModel:
     """Makes a trained model ready for `generate`.
 
@@ -60,15 +62,18 @@ def prepare(
         expected number; at least 1. A step that needs more is computed densely, and
         counted: results do not depend on it.
       select_keys: which keys of the cache attention reads, `Quest(...)` or another
-        `KeySelector`; all by default. It is for layers of `nn.Attention` and those that
-        attend as it does with a cache, `nn.BlockAttention` say, without a window:
-        others have a rule of their own. Prompts are read in full.
+        `KeySelector`, or a sequence with one for each layer, None where it reads all;
+        all by default. It is for layers of `nn.Attention` and those that attend as it
+        does with a cache, `nn.BlockAttention` say, without a window: others have a rule
+        of their own. Prompts are read in full.
 
     Returns:
       A pytree, to be passed through `jax.jit` as any other.
 
     Raises:
-      ValueError: if `capacity_factor` is below 1.
+      TypeError: if a selector is not a pytree of arrays.
+      ValueError: if `capacity_factor` is below 1, or there are selectors for another
+        number of layers.
 
     Example:
       >>> from flax import nnx
@@ -94,14 +99,39 @@ def prepare(
         else None
         for block in model.blocks
     )
-    return DecodeModel(state, up, graph, sparse, float(capacity_factor), select_keys)
+    selectors = _selectors(model, select_keys if sparse else None)
+    return DecodeModel(state, up, selectors, graph, sparse, float(capacity_factor))
 
 
-def key_selector(model: DecodeModel, layer: object) -> KeySelector | None:
-    """Who chooses the keys that this layer reads; None if nobody does."""
+def _selectors(model: Decoder, select_keys) -> tuple[KeySelector | None, ...]:
+    """Who chooses the keys that each layer reads; None where nobody does."""
+    num_layers = len(model.blocks)
+    if not isinstance(select_keys, list | tuple):
+        select_keys = [select_keys] * num_layers
+    if len(select_keys) != num_layers:
+        raise ValueError(
+            f"`select_keys` must be one, or one for each of {num_layers} layers; got "
+            f"{len(select_keys)}. Calibrate on this model, or fill up by None."
+        )
+    for leaf in jax.tree.leaves(select_keys):
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            raise TypeError(
+                "`select_keys` must be pytrees of arrays; got a leaf of type "
+                f"{type(leaf).__name__}. Register its class, without arrays by "
+                "`jax.tree_util.register_static`."
+            )
+    layers = (block.attention for block in model.blocks)
+    return tuple(
+        selector if _reads_all(layer) else None
+        for layer, selector in zip(layers, select_keys, strict=True)
+    )
+
+
+def _reads_all(layer: object) -> bool:
+    """Whether a layer would read every key of the cache, having no rule of its own."""
     if not isinstance(layer, nn.Attention) or isinstance(layer, nn.SparkAttention):
-        return None
-    return model.select_keys if model.sparse and layer.window is None else None
+        return False
+    return layer.window is None
 
 
 def _is_matrix(path: KeyPath) -> bool:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax import attention, nn, ops
 from sparsejax.decode._cache import Cache
 from sparsejax.decode._layers import active_ffn, gathered_attention
-from sparsejax.decode._model import DecodeModel, key_selector
+from sparsejax.decode._model import DecodeModel
 
 
 class Overflows(NamedTuple):
@@ -48,7 +48,7 @@ def prefill(
     x = decoder.embed(tokens)
     keys, values, known = [], [], []
     lengths = lengths.astype(jnp.int32)
-    for block in decoder.blocks:
+    for block, selector in zip(decoder.blocks, model.select_keys, strict=True):
         query, key, value = block.attention.project(block.attention_norm(x), positions)
         y, _ = block.attention.attend(query, key, value)
         x = x + block.attention.combine(y)
@@ -56,7 +56,6 @@ def prefill(
         room = ((0, 0), (0, capacity - seq), (0, 0), (0, 0))
         keys.append(jnp.pad(key, room))
         values.append(jnp.pad(value, room))
-        selector = key_selector(model, block.attention)
         known.append(None if selector is None else selector.start(keys[-1], lengths))
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
     cache = Cache(tuple(keys), tuple(values), lengths, tuple(known))
@@ -85,7 +84,7 @@ def decode_step(
     keys, values, knowns, ffn_overflows, attention_overflows = [], [], [], [], []
     for layer, block in enumerate(decoder.blocks):
         query, key, value = block.attention.project(block.attention_norm(x), positions)
-        known, selector = cache.known[layer], key_selector(model, block.attention)
+        known, selector = cache.known[layer], model.select_keys[layer]
         if selector is not None:
             known = selector.append(known, key)
         key = _append(cache.keys[layer], key, cache.lengths)

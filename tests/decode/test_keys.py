@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from sparsejax import attention, decode, models, nn
@@ -46,23 +47,37 @@ def pages_by_loops(query, key, num_kept):
             of_group = query[head * group : (head + 1) * group]
             bounds.append(np.maximum(of_group * low, of_group * high).sum())
         best = np.argsort(-np.array(bounds), kind="stable")[:num_kept]
-        kept.append({*best.tolist(), last})
+        pages = {*best.tolist(), last}
+        kept.append([i for i in range(num_keys) if i // PAGE in pages])
     return kept
 
 
-def logits_by_loops(model, tokens, num_kept):
-    """Of the token after `tokens`, the last of which reads its pages alone."""
+def labelled_by_loops(query, key, num_kept, channels):
+    """Double Sparsity likewise; the last key is always kept."""
+    num_keys, kv_heads, _ = key.shape
+    group = query.shape[0] // kv_heads
+    kept = []
+    for head in range(kv_heads):
+        of_group = query[head * group : (head + 1) * group, channels[head]]
+        scores = (key[:-1, head][:, channels[head]] @ of_group.T).sum(axis=1)
+        best = np.argsort(-scores, kind="stable")[: num_kept - 1]
+        kept.append([*sorted(best.tolist()), num_keys - 1])
+    return kept
+
+
+def logits_by_loops(model, tokens, kept_by_loops):
+    """Of the token after `tokens`, the last of which reads its keys alone."""
     block = model.blocks[0]
     x = model.embed(tokens[None])
     positions = jnp.arange(len(tokens))[None]
     projected = block.attention.project(block.attention_norm(x), positions)
     query, key, value = (np.asarray(a[0], np.float64) for a in projected)
     query = query[-1]
-    pages = pages_by_loops(query, key, num_kept)
+    kept = kept_by_loops(query, key)
     out = np.zeros_like(query)
     for head in range(len(query)):
         kv_head = head // (len(query) // key.shape[1])
-        seen = [i for i in range(len(tokens)) if i // PAGE in pages[kv_head]]
+        seen = kept[kv_head]
         scores = key[seen, kv_head] @ query[head] / 8**0.5
         weights = np.exp(scores - scores.max())
         out[head] = weights @ value[seen, kv_head] / weights.sum()
@@ -71,9 +86,24 @@ def logits_by_loops(model, tokens, num_kept):
     return model.logits(x[:, 0])[0]
 
 
-def test_each_step_reads_the_pages_of_its_query():
+def channels_of(model, tokens, num_channels):
+    scores = nnx.jit(decode.channel_scores)(model, tokens)
+    return [attention.select_channels(s, num_channels=num_channels) for s in scores]
+
+
+@pytest.mark.parametrize("method", ["quest", "double sparsity"])
+def test_each_step_reads_the_keys_of_its_query(method):
     model, tokens, lengths = make(), prompts(), jnp.array([9, 13])
-    ready = decode.prepare(model, select_keys=decode.Quest(2, page_size=PAGE))
+    if method == "quest":
+        select = decode.Quest(2, page_size=PAGE)
+        by_loops = functools.partial(pages_by_loops, num_kept=2)
+    else:
+        channels = channels_of(model, tokens, num_channels=3)[0]
+        select = [decode.DoubleSparsity(channels, num_kept=4)]
+        by_loops = functools.partial(
+            labelled_by_loops, num_kept=4, channels=np.asarray(channels.indices)
+        )
+    ready = decode.prepare(model, select_keys=select)
     _, cache = jax.jit(decode.prefill, static_argnames="capacity")(
         ready, tokens, lengths, capacity=30
     )
@@ -81,8 +111,37 @@ def test_each_step_reads_the_pages_of_its_query():
     for i, row in enumerate((0, 1, 1)):  # the oracle is slow
         at = np.asarray(lengths) + i
         logits, cache, _ = step(ready, tokens[np.arange(2), at], cache)
-        want = logits_by_loops(model, tokens[row, : at[row] + 1], num_kept=2)
+        want = logits_by_loops(model, tokens[row, : at[row] + 1], by_loops)
         np.testing.assert_allclose(logits[row], want, atol=2e-5)
+
+
+def test_scores_of_channels_layer_by_layer():
+    """And a sum over batches is that of both at once."""
+    model, tokens = make(num_layers=2), prompts(seq=6)
+    run = nnx.jit(lambda model, tokens: decode.channel_scores(model, tokens, kind="q"))
+    scores = run(model, tokens)
+    halves = [run(model, half) for half in (tokens[:1], tokens[1:])]
+    chex.assert_trees_all_close(scores, jax.tree.map(jnp.add, *halves), rtol=1e-4)
+    x, positions = model.embed(tokens), jnp.broadcast_to(jnp.arange(6), (2, 6))
+    for block, got in zip(model.blocks, scores, strict=True):
+        query, _, _ = block.attention.project(block.attention_norm(x), positions)
+        want = np.abs(np.asarray(query, np.float64)).sum(axis=(0, 1))
+        np.testing.assert_allclose(got.reshape(4, 8), want, rtol=1e-4)
+        x = block(x, positions)
+
+
+def test_another_calibration_needs_no_new_trace():
+    model, tokens = make(), prompts(seq=8)
+    found = channels_of(model, tokens, num_channels=2)[0]
+    prefill = chex.assert_max_traces(decode.prefill, n=1)
+    prefill = jax.jit(prefill, static_argnames="capacity")
+    knowns = []
+    for indices in (found.indices, (found.indices + 1) % 8):
+        select = [decode.DoubleSparsity(dataclasses.replace(found, indices=indices))]
+        ready = decode.prepare(model, select_keys=select)
+        _, cache = prefill(ready, tokens, jnp.array([8, 8]), capacity=9)
+        knowns.append(np.asarray(cache.known[0].values))
+    assert np.abs(knowns[0] - knowns[1]).max() > 0
 
 
 def test_with_room_for_all_pages_nothing_changes():
@@ -93,13 +152,19 @@ def test_with_room_for_all_pages_nothing_changes():
     by_blocks = functools.partial(nn.BlockAttention, select=select)
     model = make(num_layers=2, attention=(nn.Attention, by_blocks))
     tokens = prompts(seq=12)
+    labels = channels_of(model, tokens, num_channels=2)
     out = [
         decode.generate(
             decode.prepare(model, select_keys=keys), tokens, num_tokens=6
         ).tokens
-        for keys in (None, decode.Quest(64, page_size=PAGE))
+        for keys in (
+            None,
+            decode.Quest(64, page_size=PAGE),
+            [None, decode.DoubleSparsity(labels[1], bits=4)],
+        )
     ]
     np.testing.assert_array_equal(out[0], out[1])
+    np.testing.assert_array_equal(out[0], out[2])
 
 
 def test_layers_with_a_rule_of_their_own_are_left_alone():
@@ -114,3 +179,20 @@ def test_layers_with_a_rule_of_their_own_are_left_alone():
         for keys in (None, decode.Quest(1, page_size=PAGE))
     ]
     np.testing.assert_array_equal(out[0], out[1])
+
+
+def test_selectors_of_another_model_raise():
+    model, tokens = make(), prompts(seq=8)
+    channels = channels_of(model, tokens, num_channels=2)[0]
+    select = decode.DoubleSparsity(channels)
+    with pytest.raises(ValueError, match="one for each of 1 layers; got 2"):
+        decode.prepare(model, select_keys=[select, None])
+    ready = decode.prepare(make(num_kv_heads=4), select_keys=[select])
+    run = functools.partial(decode.prefill, capacity=9)
+    with pytest.raises(ValueError, match=r"2, 8\], of the model .*got shape \(2, 9, 4"):
+        jax.eval_shape(run, ready, tokens, jnp.array([8, 8]))
+
+
+def test_a_selector_that_is_no_pytree_raises():
+    with pytest.raises(TypeError, match=r"`select_keys` must be .*leaf of type object"):
+        decode.prepare(make(), select_keys=object())
