@@ -17,10 +17,10 @@ import numpy as np
 
 ASK, TELL, MOST = 0, 1, 2
 NOISE = range(3, 16)
-NAMES = range(16, 80)
-VALUES = range(80, 112)
-WORDS = range(112, 128)
-VOCAB_SIZE = 128
+NAMES = range(16, 40)
+VALUES = range(40, 56)
+WORDS = range(56, 72)
+VOCAB_SIZE = 72
 
 ANSWER = 12  # tokens, of the longest
 PAIRS, ASKED = 16, 4  # of `multi`, at most
@@ -157,3 +157,29 @@ def _sample(rng, tokens: range, num: int, size: int) -> np.ndarray:
 
 def _draw(rng, tokens: range, shape) -> np.ndarray:
     return rng.integers(tokens.start, tokens.stop, shape)
+
+
+def recall(
+    rng: np.random.Generator, length: int, num: int, pairs: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Names with their values again and again: no task, but practice for all of them.
+
+    Nearly every second token is to be told, not a few of them as in the tasks, so that
+    a model finds out soon how to look up what a name was followed by.
+
+    Returns:
+      Tokens int32 and bools `[num, length]`: the values of names that came before.
+    """
+    names, values = _sample(rng, NAMES, num, pairs), _draw(rng, VALUES, (num, pairs))
+    at = rng.integers(0, pairs, (num, -(-length // 2)))
+    before = np.cumsum(np.eye(pairs, dtype=np.int32)[at], axis=1)
+    again = np.take_along_axis(before, at[..., None], axis=2)[..., 0] > 1
+    stream = np.stack(
+        [np.take_along_axis(x, at, axis=1) for x in (names, values)], axis=-1
+    )
+    counted = np.stack([np.zeros_like(again), again], axis=-1)
+    flat = (num, -1)
+    return (
+        stream.reshape(flat)[:, :length].astype(np.int32),
+        counted.reshape(flat)[:, :length],
+    )

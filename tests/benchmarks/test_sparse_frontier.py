@@ -1,8 +1,8 @@
 """The long-context tasks have the answers that they claim; selectors keep budgets."""
 
 import collections
-import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks import (
+    long_context_model,
+    sparse_frontier,
+    sparse_selectors,
+    sparse_walks,
+)
 from benchmarks import long_context_tasks as tasks
-from benchmarks import sparse_frontier, sparse_selectors
 from sparsejax.formats import BlockMask, KeyLists
 
 LENGTHS = (64, 200, 512)
@@ -91,7 +96,7 @@ def test_an_answer_is_right_if_all_its_tokens_are(task, answers):
 @pytest.mark.parametrize("length, block", [(512, 16), (8192, 64)])
 def test_selectors_accept_every_density(length, block):
     # traced only: budgets and shapes are checked before anything is computed
-    def shape(*sizes):
+    def shape(*sizes) -> Any:
         return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
     blocks = length // block
@@ -100,30 +105,35 @@ def test_selectors_accept_every_density(length, block):
     )
     cached = (shape(1, 32, 4, 8), shape(1, 1, 4, 8), shape(1, length, 2, 8))
 
-    def choose(select, density, asked, query, key):
-        prompt = length - tasks.ANSWER
-        return select(
-            sparse_selectors.Cached(asked, query, key, prompt, length), density
-        )
+    def of_prefill(select, density) -> Any:
+        return jax.eval_shape(lambda seen: select(seen, density), seen)
+
+    def of_decode(select, density) -> Any:
+        def choose(asked, query, key):
+            prompt = length - tasks.ANSWER
+            now = sparse_selectors.Cached(asked, query, key, prompt, jnp.int32(length))
+            return select(now, density)
+
+        return jax.eval_shape(choose, *cached)
 
     for density in (max(sparse_frontier.DENSITIES), min(sparse_frontier.DENSITIES)):
         for name, select in sparse_selectors.PREFILL.items():
-            found = jax.eval_shape(functools.partial(select, density=density), seen)
+            found = of_prefill(select, density)
             if name == "psa":
                 assert found.shape == (1, 4, blocks, blocks)
             else:
                 assert isinstance(found, BlockMask), name
                 assert found.block_shape == (block, block)
         for name, select in sparse_selectors.DECODE.items():
-            found = jax.eval_shape(functools.partial(choose, select, density), *cached)
-            assert isinstance(found, KeyLists), name
+            assert isinstance(of_decode(select, density), KeyLists), name
 
 
+@pytest.mark.usefixtures("compile_fast")
 def test_recalled_mass_of_listed_keys_is_the_weight_on_them():
     query = jnp.zeros((1, 1, 4, 8))  # attends evenly to the 6 keys that are there
     key = jax.random.normal(jax.random.key(0), (1, 8, 2, 8))
     kept = jnp.array([[[True, False, True, False, False, False, True, True]]])
-    measure = jax.jit(sparse_frontier.listed_mass)
+    measure = jax.jit(sparse_walks.listed_mass)
     for heads in (2, 4):
         lists = KeyLists.from_mask(jnp.broadcast_to(kept, (1, heads, 8)))
         mass = measure(query, key, lists, 6)
@@ -132,20 +142,18 @@ def test_recalled_mass_of_listed_keys_is_the_weight_on_them():
 
 @pytest.mark.usefixtures("compile_fast")
 def test_all_keys_give_what_the_model_gives():
-    recipe = sparse_frontier.Recipe(64, 0, 0, d_model=16, num_layers=2)
-    model = sparse_frontier.make_model(recipe)
+    recipe = long_context_model.Recipe(64, 0, 0, d_model=16)
+    model = long_context_model.make_model(recipe)
     tokens = jnp.asarray(tasks.draw("multi", 64, 2, (0,)))
     graph, state = nnx.split(model)
 
     @jax.jit
     def every(state, tokens):
         model = nnx.merge(graph, state)
-        blocks = sparse_frontier.prefill(
+        blocks = sparse_walks.prefill(
             model, tokens, sparse_selectors.topk_blocks, density=1.0
         )
-        listed = sparse_frontier.decode(
-            model, tokens, sparse_selectors.quest, density=1.0
-        )
+        listed = sparse_walks.decode(model, tokens, sparse_selectors.quest, density=1.0)
         return model(tokens).argmax(-1), blocks, listed
 
     wanted, blocks, listed = every(state, tokens)

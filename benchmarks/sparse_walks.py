@@ -1,0 +1,134 @@
+"""A trained decoder whose layers, but for the local one, read what a selector keeps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import long_context_tasks as tasks
+from benchmarks import sparse_selectors
+from sparsejax import attention, formats, models, nn, ops
+
+Selection = formats.BlockMask | jax.Array  # a mask, or PSA's levels
+
+
+def attend(query, key, value, selection: Selection, block: int) -> jax.Array:
+    """Causal attention to what is selected."""
+    if isinstance(selection, formats.BlockMask):
+        return ops.block_attention(query, key, value, selection, causal=True)
+    return attention.pyramid_attention(
+        query,
+        key,
+        value,
+        selection,
+        block_shape=(block, block),
+        levels=sparse_selectors.PSA_LEVELS,
+        causal=True,
+    )
+
+
+def measure(query, key, selection: Selection, block: int) -> jax.Array:
+    """Realised density and recalled mass `[2]`, means over batch, heads and queries."""
+    shape, length = (block, block), query.shape[1]
+    if isinstance(selection, formats.BlockMask):
+        kept, cost = selection, {1: selection}
+    else:
+        kept = formats.BlockMask.from_blocks(selection > 0, shape)
+        cost = {
+            h: formats.BlockMask.from_blocks(selection == h, shape)
+            for h in sparse_selectors.PSA_LEVELS
+        }
+    density = jnp.zeros(())
+    for h, mask in cost.items():
+        density += attention.pair_density(mask, length).mean() / h
+    read = functools.partial(ops.block_attention, causal=True, with_lse=True)
+    (_, every), (_, some) = read(query, key, key), read(query, key, key, kept)
+    return jnp.stack([density, jnp.exp(some - every).mean()])
+
+
+def look(
+    layer: nn.SeerAttention, x, positions
+) -> tuple[sparse_selectors.Seen, jax.Array]:
+    """What a selector sees in a layer, and the values."""
+    query, key, value = layer.project(x, positions)
+    return sparse_selectors.Seen(query, key, layer.scores(x, positions)), value
+
+
+def prefill(model: models.Decoder, tokens, select, density):
+    """Likeliest tokens after each of the last, density and mass, all layers sparse."""
+    x = model.embed(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    found = []
+    for block in model.blocks:
+        layer = block.attention
+        if not isinstance(layer, nn.SeerAttention):
+            x = block(x, positions)
+            continue
+        seen, value = look(layer, block.attention_norm(x), positions)
+        selection = select(seen, density)
+        y = attend(seen.query, seen.key, value, selection, layer.block)
+        found.append(measure(seen.query, seen.key, selection, layer.block))
+        x = x + layer.combine(y)
+        x = x + block.ffn(block.ffn_norm(x))
+    logits = model.logits(x[:, -tasks.ANSWER - 1 : -1])
+    return logits.argmax(-1), *jnp.asarray(found).mean(0)
+
+
+def decode(model: models.Decoder, tokens, select, density):
+    """As `prefill`, with a dense prompt and an answer that is read by listed keys."""
+    prompt = tokens.shape[1] - tasks.ANSWER
+    window = sparse_selectors.WINDOW
+    x = model.embed(tokens[:, :prompt])
+    positions = jnp.broadcast_to(jnp.arange(prompt), x.shape[:2])
+    caches = []
+    for block in model.blocks:
+        query, key, value = block.attention.project(block.attention_norm(x), positions)
+        room = ((0, 0), (0, tasks.ANSWER), (0, 0), (0, 0))
+        caches.append((query[:, -window:], jnp.pad(key, room), jnp.pad(value, room)))
+        y = ops.block_attention(
+            query, key, value, causal=True, window=block.attention.window
+        )
+        x = x + block.attention.combine(y)
+        x = x + block.ffn(block.ffn_norm(x))
+
+    def step(caches, at):
+        token = jax.lax.dynamic_slice_in_dim(tokens, at, 1, axis=1)
+        x, position = model.embed(token), jnp.broadcast_to(at, token.shape)
+        new, found = [], []
+        for block, (asked, keys, values) in zip(model.blocks, caches, strict=True):
+            q, k, v = block.attention.project(block.attention_norm(x), position)
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, k, at, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(values, v, at, axis=1)
+            if window_of := block.attention.window:
+                ats = jnp.arange(keys.shape[1])
+                valid = (ats <= at) & (ats > at - window_of)
+                y, _ = block.attention.attend(q, keys, values, valid[None, None, None])
+            else:
+                cached = sparse_selectors.Cached(asked, q, keys, prompt, at + 1)
+                lists = select(cached, density)
+                y = ops.listed_attention(q, keys, values, lists, at + 1)
+                mass = listed_mass(q, keys, lists, at + 1)
+                found.append((lists.density(at + 1).mean(), mass))
+            new.append((asked, keys, values))
+            x = x + block.attention.combine(y)
+            x = x + block.ffn(block.ffn_norm(x))
+        return new, (model.logits(x)[:, 0].argmax(-1), jnp.asarray(found).mean(0))
+
+    ats = prompt + jnp.arange(tasks.ANSWER - 1)
+    _, (predicted, found) = jax.lax.scan(step, caches, ats)
+    predicted = jnp.pad(predicted.T, ((0, 0), (1, 0)))  # the first token is given
+    return predicted, *found.mean(0)
+
+
+def listed_mass(query, key, lists: formats.KeyLists, length) -> jax.Array:
+    """The share of the dense weights on the listed keys."""
+    scores = attention.scaled_scores(query, key)  # [batch, kv_heads, group, 1, room]
+    there = jnp.arange(key.shape[1]) < length
+    weights = jax.nn.softmax(jnp.where(there, scores, -jnp.inf), axis=-1)
+    kept = lists.to_mask(key.shape[1]) & there
+    kept = jnp.broadcast_to(kept, (len(query), *kept.shape[1:]))
+    if kept.shape[1] not in (1, weights.shape[1]):  # a list for each query head
+        kept = kept.reshape(*weights.shape[:3], -1)
+    else:
+        kept = kept[:, :, None]
+    return jnp.sum(weights * kept[..., None, :], axis=-1).mean()
