@@ -19,7 +19,7 @@ from flax import nnx
 from benchmarks import long_context_tasks as tasks
 from sparsejax import formats, models, nn
 
-SHARES = {"single": 1, "multi": 3, "hops": 3, "words": 1}  # of a batch
+SHARES = {"single": 1, "multi": 3, "hops": 3, "words": 2}  # of a batch
 WINDOW = 4  # of the local layer
 TOKENS = 2048  # of a batch, and of what is computed at once
 
@@ -134,11 +134,18 @@ def train(recipe: Recipe, model: models.Decoder) -> None:
 
 
 def _descend(loss_fn, params, plan: Sequence[int], learning_rate: float, easy: int = 0):
-    """Adam with a warm-up; a step on a batch of each length in `plan`.
+    """Adam with a warm-up and a decay; a step on a batch of each length in `plan`.
 
     Batches of the length `easy` have practice in them.
     """
-    rate = optax.linear_schedule(0.0, learning_rate, min(30, len(plan)))
+    warm, cool = min(30, 1 + len(plan) // 4), 1 + len(plan) // 4
+    rate = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, learning_rate, warm),
+            optax.linear_schedule(learning_rate, 0.05 * learning_rate, cool),
+        ],
+        [len(plan) - cool],
+    )
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.95))
 
     @jax.jit

@@ -70,9 +70,9 @@ def hops(rng: np.random.Generator, length: int, num: int) -> np.ndarray:
 
 
 def words(rng: np.random.Generator, length: int, num: int) -> np.ndarray:
-    """Words in disorder, one at least twice as often as each other: which is it?"""
+    """Words in disorder, one at least three times as often as each other: which?"""
     room = length - ANSWER - 2
-    rare = room // (len(WORDS) + 1)
+    rare = room // (len(WORDS) + 2)
     order = _sample(rng, WORDS, num, len(WORDS))
     counts = [room - rare * (len(WORDS) - 1)] + [rare] * (len(WORDS) - 1)
     context = rng.permuted(np.repeat(order, counts, axis=1), axis=1)

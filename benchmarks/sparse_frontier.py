@@ -21,7 +21,8 @@ where a decoder keeps them up.
 
     python -m benchmarks.sparse_frontier --length 512 --json PATH
 
-writes a picture beside the JSON if matplotlib is installed.
+writes a picture beside the JSON if matplotlib is installed. Further options: `--steps`
+of training, `--sequences` of a task to judge by.
 
 Paper: https://arxiv.org/abs/2504.17768 (The Sparse Frontier), whose tasks and models
 are larger; that answers are read sparsely in the prefill is ours.
@@ -191,8 +192,15 @@ def picture(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, given = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    args, given = parser.parse_known_args(argv)
     shared = common.parse_args(__doc__, repeats=10, quick_repeats=2, argv=given)
+    times = args.length // tasks.MIN_LENGTH
+    if args.length % tasks.MIN_LENGTH or times.bit_count() != 1:
+        parser.error(
+            f"--length must be {tasks.MIN_LENGTH} times a power of two, so that whole "
+            f"blocks fill it; got {args.length}"
+        )
     recipe = long_context_model.Recipe(
         length=args.length, steps=args.steps, gate_steps=args.steps // 10
     )
