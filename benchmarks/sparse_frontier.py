@@ -46,7 +46,7 @@ from benchmarks import long_context_tasks as tasks
 from sparsejax import formats, models, nn, ops
 
 DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05)
-QUICK_METHODS = ("topk_blocks", "psa", "snapkv", "quest")
+QUICK_METHODS = ("topk_blocks", "quest")
 LEARNED = 0.9  # least accuracy of a task that counts as learned
 
 

@@ -23,7 +23,7 @@ from benchmarks import (
         (cast_toy, {"method", "l1_decay", "mse_after_prune_se"}, 24),
         (dynamic_sparsity, {"method", "allocation", "lr", "test_loss"}, 2),
         (progressive_gradient_flow, {"method", "pattern", "test_acc_percent"}, 2),
-        (sparse_frontier, {"phase", "density", "mass", "worst", "select_ms"}, 5),
+        (sparse_frontier, {"phase", "density", "mass", "worst", "select_ms"}, 3),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
