@@ -36,6 +36,7 @@ def failures(module) -> str:
     return "".join(report)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", module_names())
 def test_examples_run(name):
     report = failures(importlib.import_module(name))

@@ -15,6 +15,7 @@ from benchmarks import (
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize(
     "study, columns, num_rows",

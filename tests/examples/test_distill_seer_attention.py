@@ -10,6 +10,8 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.usefixtures("compile_fast")
 def test_trained_gates_recall_more(capsys):
     rows = example.main(TINY)

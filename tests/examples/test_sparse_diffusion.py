@@ -11,6 +11,7 @@ TINY = [
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.usefixtures("compile_fast")
 def test_a_window_of_as_many_blocks_is_worse(capsys):
     rows = {row["attention"]: row for row in example.main([*TINY, "--steps", "200"])}

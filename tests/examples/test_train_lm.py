@@ -86,6 +86,7 @@ def test_cast_ends_at_exact_2_4(tmp_path, text, capsys):
     assert np.isfinite(nnx.merge(graph, weights)(tokens)).all()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("method", "options", "sparsity"),
     [

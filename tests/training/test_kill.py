@@ -12,6 +12,7 @@ JOB = (
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_two_kills_leave_no_trace(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles faster
     rows = kill_resume.study_kills(tmp_path / "runs", num_kills=2, options=JOB)
