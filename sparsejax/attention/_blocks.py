@@ -60,10 +60,10 @@ def block_scores(
       Gao et al., 2024, https://arxiv.org/abs/2410.13276 (SeerAttention), section 3,
       which pools likewise, by several functions, and learns projections of the pooled.
     """
-    _check(query, key, block_shape)
+    check(query, key, block_shape)
     query, key = jax.lax.stop_gradient((query, key))
-    query = _pooled(query, block_shape[0], pool)
-    key = _pooled(key, block_shape[1], pool)
+    query = pooled(query, block_shape[0], pool)
+    key = pooled(key, block_shape[1], pool)
     query = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
     if not per_head:  # a mean of products with one key is a product of the mean
         query = query.mean(axis=3, keepdims=True)
@@ -114,8 +114,8 @@ def topk_blocks(
       >>> print(mask.num[0, 0], mask.density()[0])
       [1 2 2 2] [0.4375 0.4375]
     """
-    _check(query, key, block_shape)
-    least = _most_diagonal(block_shape) if causal else 1
+    check(query, key, block_shape)
+    least = most_diagonal(block_shape) if causal else 1
     if num_kept < least:
         raise ValueError(
             f"`num_kept` must be at least {least}, as many blocks as a row always "
@@ -125,9 +125,9 @@ def topk_blocks(
     scores = block_scores(
         query, key, block_shape=block_shape, pool=pool, per_head=per_head
     )
-    visible, diagonal = _in_sight(query, key, block_shape, causal)
-    ranked = _ranked(scores, visible, diagonal)
-    return BlockMask.from_scores(ranked, block_shape, min(num_kept, scores.shape[-1]))
+    visible, diagonal = in_sight(query, key, block_shape, causal)
+    ranks = ranked(scores, visible, diagonal)
+    return BlockMask.from_scores(ranks, block_shape, min(num_kept, scores.shape[-1]))
 
 
 def statistical_topk_blocks(
@@ -187,12 +187,12 @@ def statistical_topk_blocks(
     scores = block_scores(
         query, key, block_shape=block_shape, pool=pool, per_head=per_head
     )
-    visible, diagonal = _in_sight(query, key, block_shape, causal)
+    visible, diagonal = in_sight(query, key, block_shape, causal)
     kept = spark_selection(scores, visible, k=k) | diagonal
     if capacity is None or capacity >= scores.shape[-1]:
         return BlockMask.from_blocks(kept, block_shape)
-    ranked = _ranked(scores, kept, diagonal)
-    mask = BlockMask.from_scores(ranked, block_shape, capacity)
+    ranks = ranked(scores, kept, diagonal)
+    mask = BlockMask.from_scores(ranks, block_shape, capacity)
     overflowed = jnp.any(kept.sum(axis=-1) > capacity, axis=-1)
     return dataclasses.replace(mask, overflowed=overflowed)
 
@@ -230,7 +230,7 @@ def causal_density(
     return density[:, :num_queries]
 
 
-def _check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
+def check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
     if (
         query.ndim != 4
         or key.ndim != 4
@@ -246,7 +246,7 @@ def _check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
         raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
 
 
-def _pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
+def pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
     """One float32 token for every `size`, and for those that are left at the end."""
     batch, length, *rest = x.shape
     x = x.astype(jnp.float32)
@@ -260,7 +260,7 @@ def _pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
     return jnp.concatenate(parts, axis=1)
 
 
-def _in_sight(
+def in_sight(
     query: jax.Array, key: jax.Array, block_shape: tuple[int, int], causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Which blocks may be kept, and which must; `[block_rows, block_columns]`."""
@@ -275,13 +275,13 @@ def _in_sight(
     return visible, visible & (columns >= first // width)
 
 
-def _most_diagonal(block_shape: tuple[int, int]) -> int:
+def most_diagonal(block_shape: tuple[int, int]) -> int:
     """The most blocks with a query's own position that a row can have."""
     height, width = block_shape
     worst_start = width - math.gcd(height, width)  # of a row, in a block of keys
     return (worst_start + height - 1) // width + 1
 
 
-def _ranked(scores: jax.Array, allowed: jax.Array, always: jax.Array) -> jax.Array:
+def ranked(scores: jax.Array, allowed: jax.Array, always: jax.Array) -> jax.Array:
     """Scores of which the highest are kept: inf for always, -inf for never."""
     return jnp.where(always, jnp.inf, jnp.where(allowed, scores, -jnp.inf))

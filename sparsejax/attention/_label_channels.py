@@ -72,7 +72,7 @@ def channel_scores(
       it, which takes "q" and "k" before the rotation, though labels are read after it,
       and of "qk" only the last batch. "qk_var" is ours.
     """
-    _blocks._check(query, key, (1, 1))
+    _blocks.check(query, key, (1, 1))
     if query.shape[1] != key.shape[1]:
         raise ValueError(
             "`query` and `key` must be of the same tokens; got "

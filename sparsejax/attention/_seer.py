@@ -147,7 +147,7 @@ def seer_scores(
     check_sequences(query, key, block)
     _check_gate(gate, query, key)
     query, key = jax.lax.stop_gradient((query, key))
-    gated_query = _blocks._pooled(query, block, jnp.mean)
+    gated_query = _blocks.pooled(query, block, jnp.mean)
     if gate.query is not None:
         gated_query = jnp.einsum("bnhi,hio->bnho", gated_query, gate.query)
     features = key_features(key, block)
@@ -307,7 +307,7 @@ def room(num_kept: ArrayLike) -> int | None:
 def key_features(key: jax.Array, block: int) -> jax.Array:
     """Pooled keys `[batch, blocks, kv_heads, 3 head_dim]`, float32."""
     return jnp.concatenate(
-        [_blocks._pooled(key, block, pool) for pool in KEY_POOLS], axis=-1
+        [_blocks.pooled(key, block, pool) for pool in KEY_POOLS], axis=-1
     )
 
 

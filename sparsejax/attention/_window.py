@@ -101,7 +101,7 @@ def lines_to_blocks(
 
 def check_prompt(query: Any, key: Any, window: int) -> None:
     """Raises unless shapes agree and there are `window` queries, at the last keys."""
-    _blocks._check(query, key, (1, 1))
+    _blocks.check(query, key, (1, 1))
     queries, keys = query.shape[1], key.shape[1]
     if queries > keys:
         raise ValueError(
@@ -113,7 +113,7 @@ def check_prompt(query: Any, key: Any, window: int) -> None:
 
 def check_square(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
     """Raises unless there are as many queries as keys, and a whole block of them."""
-    _blocks._check(query, key, block_shape)
+    _blocks.check(query, key, block_shape)
     queries, keys = query.shape[1], key.shape[1]
     if queries != keys:
         raise ValueError(
