@@ -197,8 +197,6 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     window = tiles.window_for(num_units, row_tiles)
     windows = -(-row_tiles // window)
     across = min(tiles.num_sms // window, num_units)
-    slots, slots_t = block_slots(lists if w_by_list else lists.T)
-    positions = lists.indices if w.ndim == 2 else slots if w_by_list else slots_t
     part_rows, room = tiles.rows // tiles.parts, min(tiles.parts, 2)
     assert tiles.parts == 1 or tiles.parts % 2 == 0, tiles
     fused = activation and _compat.without_custom_rules(activation)
@@ -239,13 +237,11 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
             entry = jax.lax.div(step, substeps)
             entry = jnp.minimum(entry, lists.indices.shape[1] - 1)
             index = refs["indices"][of_list, entry]
-            if w.ndim == 2:
-                return (index,)
-            return index, refs["positions"][of_list, entry]
+            return index, refs["slots"][of_list, entry] if w.ndim == 3 else None
 
         def load(tile, source, step, slot, full):
             unit, row_tile = place(tile)
-            index, *slot_of_w = source
+            index, slot_of_w = source
             substep = jax.lax.rem(step, substeps) * DEPTH
             deep = pl.ds(index * depth + substep, DEPTH)
             rows = pl.ds(row_tile * tiles.rows_of_tile, tiles.rows_of_tile)
@@ -256,7 +252,7 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
             else:
                 in_list = jax.lax.rem(unit, units_of_list)
                 wide = pl.ds(in_list * tiles.columns, tiles.columns)
-                block, within = refs["w"].at[slot_of_w[0]], pl.ds(substep, DEPTH)
+                block, within = refs["w"].at[slot_of_w], pl.ds(substep, DEPTH)
             block = block.at[wide, within] if w_by_list else block.at[within, wide]
             plgpu.copy_gmem_to_smem(block, w_ring.at[slot], full)
 
@@ -303,8 +299,10 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
 
         return Task(walk, num_steps, source, load, multiply, finish, store, tiles.parts)
 
-    operands = {"x": x, "w": w, "num": lists.num}
-    operands |= {"indices": lists.indices, "positions": positions}
+    operands = {"x": x, "w": w, "num": lists.num, "indices": lists.indices}
+    if w.ndim == 3:
+        slots, slots_t = block_slots(lists if w_by_list else lists.T)
+        operands["slots"] = slots if w_by_list else slots_t
     if bias is not None:
         operands["bias"] = bias
     block = (tiles.columns, DEPTH) if w_by_list else (DEPTH, tiles.columns)
