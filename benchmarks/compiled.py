@@ -56,6 +56,14 @@ def attention_operands(head_dim: int) -> tuple[Any, ...]:
     return q, k, k, mask(128)
 
 
+def listed_operands() -> tuple[Any, ...]:
+    """One query a sequence, and a sixteenth of the pages of its cache."""
+    q, k = array(1, 1, 32, 128), array(1, 65536, 8, 128)
+    kept = array(1, 8, 512, dtype=jnp.bool_)
+    build = functools.partial(sj.formats.KeyLists.from_mask, page_size=128, capacity=32)
+    return q, k, k, jax.eval_shape(build, kept), array(dtype=jnp.int32)
+
+
 def with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The result, and the gradients of the first two operands."""
 
@@ -74,6 +82,7 @@ def cases() -> list[Case]:
     silu = functools.partial(matmul, activation=jax.nn.silu)
     attention = functools.partial(sj.ops.block_attention, implementation="mosaic_gpu")
     causal = functools.partial(attention, causal=True)
+    listed = functools.partial(sj.ops.listed_attention, implementation="mosaic_gpu")
     rows, scalar = array(SIDE, 16384), array(dtype=jnp.float32)
     square, products = array(SIDE, SIDE), ("y", "dx", "dw")
     return [
@@ -132,6 +141,7 @@ def cases() -> list[Case]:
             for head_dim in (128, 64)
             for name, fn in (("", attention), ("causal, ", causal))
         ),
+        Case("listed_attention", ("forward",), listed, listed_operands()),
     ]
 
 

@@ -47,6 +47,7 @@ def work(folder: str, *options: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_one_process_restores_what_two_saved(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles faster
     said = multi_process.wait(multi_process.launch(2, WORK, str(tmp_path), *TINY))

@@ -177,19 +177,21 @@ def grad_w(
             number = program + i * programs
             row = jax.lax.div(number, block_columns)
             column = jax.lax.rem(number, block_columns)
-            listed = jnp.bool_(False)
-            if not compact:
-                listed = is_listed(
-                    lambda i: refs["indices"][row, i], length(row), capacity, column
-                )
 
-            @pl.when(~listed)
-            def _():
+            def copy():
                 block = target(row, column, kept + number)
                 for down in range(0, height, DEPTH):
                     for right in range(0, width, DEPTH):
                         to = block.at[pl.ds(down, DEPTH), pl.ds(right, DEPTH)]
                         plgpu.copy_smem_to_gmem(refs["zeros"], to)
+
+            if compact:
+                copy()
+            else:
+                listed = is_listed(
+                    lambda i: refs["indices"][row, i], length(row), capacity, column
+                )
+                pl.when(~listed)(copy)
 
         aside = spread_out(
             refs["zeros"],

@@ -157,6 +157,22 @@ class LoweringTest(parameterized.TestCase):
         # y once with the activation; dx; dw
         self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 3)
 
+    def test_kept_blocks_alone_for_cuda(self):
+        kept = jnp.asarray([[True, False], [True, True]])
+        mask = BlockMask.from_blocks(kept, (128, 128))
+        x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+        values = jax.ShapeDtypeStruct((4, 128, 128), jnp.bfloat16)
+
+        def fn(x, values):
+            def loss(x, values):
+                y = kernel(x, BlockSparse(values, mask))
+                return y.astype(jnp.float32).sum()
+
+            return jax.grad(loss, (0, 1))(x, values)
+
+        exported = jax.export.export(jax.jit(fn), platforms=["cuda"])(x, values)
+        self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 2)  # dx, dw
+
 
 class LimitsTest(parameterized.TestCase):
     @parameterized.parameters(
