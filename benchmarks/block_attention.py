@@ -21,7 +21,6 @@ import numpy as np
 
 import sparsejax as sj
 from benchmarks import common
-from benchmarks.block_matmul import KERNELS, relative_error
 
 BLOCK = 128
 
@@ -146,7 +145,7 @@ def run_shape(shape: Shape, densities: tuple[float, ...], repeats: int) -> list[
     *qkv, do = operands(shape)
     block = (BLOCK, BLOCK)
     options = {"causal": shape.causal}
-    kernel = KERNELS.get(jax.default_backend())
+    kernel = common.KERNELS.get(jax.default_backend())
     ours = pair(
         lambda q, k, v, mask: sj.ops.block_attention(
             q, k, v, mask, implementation=kernel, **options
@@ -217,7 +216,7 @@ def check(shape: Shape, ours, qkv, do, mask, options) -> float:
     with jax.default_matmul_precision("highest"):
         want = jax.tree.leaves(reference(*wide, short))
     got = jax.tree.leaves(ours["both"](*qkv, do, short))
-    error = max(map(relative_error, got, want))
+    error = max(map(common.relative_error, got, want))
     assert error < 0.02, (shape, error)
     return error
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import sparsejax as sj
 from benchmarks import block_attention, common
 from benchmarks.block_attention import BLOCK, Shape
-from benchmarks.block_matmul import relative_error
 
 DENSITIES = (0.5, 0.1)
 SHAPES = [Shape(32768), Shape(32768, heads=32, kv_heads=32, head_dim=64)]
@@ -76,20 +75,14 @@ def run(shape: Shape, repeats: int) -> list[dict]:
             str(change): jax.jit(functools.partial(fn, Tiles(**change)))
             for change in (FORWARD if name == "forward" else BACKWARD)
         }
-        # the tiles may not fit into shared memory
-        refused = (ValueError, jax.errors.JaxRuntimeError)
-        compiled = common.compile_side_by_side(
-            jitted, operands, masks[DENSITIES[0]], refused=refused
+        found = common.time_variants(
+            jitted,
+            {density: (operands, mask) for density, mask in masks.items()},
+            repeats=repeats,
+            tolerance=0.02,
         )
-        for density, mask in masks.items():
-            want, fns = None, {}
-            for tiles, call in compiled.items():
-                got = jax.tree.leaves(call(operands, mask))[0]
-                want = got if want is None else want
-                error = relative_error(got, want)
-                assert error < 0.02, (name, tiles, error)
-                fns[tiles] = functools.partial(call, operands, mask)
-            times = common.time_in_turn(fns, repeats=repeats)
+        for density, times in found.items():
+            mask = masks[density]
             pairs = float(mask.density().mean()) * shape.seq**2 * shape.heads
             flops = PRODUCTS[name] * 2 * shape.head_dim * pairs
             of_case = [

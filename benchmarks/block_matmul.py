@@ -25,7 +25,6 @@ import numpy as np
 import sparsejax as sj
 from benchmarks import common
 
-KERNELS = {"gpu": "mosaic_gpu", "tpu": "pallas_tpu"}
 TOGETHER = 4  # products in a program
 STREAMED_BYTES = 200e6  # of kept blocks in distinct matrices: more than any cache holds
 
@@ -82,34 +81,27 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-def relative_error(got: jax.Array, want: jax.Array) -> float:
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    norm = jnp.linalg.norm(want)
-    return float(jnp.linalg.norm(got - want) / jnp.where(norm > 0, norm, 1))
-
-
 def products(implementation: str | None) -> dict[str, Callable]:
-    """Jitted y, dx, dw and compact dw of `(xs, w, values, dys, mask)`, a list each."""
+    """y, dx, dw, compact dw of `(pairs of x and dy, w, values, mask)`, a list each."""
     call = functools.partial(sj.ops.block_matmul, implementation=implementation)
 
-    def dx(x, w, values, dy, mask):
+    def dx(x, dy, w, values, mask):
         return jax.vjp(lambda x: call(x, w, mask), x)[1](dy)[0]
 
-    def dw(x, w, values, dy, mask):
+    def dw(x, dy, w, values, mask):
         return jax.vjp(lambda w: call(x, w, mask), w)[1](dy)[0]
 
-    def dw_compact(x, w, values, dy, mask):
+    def dw_compact(x, dy, w, values, mask):
         of_values = lambda values: call(x, sj.BlockSparse(values, mask))  # noqa: E731
         return jax.vjp(of_values, values)[1](dy)[0]
 
-    return for_each(
-        {
-            "y": lambda x, w, values, dy, mask: call(x, w, mask),
-            "dx": dx,
-            "dw": dw,
-            "dw compact": dw_compact,
-        }
-    )
+    found = {
+        "y": lambda x, dy, w, values, mask: call(x, w, mask),
+        "dx": dx,
+        "dw": dw,
+        "dw compact": dw_compact,
+    }
+    return {name: common.for_each(fn) for name, fn in found.items()}
 
 
 def dense_products() -> dict[str, Callable]:
@@ -118,24 +110,12 @@ def dense_products() -> dict[str, Callable]:
     def dot(a, b):
         return jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 
-    return for_each(
-        {
-            "y": lambda x, w, values, dy, mask: dot(x, w),
-            "dx": lambda x, w, values, dy, mask: dot(dy, w.T),
-            "dw": lambda x, w, values, dy, mask: dot(x.T, dy),
-        }
-    )
-
-
-def for_each(fns: dict[str, Callable]) -> dict[str, Callable]:
-    """One program for all x and dy."""
-
-    def together(fn):
-        return lambda xs, w, values, dys, mask: [
-            fn(x, w, values, dy, mask) for x, dy in zip(xs, dys, strict=True)
-        ]
-
-    return {name: jax.jit(together(fn)) for name, fn in fns.items()}
+    found = {
+        "y": lambda x, dy, w, values, mask: dot(x, w),
+        "dx": lambda x, dy, w, values, mask: dot(dy, w.T),
+        "dw": lambda x, dy, w, values, mask: dot(x.T, dy),
+    }
+    return {name: common.for_each(fn) for name, fn in found.items()}
 
 
 def torch_bsr(xs: list[jax.Array], w: jax.Array, mask: sj.BlockMask) -> Callable | None:
@@ -173,20 +153,21 @@ def run_shape(shape: Shape, cases: list[Case], repeats: int) -> list[dict]:
         [normal(seed + i, (shape.rows, d), shape.dtype) for i in range(TOGETHER)]
         for seed, d in ((10, shape.d_in), (20, shape.d_out))
     )
-    ours = products(KERNELS.get(jax.default_backend()))
+    ours = products(common.KERNELS.get(jax.default_backend()))
     reference, dense = products("reference"), dense_products()
     rows = []
     for case in cases:
         mask = make_mask(shape, case)
         values = sj.BlockSparse.from_dense(w, mask).values
-        operands = (xs, w, values, dys, mask)
-        first = (xs[:1], w, values, dys[:1], mask)
+        pairs = list(zip(xs, dys, strict=True))
+        operands = (pairs, w, values, mask)
+        first = (pairs[:1], w, values, mask)
         density = float(mask.density())
         flops = 2 * shape.rows * shape.d_in * shape.d_out * density
         errors = {}
         for name, fn in ours.items():
             got, want = fn(*operands)[0], reference[name](*first)[0]
-            errors[name] = relative_error(got, want)
+            errors[name] = common.relative_error(got, want)
             assert errors[name] < 0.01, (shape, case, name, errors[name])
         fns = {
             f"{kind} {name}": functools.partial(fn, *operands)
@@ -232,7 +213,7 @@ def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
         lambda i: normal(i, (shape.d_in, shape.d_out), shape.dtype), static_argnums=0
     )
     ws = [make(i) / math.sqrt(shape.d_in) for i in range(layers)]
-    kernel = KERNELS.get(jax.default_backend())
+    kernel = common.KERNELS.get(jax.default_backend())
     call = functools.partial(sj.ops.block_matmul, implementation=kernel)
 
     # a result each, so that no product is left out
@@ -241,7 +222,7 @@ def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
     )
     dense = jax.jit(lambda x, ws: [jnp.dot(x, w) for w in ws])
     want = jnp.dot(x, jnp.where(masks[-1].to_dense(), ws[-1], 0))
-    error = relative_error(sparse(x, ws, masks)[-1], want)
+    error = common.relative_error(sparse(x, ws, masks)[-1], want)
     assert error < 0.01, (shape, case, error)
     large = jnp.concatenate([w.reshape(-1) for w in ws])
     copy = jax.jit(lambda x: jax.lax.optimization_barrier(x) + 0)

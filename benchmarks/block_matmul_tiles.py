@@ -59,20 +59,16 @@ def run(shape: Shape, repeats: int) -> list[dict]:
         for change in changes[product if product == "dw" else "y"]:
             chosen = dataclasses.replace(tiles, **change)
             jitted[str(change)] = jax.jit(functools.partial(fn, chosen))
-        masks = [block_matmul.make_mask(shape, Case(d)) for d in DENSITIES]
-        # the tiles may not fit into shared memory
-        refused = (ValueError, jax.errors.JaxRuntimeError)
+        masks = {d: block_matmul.make_mask(shape, Case(d)) for d in DENSITIES}
         print(product, flush=True)
-        compiled = common.compile_side_by_side(jitted, masks[0], refused=refused)
-        for density, mask in zip(DENSITIES, masks, strict=True):
-            want, fns = None, {}
-            for name, call in compiled.items():
-                got = call(mask)
-                want = got if want is None else want
-                error = block_matmul.relative_error(got, want)
-                assert error < 1e-3, (product, name, error)
-                fns[name] = functools.partial(call, mask)
-            times = common.time_in_turn(fns, repeats=repeats)
+        found = common.time_variants(
+            jitted,
+            {density: (mask,) for density, mask in masks.items()},
+            repeats=repeats,
+            tolerance=1e-3,
+        )
+        for density, times in found.items():
+            mask = masks[density]
             flops = 2 * shape.rows * shape.d_in * shape.d_out * float(mask.density())
             of_case = [
                 dataclasses.asdict(shape)

@@ -16,9 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
+
+# of each platform, as an operation's `implementation`
+KERNELS = {"gpu": "mosaic_gpu", "tpu": "pallas_tpu"}
 
 Row = Mapping[str, Any]  # column name, with its unit, -> value
 
@@ -184,6 +188,100 @@ def compile_side_by_side(
         if isinstance(problem, str):
             print(f"  {name}: left out: {problem}", flush=True)
     return {name: call for name, call in found.items() if not isinstance(call, str)}
+
+
+def time_variants(
+    fns: Mapping[str, Callable[..., Any]],
+    arguments: Mapping[Any, tuple[Any, ...]],
+    *,
+    repeats: int,
+    tolerance: float,
+) -> dict[Any, dict[str, Time]]:
+    """Times several ways to compute the same, each on several arguments.
+
+    Args:
+      fns: jitted, by name. One that cannot be had, as its tiles do not fit into shared
+        memory, is left out.
+      arguments: by label, all of the same shapes.
+      repeats: as in `time_in_turn`.
+      tolerance: how much the first result of each may differ from that of the first
+        function, as `relative_error`.
+
+    Returns:
+      The times, by label, then by name.
+    """
+    refused = (ValueError, jax.errors.JaxRuntimeError)
+    compiled = compile_side_by_side(
+        fns, *next(iter(arguments.values())), refused=refused
+    )
+    times = {}
+    for label, args in arguments.items():
+        want, calls = None, {}
+        for name, fn in compiled.items():
+            got = jax.tree.leaves(fn(*args))[0]
+            want = got if want is None else want
+            error = relative_error(got, want)
+            assert error < tolerance, (label, name, error)
+            calls[name] = functools.partial(fn, *args)
+        times[label] = time_in_turn(calls, repeats=repeats)
+    return times
+
+
+def for_each(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """One program that applies `fn` to each of a list, with what they share.
+
+    So what Python takes for a call counts once for all of them.
+
+    Args:
+      fn: takes one element, a tuple of arguments or an array, then the others.
+
+    Returns:
+      A jitted function of the list and the others.
+    """
+
+    def together(elements, *others):
+        return [
+            fn(*(element if isinstance(element, tuple) else (element,)), *others)
+            for element in elements
+        ]
+
+    return jax.jit(together)
+
+
+def relative_error(got: jax.Array, want: jax.Array) -> float:
+    """The norm of the difference over that of `want`, 1 in place of 0."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    norm = jnp.linalg.norm(want)
+    return float(jnp.linalg.norm(got - want) / jnp.where(norm > 0, norm, 1))
+
+
+def compare_with_torch(
+    doc: str | None,
+    cases: Sequence[Any],
+    run: Callable[[Any, int], Row],
+    notes: Sequence[str],
+    argv: Sequence[str] | None,
+) -> None:
+    """The main function of a comparison with `transformers`, in full precision.
+
+    Args:
+      doc: as in `parse_args`.
+      cases: all of them; the first alone under `--quick`.
+      run: takes a case and a seed and gives a row.
+      notes: on the rows.
+      argv: as in `parse_args`.
+    """
+    args = parse_args(doc, repeats=3, quick_repeats=1, argv=argv)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    chosen = cases[:1] if args.quick else cases
+    rows = [run(case, seed) for case in chosen for seed in range(args.repeats)]
+    import torch
+    import transformers
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}."
+    notes = [*notes, versions]
+    print_table(rows, notes)
+    write_json(args.json, environment(repeats=args.repeats), rows, notes)
 
 
 def mean_and_error(values: Any) -> tuple[float, float]:

@@ -16,7 +16,6 @@ import numpy as np
 
 import sparsejax as sj
 from benchmarks import common
-from benchmarks.block_matmul import relative_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,35 +81,29 @@ def run(case: Case, repeats: int) -> dict:
         sj.attention.page_bounds(key, page_size=case.page_size) for _, key, _ in layers
     ]
 
-    def for_each(fn, *others):
-        together = jax.jit(
-            lambda layers, *others: [
-                fn(*layer, *(o[i] for o in others)) for i, layer in enumerate(layers)
-            ]
-        )
-        return functools.partial(together, layers, *others)
-
     def listed(implementation):
-        return for_each(
-            lambda q, k, v: sj.ops.listed_attention(
-                q, k, v, lists, case.length, implementation=implementation
-            )
+        return lambda q, k, v: sj.ops.listed_attention(
+            q, k, v, lists, case.length, implementation=implementation
         )
 
-    ours = {"gather": listed("reference")}
-    if jax.default_backend() == "gpu":
-        ours["kernel"] = listed("mosaic_gpu")
-    dense = {name: for_each(fn) for name, fn in dense_forms(case).items()}
+    def of_layers(fn):
+        return functools.partial(common.for_each(fn), layers)
 
-    def select(q, k, v, bounds):
+    ours = {"gather": of_layers(listed("reference"))}
+    if jax.default_backend() == "gpu":
+        ours["kernel"] = of_layers(listed("mosaic_gpu"))
+    dense = {name: of_layers(fn) for name, fn in dense_forms(case).items()}
+
+    def select(q, bounds):
         return sj.attention.quest(q, bounds, num_kept=max(num_kept - 1, 1))
 
-    selecting = {"select": for_each(select, bounds)}
+    asked = [(q, b) for (q, _, _), b in zip(layers, bounds, strict=True)]
+    selecting = {"select": functools.partial(common.for_each(select), asked)}
     want = ours["gather"]()[0]
-    errors = [relative_error(fn()[0], want) for fn in ours.values()]
+    errors = [common.relative_error(fn()[0], want) for fn in ours.values()]
     assert max(errors) < 0.01, (case, errors)
     whole = [fn()[0] for fn in dense.values()]
-    assert all(relative_error(a, whole[0]) < 0.01 for a in whole), case
+    assert all(common.relative_error(a, whole[0]) < 0.01 for a in whole), case
     times = common.time_in_turn(
         ours | dense | selecting, repeats=repeats, units=case.layers
     )

@@ -112,20 +112,10 @@ def run(case: Case, seed: int) -> dict:
 
 
 def main(argv=None):
-    args = common.parse_args(__doc__, repeats=3, quick_repeats=1, argv=argv)
-    cases = CASES[:1] if args.quick else CASES
-    jax.config.update("jax_default_matmul_precision", "highest")
-    rows = [run(case, seed) for case in cases for seed in range(args.repeats)]
-    import torch
-    import transformers
-
     notes = [
         "Errors are the largest difference over the largest value.",
-        f"torch {torch.__version__}, transformers {transformers.__version__}.",
     ]
-    common.print_table(rows, notes)
-    env = common.environment(repeats=args.repeats)
-    common.write_json(args.json, env=env, rows=rows, notes=notes)
+    common.compare_with_torch(__doc__, CASES, run, notes, argv)
 
 
 if __name__ == "__main__":

@@ -51,40 +51,36 @@ def run(case: Case, repeats: int) -> dict:
     scores = list(scores.astype(case.dtype))
     num_kept = sj.masks.num_kept(case.sparsity, scores[0].size)
 
-    def for_each(fn):
-        """One program for all arrays."""
-        return jax.jit(lambda xs, *args: [fn(x, *args) for x in xs])
-
-    @for_each
+    @common.for_each
     def copy(x):
         return jax.lax.optimization_barrier(x) + 0
 
-    @for_each
+    @common.for_each
     def argsort_nm(x):
         groups = x.reshape(-1, case.m, case.size)
         ranks = jnp.argsort(jnp.argsort(-groups, axis=1, stable=True), axis=1)
         return (ranks < case.n).reshape(x.shape)
 
-    @for_each
+    @common.for_each
     def argsort_topk(x):
         order = jnp.argsort(-x.reshape(-1), stable=True)
         ranks = jnp.zeros(x.size, jnp.int32).at[order].set(jnp.arange(x.size))
         return (ranks < num_kept).reshape(x.shape)
 
-    @for_each
+    @common.for_each
     def argsort_only(x):  # the cheapest sort that could serve: no ranks, no mask
         return jnp.sort(x.reshape(-1))
 
-    @for_each
+    @common.for_each
     def lax_topk(x):  # threshold only: cheaper than a mask with exact ties
         return jax.lax.top_k(x.reshape(-1), num_kept)[0][-1]
 
     if case.m:
-        ours = for_each(lambda x: sj.nm_mask(x, case.n, case.m))
+        ours = common.for_each(lambda x: sj.nm_mask(x, case.n, case.m))
         sorted_form, others = argsort_nm, {}
     else:
         # the count is traced: one compilation serves a whole schedule
-        topk = for_each(sj.topk_mask)
+        topk = common.for_each(sj.topk_mask)
         count = jnp.asarray(num_kept, jnp.int32)
         ours = lambda x: topk(x, count)  # noqa: E731
         sorted_form, others = argsort_topk, {"sort": argsort_only}

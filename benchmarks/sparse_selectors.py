@@ -6,7 +6,7 @@ at least what a selector always keeps; what is really kept is measured.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,17 @@ class Seen(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.side, self.side
 
+    @property
+    def pooling(self) -> dict[str, Any]:
+        """Settings of those that compare pooled queries and keys."""
+        return {"block_shape": self.shape, "causal": True, "per_head": True}
+
+    @property
+    def asking(self) -> dict[str, Any]:
+        """Settings of those that ask the last queries."""
+        budgets = {"window": WINDOW, "sink": SINK, "local": LOCAL}
+        return budgets | {"block_shape": self.shape}
+
     def count(self, density: float, least: int = 1) -> int:
         """Blocks of a row, for that share of the causal map."""
         count = attention.blocks_for_density(density, self.num_blocks)
@@ -74,9 +85,7 @@ def topk_blocks(seen: Seen, density: float) -> BlockMask:
         seen.query,
         seen.key,
         num_kept=seen.count(density),
-        block_shape=seen.shape,
-        causal=True,
-        per_head=True,
+        **seen.pooling,
     )
 
 
@@ -85,9 +94,7 @@ def statistical_topk_blocks(seen: Seen, density: float) -> BlockMask:
         seen.query,
         seen.key,
         k=seen.count(density),
-        block_shape=seen.shape,
-        causal=True,
-        per_head=True,
+        **seen.pooling,
     )
 
 
@@ -109,10 +116,7 @@ def vertical_slash(seen: Seen, density: float) -> BlockMask:
         seen.key,
         num_vertical=lines,
         num_slash=lines,
-        window=WINDOW,
-        sink=SINK,
-        local=LOCAL,
-        block_shape=seen.shape,
+        **seen.asking,
     )
 
 
@@ -123,10 +127,7 @@ def flex_prefill(seen: Seen, density: float) -> BlockMask:
         seen.key,
         alpha=density,
         min_budget=LOCAL,
-        window=WINDOW,
-        sink=SINK,
-        local=LOCAL,
-        block_shape=seen.shape,
+        **seen.asking,
     )
 
 

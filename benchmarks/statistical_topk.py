@@ -32,7 +32,6 @@ class Case:
 
 CASES = [Case(8192, 16384, 1311), Case(8192, 13824, 1106)]  # 8%
 QUICK = [Case(64, 1024, 82), Case(64, 1024, 82, "float32")]
-KERNELS = {"gpu": "mosaic_gpu", "tpu": "pallas_tpu"}
 # (slots, blocks on a multiprocessor, chunk) of the kernel for Hopper
 TILES = [
     *((slots, 1, 4096) for slots in (2, 3, 6)),
@@ -45,7 +44,7 @@ TILES = [
 
 def kernels(case: Case) -> Iterator[tuple[str, Callable]]:
     """The kernel as it is called, and on a GPU with other tiles."""
-    name = KERNELS.get(jax.default_backend())
+    name = common.KERNELS.get(jax.default_backend())
     if name is None:
         return
     topk = functools.partial(sj.statistical_topk, k=case.k, implementation=name)
@@ -72,12 +71,6 @@ def with_backward(fn: Callable) -> Callable:
         return out, pull(grad)[0]
 
     return both
-
-
-def relative_error(got: jax.Array, want: jax.Array) -> float:
-    """Of the whole array: single entries at the threshold may fall on either side."""
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
 def run(case: Case, repeats: int) -> list[dict]:
@@ -126,11 +119,11 @@ def run(case: Case, repeats: int) -> list[dict]:
         forward[name] = functools.partial(only, x)
         found[name] = {}
         if name.startswith("kernel"):
-            found[name]["error"] = relative_error(only(x), want)
+            found[name]["error"] = common.relative_error(only(x), want)
         if name in differentiable and works(name, pair, x, grad):
             both[name] = functools.partial(pair, x, grad)
             if name.startswith("kernel"):
-                error = relative_error(pair(x, grad)[1], want_grad)
+                error = common.relative_error(pair(x, grad)[1], want_grad)
                 found[name]["grad_error"] = error
         assert max(found[name].values(), default=0) < 0.02, (name, found[name])
 

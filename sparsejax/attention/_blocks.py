@@ -230,7 +230,10 @@ def causal_density(
     return density[:, :num_queries]
 
 
-def check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
+def check_heads(
+    query: Any, key: Any, names: tuple[str, str] = ("query", "key")
+) -> None:
+    """Raises unless queries and keys, called `names`, fit each other."""
     if (
         query.ndim != 4
         or key.ndim != 4
@@ -238,10 +241,15 @@ def check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
         or query.shape[2] % key.shape[2]
     ):
         raise ValueError(
-            "`query` and `key` must be [batch, seq, heads, head_dim], equal in batch "
-            "and head_dim, and the key heads must divide the query heads; got "
-            f"{query.shape} and {key.shape}."
+            f"`{names[0]}` and `{names[1]}` must be [batch, seq, heads, head_dim], "
+            "equal in batch and head_dim, and the key heads must divide the query "
+            f"heads; got {query.shape} and {key.shape}."
         )
+
+
+def check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
+    """Raises unless queries, keys and the shape of a block fit."""
+    check_heads(query, key)
     if min(block_shape) < 1:
         raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
 

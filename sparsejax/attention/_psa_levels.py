@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from sparsejax.attention._blocks import check_heads
+
 Bounds: TypeAlias = Sequence[tuple[int, float]]
 """Pairs of a level and a share in [0, 1], both ascending."""
 
@@ -266,17 +268,7 @@ def level_density(
 
 
 def _check(q: Any, k: Any, block_shape: tuple[int, int]) -> None:
-    if (
-        q.ndim != 4
-        or k.ndim != 4
-        or q.shape[::3] != k.shape[::3]
-        or q.shape[2] % k.shape[2]
-    ):
-        raise ValueError(
-            "`q` and `k` must be [batch, seq, heads, head_dim], equal in batch and "
-            "head_dim, and the key heads must divide the query heads; got "
-            f"{q.shape} and {k.shape}."
-        )
+    check_heads(q, k, ("q", "k"))
     if (
         min(block_shape) < 1
         or block_shape[0] > q.shape[1]

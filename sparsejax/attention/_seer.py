@@ -6,7 +6,7 @@ Causal self-attention throughout.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -70,17 +70,7 @@ def init_seer_gate(
       Gao et al., 2024, https://arxiv.org/abs/2410.13276. Pooling, kernels and draw are
       those of the code released with it.
     """
-    if min(num_heads, num_kv_heads, head_dim, d_gate) < 1 or d_gate % 2:
-        raise ValueError(
-            "heads and widths must be at least 1 and `d_gate` even; got "
-            f"num_heads={num_heads}, num_kv_heads={num_kv_heads}, "
-            f"head_dim={head_dim}, d_gate={d_gate}."
-        )
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            "`num_kv_heads` must divide `num_heads`; got "
-            f"num_kv_heads={num_kv_heads} and num_heads={num_heads}."
-        )
+    check_sizes(num_heads, num_kv_heads, head_dim, d_gate)
     if project_query is None:
         project_query = d_gate != head_dim
     if not project_query and d_gate != head_dim:
@@ -330,22 +320,50 @@ def check_sequences(query: Any, key: Any, block: int) -> None:
         )
 
 
+def check_sizes(num_heads: int, num_kv_heads: int, head_dim: int, d_gate: int) -> None:
+    """Raises unless a gate can be made for these heads."""
+    if min(num_heads, num_kv_heads, head_dim, d_gate) < 1 or d_gate % 2:
+        raise ValueError(
+            "heads and widths must be at least 1 and `d_gate` even; got "
+            f"num_heads={num_heads}, num_kv_heads={num_kv_heads}, "
+            f"head_dim={head_dim}, d_gate={d_gate}."
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            "`num_kv_heads` must divide `num_heads`; got "
+            f"num_kv_heads={num_kv_heads} and num_heads={num_heads}."
+        )
+
+
+def check_weights(
+    gate: Any, wanted: Mapping[str, tuple[int, ...]], heads: tuple[int, int], dim: int
+) -> None:
+    """Raises unless the named weights of a gate have the shapes that are wanted.
+
+    Args:
+      gate: of whichever form.
+      wanted: shapes by name.
+      heads: query and key heads that it is used for.
+      dim: their width.
+    """
+    for name, want in wanted.items():
+        got = getattr(gate, name).shape
+        if got != want or heads[0] % heads[1]:
+            raise ValueError(
+                f"`gate.{name}` must have shape {want} for {heads[0]} query and "
+                f"{heads[1]} key heads of width {dim}; got {got}. Is it the gate of "
+                "another model?"
+            )
+
+
 def _check_gate(gate: SeerGate, query: jax.Array, key: jax.Array) -> None:
     heads, dim = query.shape[2:]
     width, d_gate = len(KEY_POOLS) * dim, gate.key.shape[-1]
     if gate.query is None:
-        want, got = (heads, width, dim), gate.key.shape
-        name = "key"
-    elif gate.query.shape != (heads, dim, d_gate):
-        want, got, name = (heads, dim, d_gate), gate.query.shape, "query"
+        wanted = {"key": (heads, width, dim)}
     else:
-        want, got, name = (key.shape[2], width, d_gate), gate.key.shape, "key"
-    if got != want:
-        raise ValueError(
-            f"`gate.{name}` must have shape {want} for {heads} query and "
-            f"{key.shape[2]} key heads of width {dim}; got {got}. Is it the gate of "
-            "another model?"
-        )
+        wanted = {"query": (heads, dim, d_gate), "key": (key.shape[2], width, d_gate)}
+    check_weights(gate, wanted, (heads, key.shape[2]), dim)
 
 
 def _to_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -11,6 +11,8 @@ from sparsejax.attention._seer import (
     KEY_POOLS,
     Rotate,
     check_sequences,
+    check_sizes,
+    check_weights,
     key_features,
     room,
     threshold_kept,
@@ -75,17 +77,7 @@ def init_seer_decode_gate(
     Raises:
       ValueError: if a size is below 1, `d_gate` is odd, or the heads do not divide.
     """
-    if min(num_heads, num_kv_heads, head_dim, d_gate) < 1 or d_gate % 2:
-        raise ValueError(
-            "heads and widths must be at least 1 and `d_gate` even; got "
-            f"num_heads={num_heads}, num_kv_heads={num_kv_heads}, "
-            f"head_dim={head_dim}, d_gate={d_gate}."
-        )
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            "`num_kv_heads` must divide `num_heads`; got "
-            f"num_kv_heads={num_kv_heads} and num_heads={num_heads}."
-        )
+    check_sizes(num_heads, num_kv_heads, head_dim, d_gate)
     of_query, of_key = jax.random.split(key)
 
     def draw(key: jax.Array, d_in: int) -> jax.Array:
@@ -308,14 +300,7 @@ def _check_gate(gate: SeerDecodeGate, of_query: tuple[int, ...], kv_heads: int) 
         "query": (kv_heads, heads // kv_heads, dim, d_gate),
         "key": (kv_heads, len(KEY_POOLS) * dim, d_gate),
     }
-    for name, want in wanted.items():
-        got = getattr(gate, name).shape
-        if got != want or heads % kv_heads:
-            raise ValueError(
-                f"`gate.{name}` must have shape {want} for {heads} query and "
-                f"{kv_heads} key heads of width {dim}; got {got}. Is it the gate of "
-                "another model?"
-            )
+    check_weights(gate, wanted, (heads, kv_heads), dim)
 
 
 def _gated_query(gate, query, positions, rotate: Rotate) -> jax.Array:

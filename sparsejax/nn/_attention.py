@@ -71,17 +71,21 @@ class Attention(nnx.Module):
         """Gives queries or keys `[batch, seq, heads, head_dim]` their positions."""
         return apply_rope(x, positions, base=self.rope_base)
 
+    def unrotated(
+        self, x: Float[Array, "batch seq d_model"]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Computes queries and keys before rotation: `[batch, seq, heads, dim]`."""
+        return self._heads(self.query(x)), self._heads(self.key(x))
+
+    def _heads(self, y: jax.Array) -> jax.Array:
+        return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
     def project(
         self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Computes rotated queries and keys, and values: `[batch, seq, heads, dim]`."""
-
-        def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:-1], -1, self.head_dim)
-
-        query = self.rotate(heads(self.query(x)), positions)
-        key = self.rotate(heads(self.key(x)), positions)
-        return query, key, heads(self.value(x))
+        query, key = (self.rotate(y, positions) for y in self.unrotated(x))
+        return query, key, self._heads(self.value(x))
 
     def attend(
         self,

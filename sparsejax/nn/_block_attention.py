@@ -106,6 +106,13 @@ class BlockAttention(Attention):
         if valid is not None:
             return super().attend(query, key, value, valid)
         mask = self.select(query, key, causal=True)
-        y = ops.block_attention(query, key, value, mask, causal=True)
-        density = attention.causal_density(mask, query.shape[1])
-        return y, jnp.broadcast_to(density, query.shape[:2])
+        return attend_to_blocks(query, key, value, mask)
+
+
+def attend_to_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: BlockMask
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention to the kept blocks: outputs and density, as a layer has them."""
+    y = ops.block_attention(query, key, value, mask, causal=True)
+    density = attention.causal_density(mask, query.shape[1])
+    return y, jnp.broadcast_to(density, query.shape[:2])

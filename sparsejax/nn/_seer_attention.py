@@ -9,9 +9,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sparsejax import attention, ops
+from sparsejax import attention
 from sparsejax.formats import BlockMask
 from sparsejax.nn._attention import Attention
+from sparsejax.nn._block_attention import attend_to_blocks
 
 
 class GateParam(nnx.Param):
@@ -125,16 +126,6 @@ class SeerAttention(Attention):
             None if query is None else query[...], self.gate_key[...]
         )
 
-    def unrotated(
-        self, x: Float[Array, "batch seq d_model"]
-    ) -> tuple[jax.Array, jax.Array]:
-        """Computes queries and keys before rotation, as the gate reads them."""
-        query, key = (
-            y.reshape(*y.shape[:-1], -1, self.head_dim)
-            for y in (self.query(x), self.key(x))
-        )
-        return query, key
-
     def scores(
         self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
     ) -> Float[Array, "batch heads blocks blocks"]:
@@ -171,9 +162,7 @@ class SeerAttention(Attention):
         if mask is None:
             y, density = self.attend(query, key, value)
         else:
-            y = ops.block_attention(query, key, value, mask, causal=True)
-            density = attention.causal_density(mask, query.shape[1])
-            density = jnp.broadcast_to(density, query.shape[:2])
+            y, density = attend_to_blocks(query, key, value, mask)
         y = self.combine(y)
         return (y, density) if with_density else y
 

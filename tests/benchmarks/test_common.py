@@ -89,3 +89,28 @@ def test_json_is_strict_and_nothing_without_a_path(tmp_path):
     assert found["notes"] == ["it holds"]
     assert found["env"]["versions"]["jax"] == jax.__version__
     common.write_json(None, {}, rows)
+
+
+def test_variants_agree_before_they_are_timed(capsys):
+    def refuse(x):
+        raise ValueError("no room")
+
+    ways = {"twice": lambda x: 2 * x, "sum": lambda x: x + x, "refused": refuse}
+    fns = {name: jax.jit(fn) for name, fn in ways.items()}
+    arguments = {size: (size * jnp.ones(4),) for size in (1, 3)}
+    times = common.time_variants(fns, arguments, repeats=1, tolerance=1e-6)
+    assert {label: list(found) for label, found in times.items()} == {
+        1: ["twice", "sum"],
+        3: ["twice", "sum"],
+    }
+    assert "refused: left out: no room" in capsys.readouterr().out
+    fns["thrice"] = jax.jit(lambda x: 3 * x)
+    with pytest.raises(AssertionError, match="thrice"):
+        common.time_variants(fns, arguments, repeats=1, tolerance=1e-6)
+
+
+def test_one_program_for_each():
+    call = common.for_each(lambda x, y, scale: scale * (x + y))
+    got = call([(1.0, 2.0), (3.0, 4.0)], 10.0)
+    assert list(map(float, got)) == [30.0, 70.0]
+    assert list(map(float, common.for_each(jnp.negative)([1.0, 2.0]))) == [-1.0, -2.0]

@@ -10,37 +10,24 @@ from flax import nnx
 
 import sparsejax as sj
 from sparsejax import attention, models, nn
+from tests.nn import attending
+from tests.nn.attending import SEQ, inputs, value_and_grads
 
-SEQ, BLOCK = 30, (4, 4)
+BLOCK = (4, 4)
 topk = functools.partial(attention.topk_blocks, num_kept=2, block_shape=BLOCK)
 statistical = functools.partial(
     attention.statistical_topk_blocks, k=1.5, block_shape=BLOCK
 )
 
 
-def make(kind=nn.BlockAttention, **options):
-    return kind(16, 4, num_kv_heads=2, head_dim=8, rngs=nnx.Rngs(0), **options)
-
-
-def inputs():
-    x = jax.random.normal(jax.random.key(1), (2, SEQ, 16))
-    return x, jnp.broadcast_to(jnp.arange(SEQ), (2, SEQ))
-
-
-@nnx.jit
-def value_and_grads(layer):
-    def loss(layer):
-        y, density = layer(*inputs(), with_density=True)
-        return jnp.sum(jnp.sin(y)), (y, density)
-
-    return nnx.value_and_grad(loss, has_aux=True)(layer)
+make = functools.partial(attending.make, nn.BlockAttention)
 
 
 class BlockAttentionTest(parameterized.TestCase):
     def test_all_blocks_equal_dense_attention(self):
         every = functools.partial(topk, num_kept=100)
         got = value_and_grads(make(select=every))
-        want = value_and_grads(make(nn.Attention))
+        want = value_and_grads(attending.make(nn.Attention))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -79,7 +66,7 @@ class BlockAttentionTest(parameterized.TestCase):
         self.assertTrue(jnp.isfinite(y).all())
 
     def test_valid_keys_are_all_attended(self):
-        block, dense = make(select=topk), make(nn.Attention)
+        block, dense = make(select=topk), attending.make(nn.Attention)
         x, positions = inputs()
         valid = attention.causal_mask(positions, positions)
         parts = dense.project(x, positions)

@@ -11,34 +11,19 @@ from flax import nnx
 
 import sparsejax as sj
 from sparsejax import attention, models, nn, ops
+from tests.nn import attending
+from tests.nn.attending import SEQ, inputs, value_and_grads
 
 pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all is compilation
 
-SEQ, BLOCK = 30, 4
+BLOCK = 4
 topk = functools.partial(attention.seer_topk, num_kept=3, dense_last_rows=1)
 threshold = functools.partial(
     attention.seer_threshold, threshold=0.2, dense_last_rows=0
 )
 
 
-def make(kind=nn.SeerAttention, **options):
-    if kind is nn.SeerAttention:
-        options = {"block": BLOCK} | options
-    return kind(16, 4, num_kv_heads=2, head_dim=8, rngs=nnx.Rngs(0), **options)
-
-
-def inputs():
-    x = jax.random.normal(jax.random.key(1), (2, SEQ, 16))
-    return x, jnp.broadcast_to(jnp.arange(SEQ), (2, SEQ))
-
-
-@nnx.jit
-def value_and_grads(layer):
-    def loss(layer):
-        y, density = layer(*inputs(), with_density=True)
-        return jnp.sum(jnp.sin(y)), (y, density)
-
-    return nnx.value_and_grad(loss, has_aux=True)(layer)
+make = functools.partial(attending.make, nn.SeerAttention, block=BLOCK)
 
 
 class SeerAttentionTest(parameterized.TestCase):
@@ -49,7 +34,7 @@ class SeerAttentionTest(parameterized.TestCase):
     )
     def test_all_blocks_equal_dense_attention(self, select):
         value, grads = value_and_grads(make(select=select))
-        want, want_grads = value_and_grads(make(nn.Attention))
+        want, want_grads = value_and_grads(attending.make(nn.Attention))
         of_gate = nnx.pop(grads, nn.GateParam)
         for a, b in zip(
             jax.tree.leaves((value, grads)),

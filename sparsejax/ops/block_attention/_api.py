@@ -1,7 +1,6 @@
 """`block_attention`: checks, then the reference or a kernel."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -12,6 +11,11 @@ from jaxtyping import Array, Float
 from sparsejax.formats import BlockMask
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.block_attention import _reference
+from sparsejax.ops.block_attention._arguments import (
+    check_arrays,
+    of_batch,
+    of_scores,
+)
 from sparsejax.ops.block_attention._rules import Rules
 
 _DEFAULT_BLOCK = 128  # without a mask
@@ -86,7 +90,7 @@ def block_attention(
       that it is deterministic.
     """
     q, k, v = map(jnp.asarray, (q, k, v))
-    _check_arrays(q, k, v)
+    check_arrays(q, k, v)
     batch, num_queries, heads, head_dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
     if block_mask is None:
@@ -98,7 +102,8 @@ def block_attention(
     query_segments, key_segments = _segments(segment_ids, q, k)
     lowest = None if window is None else 1 - window
     highest = 0 if causal else None if window is None else window - 1
-    prefix = _prefix(prefix, batch)
+    if prefix is not None:
+        prefix = of_batch("prefix", prefix, batch)
     rules = Rules(
         None if lowest is None and highest is None else prefix,  # all is seen then
         query_segments,
@@ -109,9 +114,7 @@ def block_attention(
     )
     if bias is not None:
         bias = _check_bias(jnp.asarray(bias), block_mask, batch, heads, kv_heads)
-    scale = float(head_dim**-0.5 if scale is None else scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"`scale` must be positive and finite; got {scale}.")
+    scale = of_scores(scale, head_dim)
     out, lse = dispatch(
         (q, k, v, block_mask, rules, bias),
         implementation,
@@ -160,39 +163,11 @@ def _with_lead(block_mask: Any) -> BlockMask:
     return jax.tree.map(lambda a: a[(None,) * (2 - lead)], block_mask)
 
 
-def _check_arrays(q, k, v) -> None:
-    for name, array in {"q": q, "k": k, "v": v}.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != q.dtype:
-            raise TypeError(
-                "`q`, `k` and `v` must be floating and of one dtype; got "
-                f"{jax.typeof(array)} for `{name}`. Cast it."
-            )
-        if array.ndim != 4:
-            raise ValueError(
-                f"`{name}` must be [batch, seq, heads, head_dim]; got shape "
-                f"{array.shape}."
-            )
-    if k.shape != v.shape:
-        raise ValueError(
-            f"`k` and `v` must have one shape; got {k.shape} and {v.shape}."
-        )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            "`q` and `k` must agree on batch and head_dim; got "
-            f"{q.shape} and {k.shape}."
-        )
-    if not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            "the key heads must divide the query heads; got "
-            f"{k.shape[2]} and {q.shape[2]}."
-        )
-
-
 def _check_mask(block_mask: BlockMask, q, k) -> None:
     batch, num_queries, heads, _ = q.shape
     num_keys, kv_heads = k.shape[1:3]
-    of_batch, of_heads, rows, columns = block_mask.shape
-    if of_batch not in (1, batch) or of_heads not in (1, heads, kv_heads):
+    batches, of_heads, rows, columns = block_mask.shape
+    if batches not in (1, batch) or of_heads not in (1, heads, kv_heads):
         raise ValueError(
             f"`block_mask` must have leading axes [1 or {batch}, 1, {kv_heads} or "
             f"{heads}], batch and heads; got a mask of shape {block_mask.shape}."
@@ -222,21 +197,6 @@ def _segments(segment_ids: Any, q, k) -> tuple[Any, Any]:
                 f"{jax.typeof(ids)}. Pass a pair if queries and keys differ."
             )
     return of_queries.astype(jnp.int32), of_keys.astype(jnp.int32)
-
-
-def _prefix(prefix: ArrayLike | None, batch: int) -> jax.Array | None:
-    if prefix is None:
-        return None
-    prefix = jnp.asarray(prefix)
-    if not jnp.issubdtype(prefix.dtype, jnp.integer) or prefix.shape not in (
-        (),
-        (batch,),
-    ):
-        raise ValueError(
-            f"`prefix` must be one integer or one for each of {batch}; got "
-            f"{jax.typeof(prefix)}."
-        )
-    return jnp.broadcast_to(prefix.astype(jnp.int32), (batch,))
 
 
 def _check_bias(bias, block_mask, batch, heads, kv_heads) -> jax.Array:

@@ -1,15 +1,19 @@
 """Attention of a few queries to the listed keys of a cache, as in decoding."""
 
 import functools
-import math
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax.formats import KeyLists
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
+from sparsejax.ops.block_attention._arguments import (
+    check_arrays,
+    of_batch,
+    of_scores,
+)
+from sparsejax.ops.block_attention._reference import of_heads, softmax_of_kept
 
 
 def listed_attention(
@@ -57,12 +61,10 @@ def listed_attention(
       [1.6666667 1.6666667]
     """
     q, k, v = map(jnp.asarray, (q, k, v))
-    length = jnp.asarray(length)
-    _check(q, k, v, key_lists, length)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"`scale` must be positive and finite; got {scale}.")
-    length = jnp.broadcast_to(length.astype(jnp.int32), q.shape[:1])
+    check_arrays(q, k, v)
+    _check_lists(key_lists, q, k)
+    scale = of_scores(scale, q.shape[-1])
+    length = of_batch("length", length, len(q))
     return dispatch(
         (q, k, v, key_lists, length),
         implementation,
@@ -75,11 +77,11 @@ def _gathered(q, k, v, key_lists, length, *, scale):
     """Gathers what is listed; the oracle of the kernel too."""
     batch, num_queries, heads, dim = q.shape
     kv_heads, own = k.shape[2], key_lists.num.shape[1]
-    positions, valid = key_lists.positions(length)
     # a list for each key head, or for each query head where they differ
     groups = heads if own == heads else kv_heads
+    positions, valid = (of_heads(a, groups) for a in key_lists.positions(length))
     shape = (batch, groups, positions.shape[-1])
-    positions, valid = (_to_heads(a, shape) for a in (positions, valid))
+    positions, valid = (jnp.broadcast_to(a, shape) for a in (positions, valid))
     key_head = jnp.arange(groups) // (groups // kv_heads)
     rows = jnp.arange(batch)[:, None, None], positions, key_head[:, None]
     # a last page may reach beyond the cache; what is read there does not count
@@ -88,21 +90,10 @@ def _gathered(q, k, v, key_lists, length, *, scale):
     scores = jnp.einsum(
         "bqhgd,bhpd->bhgqp", q, keys, preferred_element_type=jnp.float32
     )
-    seen = valid[:, :, None, None, :]
-    top = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-1e30)
-    powers = jnp.where(seen, jnp.exp((scores - top) * scale), 0)
-    total = jnp.sum(powers, axis=-1, keepdims=True)
-    weights = (powers / jnp.where(total > 0, total, 1)).astype(v.dtype)
+    weights, _ = softmax_of_kept(scores * scale, valid[:, :, None, None, :])
     values = jnp.where(valid[..., None], values, 0)  # 0 * NaN
-    out = jnp.einsum("bhgqp,bhpd->bqhgd", weights, values)
+    out = jnp.einsum("bhgqp,bhpd->bqhgd", weights.astype(v.dtype), values)
     return out.reshape(batch, num_queries, heads, dim)
-
-
-def _to_heads(array: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """From lists that batches or heads share to one for each of `shape`."""
-    own = array.shape[1]
-    repeats = shape[1] // own if own > 1 else 1
-    return jnp.broadcast_to(jnp.repeat(array, repeats, axis=1), shape)
 
 
 def _gpu(scale: float) -> Kernel:
@@ -112,50 +103,16 @@ def _gpu(scale: float) -> Kernel:
     return Kernel(run, _mosaic_gpu_listed.unsupported_reason)
 
 
-def _check(q, k, v, key_lists, length) -> None:
+def _check_lists(key_lists, q, k) -> None:
     if not isinstance(key_lists, KeyLists):
         raise TypeError(
             f"`key_lists` must be KeyLists; got {type(key_lists).__name__}. Build them "
             "by `sj.formats.KeyLists.from_mask`."
         )
-    for name, array in {"q": q, "k": k, "v": v}.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != q.dtype:
-            raise TypeError(
-                "`q`, `k` and `v` must be floating and of one dtype; got "
-                f"{jax.typeof(array)} for `{name}`. Cast it."
-            )
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
-            "`q` must be [batch, queries, heads, head_dim], `k` and `v` alike [batch, "
-            f"slots, kv_heads, head_dim]; got {q.shape}, {k.shape} and {v.shape}."
-        )
-    batch, _, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    if k.shape[0] != batch or k.shape[3] != dim or not kv_heads or heads % kv_heads:
-        raise ValueError(
-            "`q` and `k` must agree on batch and head_dim, and the key heads divide "
-            f"the query heads; got {q.shape} and {k.shape}."
-        )
-    lead = key_lists.num.shape
-    if (
-        len(lead) != 2
-        or lead[0] not in (1, batch)
-        or lead[1]
-        not in (
-            1,
-            heads,
-            kv_heads,
-        )
-    ):
+    (batch, _, heads, _), kv_heads, lead = q.shape, k.shape[2], key_lists.num.shape
+    fits = len(lead) == 2 and lead[0] in (1, batch) and lead[1] in (1, heads, kv_heads)
+    if not fits:
         raise ValueError(
             f"`key_lists` must have leading axes [1 or {batch}, 1, {kv_heads} or "
             f"{heads}], batch and heads; got {lead}."
-        )
-    if not jnp.issubdtype(length.dtype, jnp.integer) or length.shape not in (
-        (),
-        (batch,),
-    ):
-        raise ValueError(
-            f"`length` must be one integer or one for each of {batch}; got "
-            f"{jax.typeof(length)}."
         )

@@ -5,6 +5,8 @@ program, and the parts are merged by their log-sum-exp. To the kernel a part is 
 row: 128 queries, of which those of the heads that share a key head are real.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -88,19 +90,8 @@ def listed_attention(
     tiles = jnp.tile(tile, (1, num_parts, 1, 1))
     # keys below `length` are seen, and no others
     rules = Rules(length, None, None, None, _NOWHERE, k.shape[1])
-    lists = Lists(
-        BlockMask(
-            jnp.zeros_like(mask.num),
-            mask.indices,
-            mask.num_t,
-            mask.indices_t,
-            mask.overflowed,
-            mask.block_shape,
-        ),
-        mask,
-        rules,
-        None,
-    )
+    nothing = dataclasses.replace(mask, num=jnp.zeros_like(mask.num))
+    lists = Lists(nothing, mask, rules, None)
     out, lse = _mosaic_gpu.forward(tiles, k, v, lists, scale, in_order=True, **options)
     out = out.reshape(batch, num_parts, TILE, groups, dim)[:, :, :num_rows]
     lse = lse.reshape(batch, groups, num_parts, TILE)[..., :num_rows]

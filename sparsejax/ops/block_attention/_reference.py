@@ -48,6 +48,20 @@ def block_attention(
         height, width = block_mask.block_shape
         spread = jnp.repeat(jnp.repeat(bias, height, axis=-2), width, axis=-1)
         scores += cut(spread)
+    weights, lse = softmax_of_kept(scores, kept)
+    weights = weights.astype(v.dtype)
+    weights = weights.reshape(batch, kv_heads, -1, num_queries, num_keys)
+    out = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
+    return out.reshape(batch, num_queries, heads, v.shape[-1]), lse
+
+
+def softmax_of_kept(scores: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the kept entries of the last axis, and its log-sum-exp.
+
+    Args:
+      scores: float32.
+      kept: bool, to be broadcast; where none is, weights are 0 and lse is -inf.
+    """
     top = jax.lax.stop_gradient(
         jnp.max(scores, axis=-1, keepdims=True, where=kept, initial=-jnp.inf)
     )
@@ -56,10 +70,7 @@ def block_attention(
     powers = jnp.exp(jnp.where(kept, scores - top, -jnp.inf))
     total = jnp.where(empty, 1, powers.sum(axis=-1, keepdims=True))
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
-    weights = (powers / total).astype(v.dtype)
-    weights = weights.reshape(batch, kv_heads, -1, num_queries, num_keys)
-    out = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
-    return out.reshape(batch, num_queries, heads, v.shape[-1]), lse
+    return powers / total, lse
 
 
 def of_heads(per_head: jax.Array, heads: int) -> jax.Array:

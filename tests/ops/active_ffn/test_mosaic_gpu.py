@@ -7,17 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsejax import _compat
 from sparsejax.ops import active_ffn
 from sparsejax.ops.active_ffn import _mosaic_gpu, _reference
 from sparsejax.ops.active_ffn._mosaic_gpu import Tiles
+from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
-needs_interpreter = pytest.mark.skipif(
-    not _compat.can_interpret_mosaic_gpu(plgpu),
-    reason="this jax cannot run Mosaic GPU kernels on a CPU",
-)
 kernel = functools.partial(active_ffn, implementation="mosaic_gpu")
 
 
@@ -35,7 +30,7 @@ def operands(batch, d_in, d_model, capacity, num_active, dtype=jnp.float32):
     return x, gate, indices, jnp.int32(num_active), up, down
 
 
-@needs_interpreter
+@needs_gpu_interpreter
 class InterpretTest(parameterized.TestCase):
     @parameterized.parameters(
         # one neuron at a time in flight, and blocks that share one
@@ -51,9 +46,7 @@ class InterpretTest(parameterized.TestCase):
     def test_matches_reference(self, case, dtype, tiles):
         args = operands(*case, dtype=dtype)
         fn = jax.jit(functools.partial(_mosaic_gpu.active_ffn, tiles=tiles))
-        with plgpu.force_gpu_interpret_mode(
-            plgpu.InterpretGPUParams(detect_races=True)
-        ):
+        with gpu_interpreted():
             got = fn(*args)
         want = _reference.active_ffn(*args)
         self.assertEqual(got.dtype, dtype)
@@ -64,9 +57,7 @@ class InterpretTest(parameterized.TestCase):
     @parameterized.parameters((4, 4), (99, 6), (-2, 0))
     def test_public_function_with_a_traced_count(self, count, clipped):
         x, gate, indices, _, up, down = operands(2, 256, 256, 6, 6)
-        with plgpu.force_gpu_interpret_mode(
-            plgpu.InterpretGPUParams(detect_races=True)
-        ):
+        with gpu_interpreted():
             got = jax.jit(kernel)(x, gate, indices, jnp.int32(count), up, down)
         want = _reference.active_ffn(x, gate, indices, jnp.int32(clipped), up, down)
         np.testing.assert_array_equal(got, want)

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsejax import _compat
 from sparsejax.formats import BlockMask
 from sparsejax.ops import block_attention
+from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
 # by name: the function hides the package of that name
 _mosaic_gpu, _backward, _gradients, _reference, _rules, _walk = (
@@ -57,10 +56,7 @@ def assert_close(got, want, tolerance=6e-3):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not _compat.can_interpret_mosaic_gpu(plgpu),
-    reason="this jax cannot run Mosaic GPU kernels on a CPU",
-)
+@needs_gpu_interpreter
 class InterpretTest(parameterized.TestCase):
     @parameterized.named_parameters(
         # two query heads share a key head, each with a mask of its own; no rule
@@ -114,9 +110,7 @@ class InterpretTest(parameterized.TestCase):
         forward = functools.partial(_mosaic_gpu.forward, scale=SCALE, tiles=tiles)
         tiles = _walk.Tiles(64, stages=2, in_registers=False)
         backward = functools.partial(_backward.backward, scale=SCALE, tiles=tiles)
-        with plgpu.force_gpu_interpret_mode(
-            plgpu.InterpretGPUParams(detect_races=True)
-        ):
+        with gpu_interpreted():
             out, lse = jax.jit(forward)(q, k, v, lists)
             delta = (
                 jnp.sum(want * do.astype(jnp.float32), axis=-1).swapaxes(1, 2) - dlse

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsejax import _compat
 from sparsejax.formats import BlockMask, BlockSparse
 from sparsejax.ops import block_matmul
+from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
 # by name: the function hides the package of that name
 _mosaic_gpu, _dw, _reference = (
@@ -21,16 +20,7 @@ _mosaic_gpu, _dw, _reference = (
 )
 Tiles = _mosaic_gpu.Tiles
 
-needs_interpreter = pytest.mark.skipif(
-    not _compat.can_interpret_mosaic_gpu(plgpu),
-    reason="this jax cannot run Mosaic GPU kernels on a CPU",
-)
 kernel = functools.partial(block_matmul, implementation="mosaic_gpu")
-
-
-def interpret():
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    return plgpu.force_gpu_interpret_mode(params)
 
 
 def integers(rng, shape, dtype):
@@ -66,7 +56,7 @@ def assert_equal(got, want):
         np.testing.assert_array_equal(np.asarray(a, np.float32), b.astype(jnp.float32))
 
 
-@needs_interpreter
+@needs_gpu_interpreter
 class InterpretTest(parameterized.TestCase):
     @parameterized.named_parameters(
         # blocks shared by the two warpgroups; an empty row and an empty column
@@ -96,7 +86,7 @@ class InterpretTest(parameterized.TestCase):
     )
     def test_products(self, case, tiles, tiles_dx, tiles_dw):
         x, w, dy, mask = operands(*case)
-        with interpret():
+        with gpu_interpreted():
             y = jax.jit(functools.partial(_mosaic_gpu.forward, tiles=tiles))(
                 x, w, mask, None, None
             )
@@ -125,7 +115,7 @@ class InterpretTest(parameterized.TestCase):
             y, vjp = jax.vjp(call, x, w, bias)
             return call(x, w, bias), y, *vjp(dy.reshape(2, 4, -1))
 
-        with interpret():
+        with gpu_interpreted():
             got = jax.jit(functools.partial(both, "mosaic_gpu"))()
         assert_equal(got, both("reference"))
 

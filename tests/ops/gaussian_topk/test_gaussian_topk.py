@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsejax import _compat, ops
+from sparsejax import ops
 from sparsejax.ops.gaussian_topk import _mosaic_gpu, _pallas_tpu, _reference
+from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
 ATOL = {jnp.float32: 2e-6, jnp.float16: 4e-3, jnp.bfloat16: 3e-2}
-NEEDS_INTERPRETER = "this jax cannot interpret Mosaic GPU kernels on a CPU"
 
 
 def operands(shape, dtype=jnp.float32, seed=0):
@@ -158,15 +157,13 @@ class KernelTest(parameterized.TestCase):
         self.check(kernel, x, jnp.float32(1.2), g, huber_delta)
 
     def check_gpu(self, x, z, g, huber_delta, tiles):
-        if not _compat.can_interpret_mosaic_gpu(plgpu):
-            self.skipTest(NEEDS_INTERPRETER)
         kernel = functools.partial(
             _mosaic_gpu.gaussian_topk,
             huber_delta=huber_delta,
             tiles=tiles,
             grad_tiles=tiles,
         )
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        with gpu_interpreted():
             self.check(kernel, x, z, g, huber_delta)
 
     # Few blocks, so that every one refills its ring; a ring longer than the rows.
@@ -176,23 +173,24 @@ class KernelTest(parameterized.TestCase):
         ((3, 512), jnp.float32, 0.0, _mosaic_gpu.Tiles(1, 1, 512, 1)),
         ((2, 2, 512), jnp.float16, 0.0, _mosaic_gpu.Tiles(8, 2, 4096, 3)),
     )
+    @needs_gpu_interpreter
     def test_gpu(self, shape, dtype, huber_delta, tiles):
         x, g = operands(shape, dtype)
         self.check_gpu(x, jnp.float32(1.2), g, huber_delta, tiles)
 
     @parameterized.parameters(0.0, 0.4)
+    @needs_gpu_interpreter
     def test_gpu_rows_of_their_own_z(self, huber_delta):
         x, g = operands((4, 512))
         x = x.at[1, 3].set(jnp.nan).at[2, 3].set(jnp.inf)
         z = jnp.array([[1.0], [0.5], [-np.inf], [-np.inf]])
         self.check_gpu(x, z, g, huber_delta, None)
 
+    @needs_gpu_interpreter
     def test_gpu_under_vmap(self):
-        if not _compat.can_interpret_mosaic_gpu(plgpu):
-            self.skipTest(NEEDS_INTERPRETER)
         x, _ = operands((3, 2, 512))
         z = jnp.array([0.5, 1.0, 1.5])
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        with gpu_interpreted():
             got = jax.jit(jax.vmap(_mosaic_gpu.gaussian_topk))(x, z)
         want = jax.jit(_reference.gaussian_topk)(x, z[:, None, None])
         np.testing.assert_allclose(got, want, atol=2e-6)
