@@ -113,6 +113,12 @@ class Attention(nnx.Module):
         )
         return y, jnp.ones(query.shape[:2])
 
+    def mix(
+        self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attends within the sequence; returns as `attend`."""
+        return self.attend(*self.project(x, positions))
+
     def combine(
         self, y: Float[Array, "batch seq heads head_dim"]
     ) -> Float[Array, "batch seq d_model"]:
@@ -137,6 +143,6 @@ class Attention(nnx.Module):
           y `[batch, seq, d_model]`; density float32 `[batch, seq]`, the share of the
           tokens in sight that was attended, a mean over heads.
         """
-        y, density = self.attend(*self.project(x, positions))
+        y, density = self.mix(x, positions)
         y = self.combine(y)
         return (y, density) if with_density else y

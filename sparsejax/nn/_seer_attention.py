@@ -1,7 +1,6 @@
 """SeerAttention: a gate beside each attention layer selects its blocks."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,20 +137,15 @@ class SeerAttention(Attention):
             positions=positions,
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "batch seq d_model"],
-        positions: Int[Array, "batch seq"],
-        *,
-        with_density: bool = False,
-    ) -> Any:
-        """As `Attention`.
+    def mix(
+        self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `Attention`, to the selected blocks.
 
         Raises:
           ValueError: If the gate is needed and `x` is shorter than a block.
         """
         query, key, value = self.project(x, positions)
-        mask = None
         if self.distill or self.select is not None:
             scores = self.scores(x, positions)
             if self.distill:
@@ -159,12 +153,8 @@ class SeerAttention(Attention):
                 self.gate_loss = GateLoss(attention.seer_loss(scores, target))
             if self.select is not None:
                 mask = self.select(scores, block=self.block)
-        if mask is None:
-            y, density = self.attend(query, key, value)
-        else:
-            y, density = attend_to_blocks(query, key, value, mask)
-        y = self.combine(y)
-        return (y, density) if with_density else y
+                return attend_to_blocks(query, key, value, mask)
+        return self.attend(query, key, value)
 
 
 def pop_gate_losses(model: nnx.Module) -> Float[Array, " layers"]:
