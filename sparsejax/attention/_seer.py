@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from sparsejax.attention import _blocks
+from sparsejax.attention import _blocks, _window
 from sparsejax.formats import BlockMask
 
 Rotate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -272,12 +272,10 @@ def topk_kept(scores: jax.Array, own: jax.Array, num_kept: ArrayLike) -> jax.Arr
             )
     scores = jax.lax.stop_gradient(scores)
     is_own = jnp.arange(columns) == own[:, None]
-    ranked = jnp.where(is_own, jnp.inf, scores)
-    ranked = jnp.where(ranked > -jnp.inf, ranked, -jnp.inf)  # NaN too is never kept
-    order = jnp.argsort(-ranked, axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1)
-    counts = jnp.reshape(jnp.asarray(num_kept), (-1, 1, 1))
-    return (rank < counts) & (ranked > -jnp.inf)
+    if not isinstance(num_kept, int):
+        num_kept = jnp.reshape(jnp.asarray(num_kept), (-1, 1))  # of each head's rows
+    kept = _window.keep_highest(scores, num_kept, always=is_own)
+    return kept & (is_own | (scores > -jnp.inf))  # NaN too is never kept
 
 
 def threshold_kept(scores: jax.Array, own: jax.Array, threshold: ArrayLike):

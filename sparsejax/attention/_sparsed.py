@@ -218,9 +218,8 @@ def _best(scores: jax.Array, num_kept: int) -> jax.Array:
     num_kept = min(num_kept, scores.shape[-1])
     if num_kept == 0:
         return jnp.zeros(scores.shape, jnp.bool_)
-    _, best = jax.lax.top_k(scores, num_kept)
-    kept = jnp.zeros(scores.shape, jnp.bool_)
-    kept = jnp.put_along_axis(kept, best, True, axis=-1, inplace=False)
+    nowhere = jnp.zeros((), jnp.bool_)
+    kept = _window.keep_highest(scores, num_kept, always=nowhere)
     return kept & (scores > -jnp.inf)
 
 

@@ -56,8 +56,8 @@ def keep_highest(
 ) -> Bool[Array, "*lead keys"]:
     """Keeps the `num_kept` highest, `always` first; of equal ones those further left.
 
-    `num_kept` is one Python int, or int32 `[*lead]` that may be traced, which costs a
-    sort. A NaN ranks below every number.
+    `num_kept` is one Python int, or int32 that broadcasts to `[*lead]` and may be
+    traced, which costs a sort. A NaN ranks below every number.
     """
     ranked = jnp.where(always, jnp.inf, scores)
     if isinstance(num_kept, int):
