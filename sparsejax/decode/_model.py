@@ -53,7 +53,8 @@ def prepare(
 
     Of a `SparkFFN` whose threshold leaves neurons out, the kernel of `up` is stored a
     second time, a row for each neuron (that of `down` has such rows already). Kernels
-    are stored in the dtype of the computation.
+    are stored in the dtype of the computation, those of queries, keys and values side
+    by side.
 
     Args:
       model: any `sj.models.Decoder`; dense and sparse layers may be mixed.
@@ -87,6 +88,10 @@ def prepare(
         raise ValueError(
             f"`capacity_factor` must be at least 1; got {capacity_factor}."
         )
+    model = nnx.clone(model)  # that of the caller stays as it is
+    for block in model.blocks:
+        if isinstance(block.attention, nn.Attention):
+            block.attention.join()
     graph, state = nnx.split(model)
     dtype = jnp.dtype(model.config.dtype)
     # layers would cast them in every step, and read them whole for it

@@ -131,7 +131,7 @@ class SeerAttention(Attention):
         """Scores blocks by the gate, see `sj.attention.seer_scores`."""
         return attention.seer_scores(
             self.gate(),
-            *self.unrotated(x),
+            *self.unrotated(x)[:2],
             block=self.block,
             rotate=self.rotate,
             positions=positions,

@@ -202,6 +202,22 @@ class GenerateTest(parameterized.TestCase):
             np.testing.assert_array_equal(row[:end], want[:end])
             np.testing.assert_array_equal(row[end:], np.full(12 - end, stop))
 
+    def test_projections_are_joined_in_a_copy(self):
+        model = make("spark")
+        before = nnx.to_pure_dict(nnx.state(model))
+        ready = decode.prepare(model)
+        chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model)), before)
+        x = jax.random.normal(jax.random.key(0), (2, 5, model.config.d_model))
+        for own, block in zip(model.blocks, ready.decoder().blocks, strict=True):
+            joined = block.attention
+            self.assertTrue(joined.is_joined)
+            self.assertFalse(own.attention.is_joined)
+            self.assertFalse(hasattr(joined, "query"))
+            want = own.attention.unrotated(x)
+            chex.assert_trees_all_close(joined.unrotated(x), want, rtol=1e-5, atol=1e-5)
+            joined.join()  # once more changes nothing
+            chex.assert_trees_all_close(joined.unrotated(x), want, rtol=1e-5, atol=1e-5)
+
     def test_bfloat16_over_float32_weights(self):
         config = dataclasses.replace(CONFIG, **SPARK, dtype=jnp.bfloat16)
         model = nnx.jit(lambda: models.Decoder(config, rngs=nnx.Rngs(0)))()

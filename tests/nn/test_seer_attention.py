@@ -54,7 +54,7 @@ class SeerAttentionTest(parameterized.TestCase):
         def both(layer):
             x, positions = inputs()
             y, density = layer(x, positions, with_density=True)
-            query, key = layer.unrotated(x)
+            query, key, _ = layer.unrotated(x)
             scores = attention.seer_scores(
                 layer.gate(),
                 query,
