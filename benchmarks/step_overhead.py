@@ -1,13 +1,14 @@
 """What does a method add to a step of its optimizer, in time and in state?
 
 One jitted `update` and `apply_updates` with donated params and state, on random params
-and gradients, against plain `optax.adamw`. `refresh` rows are the step that recomputes
-the masks; AdamS is the mean over its whole period, refresh included.
+and gradients, against plain `optax.adamw`, period by period in turn. `step` is one
+between refreshes of the masks, `refresh` one that chooses them anew, and the mean over
+a period holds both.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -84,96 +85,94 @@ def make_params(leaves: int, width: int) -> dict:
     return make()
 
 
-def time_steps(
-    tx: optax.GradientTransformation, leaves: int, width: int, periods: int
-) -> tuple[np.ndarray, int]:
-    """Times every step of several periods, each awaited; and the bytes of the state.
+class Run:
+    """A training run of an optimizer on random gradients, one step at a time."""
 
-    Returns:
-      ms `[periods, PERIOD]`, whose first column holds the refreshes, and the bytes of
-      the masks in the state.
+    def __init__(self, tx: optax.GradientTransformation, leaves: int, width: int):
+        self.grads = make_params(leaves, width)
+        params = make_params(leaves, width)
+        state = jax.jit(tx.init)(params)
+        ours = lambda node: isinstance(node, SparseState)  # noqa: E731
+        found = [node for node in jax.tree.leaves(state, is_leaf=ours) if ours(node)]
+        sizes = jax.tree.leaves([node.masks for node in found])
+        self.mask_bytes = sum(leaf.nbytes for leaf in sizes)
+
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        self.step = jitted.lower(params, state, self.grads).compile()
+        self.now = params, state
+
+    def period_ms(self) -> list[float]:
+        """The times of the steps of one period, each awaited; a refresh is first."""
+        times = []
+        for _ in range(PERIOD):
+            begin = time.perf_counter()
+            self.now = self.step(*self.now, self.grads)
+            jax.block_until_ready(self.now)
+            times.append((time.perf_counter() - begin) * 1e3)
+        return times
+
+    def check(self) -> None:
+        """No step may have made the params infinite."""
+        finite = all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(self.now[0]))
+        assert finite, "a step made non-finite params"
+
+
+def run(leaves: int, width: int, periods: int) -> Iterator[dict]:
+    """All methods, packed and not, each in turn with the plain optimizer.
+
+    They take periods by turns, so that a busy or a hot machine slows both alike.
     """
-    params, grads = make_params(leaves, width), make_params(leaves, width)
-    state = jax.jit(tx.init)(params)
-    ours = lambda node: isinstance(node, SparseState)  # noqa: E731
-    found = [node for node in jax.tree.leaves(state, is_leaf=ours) if ours(node)]
-    sizes = jax.tree.leaves([node.masks for node in found])
-    mask_bytes = sum(leaf.nbytes for leaf in sizes)
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    step = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
-    for _ in range(PERIOD):  # warm-up: one period
-        params, state = step(params, state, grads)
-    jax.block_until_ready(params)
-    times = []
-    for _ in range(periods * PERIOD):
-        begin = time.perf_counter()
-        params, state = step(params, state, grads)
-        jax.block_until_ready((params, state))
-        times.append((time.perf_counter() - begin) * 1e3)
-    finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
-    assert finite, "the step made non-finite params"
-    return np.reshape(times, (periods, PERIOD)), mask_bytes
-
-
-def run(leaves: int, width: int, periods: int) -> list[dict]:
-    """All methods, packed and not, beside the plain optimizer."""
-    weights = leaves * width * width
-    plain, _ = time_steps(_inner(), leaves, width, periods)
-    base_ms = float(np.median(plain[:, 1:]))
-    rows = [
-        {
-            "method": "optax.adamw",
-            "packed": None,
-            "weights": weights,
-            "step_ms": base_ms,
-            "step_iqr_ms": float(np.subtract(*np.percentile(plain, [75, 25]))),
-            "times_adamw": 1.0,
-        }
-    ]
+    weights, plain = leaves * width * width, Run(_inner(), leaves, width)
     for case in CASES:
         for packed in (False, True):
-            ms, mask_bytes = time_steps(case.make(packed), leaves, width, periods)
-            between = ms if case.every_step else ms[:, 1:]
-            step_ms, period_ms = (
-                float(np.median(between)),
-                float(np.median(ms, 0).mean()),
-            )
-            rows.append(
-                {
-                    "method": case.method,
-                    "packed": packed,
-                    "weights": weights,
-                    "step_ms": step_ms,
-                    "step_iqr_ms": float(
-                        np.subtract(*np.percentile(between, [75, 25]))
-                    ),
-                    "times_adamw": step_ms / base_ms,
-                    "refresh_ms": float(np.median(ms[:, 0])),
-                    "period_mean_times_adamw": period_ms / base_ms,
-                    "mask_bits_per_weight": 8 * mask_bytes / weights,
-                }
-            )
-    return rows
+            pair = plain, Run(case.make(packed), leaves, width)
+            for one in pair:
+                one.period_ms()  # warms up
+            ms = np.array([[r.period_ms() for r in pair] for _ in range(periods)])
+            for one in pair:
+                one.check()
+            adamw_ms, method_ms = ms[:, 0], ms[:, 1]
+            between = method_ms if case.every_step else method_ms[:, 1:]
+            base_ms, step_ms = float(np.median(adamw_ms)), float(np.median(between))
+            yield {
+                "method": case.method,
+                "packed": packed,
+                "weights": weights,
+                "adamw_ms": base_ms,
+                "adamw_iqr_ms": _iqr(adamw_ms),
+                "step_ms": step_ms,
+                "step_iqr_ms": _iqr(between),
+                "times_adamw": step_ms / base_ms,
+                "refresh_ms": float(np.median(method_ms[:, 0])),
+                "period_mean_times_adamw": float(np.median(method_ms, 0).mean())
+                / base_ms,
+                "mask_bits_per_weight": 8 * pair[1].mask_bytes / weights,
+            }
+
+
+def _iqr(values: np.ndarray) -> float:
+    return float(np.subtract(*np.percentile(values, [75, 25])))
 
 
 def main() -> None:
     """Runs one size: what fits the device."""
-    args = common.parse_args(__doc__)
+    args = common.parse_args(__doc__, repeats=15)
     if args.quick:
         leaves, width = 2, 64
     elif jax.default_backend() == "gpu":
         leaves, width = 8, 8192  # 537M weights
     else:
         leaves, width = 8, 1024  # 8.4M weights
-    rows = run(leaves, width, periods=args.repeats // 3 or 1)
+    rows, env = [], common.environment(period=PERIOD, inner="optax.adamw(1e-4)")
+    for row in run(leaves, width, periods=args.repeats):
+        rows.append(row)
+        common.print_table(rows[-1:])
+        common.write_json(args.json, env, rows)  # a run that is stopped keeps them
     common.print_table(rows)
-    common.write_json(
-        args.json, common.environment(period=PERIOD, inner="optax.adamw(1e-4)"), rows
-    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import optax
 from sparsejax import masks
 from sparsejax.patterns import Leaf
 from sparsejax.transforms._arguments import check_params, check_update, optimizer
-from sparsejax.transforms._regrown import regrown_resets
+from sparsejax.transforms._moments import fresh_where_pruned
 from sparsejax.transforms._state import (
     Masked,
     Settings,
@@ -120,59 +120,45 @@ def hard_method(
         grads = updates  # optax's name for what comes in and what goes out
         params = check_update(topology.method, grads, state, params)
 
+        due = is_due(state)
+
         def step(old):
+            # before the first update pruned weights are not 0 yet
+            fresh = inner.init(masks.apply_masks(params, old))
+            before = fresh_where_pruned(state.inner_state, fresh, params, old)
             masked = masks.apply_masks(grads, old)
-            updates, inner_state = inner.update(
-                masked, state.inner_state, params, **extra
-            )
-            return updates, settled(inner_state, state.inner_state)
+
+            def update():
+                updates, after = inner.update(masked, before, params, **extra)
+                return updates, settled(after, before)
+
+            if not topology.skips_step:
+                return update()
+            skips = [_unless(due, leaf) for leaf in jax.tree.leaves(before)]
+            updates, inner_state = update_from_edited_state(update, skips)
+            return jax.tree.map(lambda u: jnp.where(due, 0, u), updates), inner_state
 
         if topology.refresh is None:
-            kept = loaded_masks(state)
-            updates, inner_state = step(kept)
-            return _prune(updates, params, kept), state._replace(
-                step=optax.safe_increment(state.step), inner_state=inner_state
+            stored, old = state.masks, loaded_masks(state)
+            stayed = old
+        else:
+            flipped = jax.lax.cond(
+                due,
+                lambda: _flips_of_refresh(topology, state, grads, params, step),
+                lambda: _no_flips(state),
             )
-
-        due = is_due(state)
-        flipped = jax.lax.cond(
-            due,
-            lambda: _flips_of_refresh(topology, state, grads, params, step),
-            lambda: _no_flips(state),
-        )
-        # The stored masks are read once, here, and flipped in place: between refreshes
-        # a copy of them would cost more than all else that a method adds.
-        new_state = _flip_stored(state, flipped)
-        new = loaded_masks(state._replace(masks=new_state))
-        flips = _unpacked(flipped, state)
-        old = _zip_masks(lambda m, flip: m ^ flip, new, flips)
-        regrown = _zip_masks(lambda m, flip: m & flip, new, flips)
-        # before the first update pruned weights are not 0 yet; regrown ones start there
-        fresh = inner.init(masks.apply_masks(params, old))
-
-        def resets(inner_state):
-            return regrown_resets(inner_state, fresh, params, regrown)
-
-        if topology.skips_step:
-            updates, inner_state = update_from_edited_state(
-                lambda: step(old),
-                lambda shapes: _skips(due, state.inner_state, resets(shapes)),
+            # The stored masks are read once, here, and flipped in place: between
+            # refreshes a copy of them would cost more than all else.
+            stored = _with_flips(jnp.bitwise_xor, state.masks, flipped)
+            old, stayed = (
+                loaded_masks(state._replace(masks=_with_flips(fn, stored, flipped)))
+                # regrown weights start from 0: only those kept before and after move
+                for fn in (jnp.bitwise_xor, lambda new, flips: new & ~flips)
             )
-            updates = jax.tree.map(lambda u: jnp.where(due, 0, u), updates)
-        else:  # the step is a real one: it must see the moments before the reset
-            updates, inner_state = step(old)
-            leaves, treedef = jax.tree.flatten(inner_state)
-            inner_state = treedef.unflatten(
-                [
-                    leaf if reset is None else reset(leaf)
-                    for leaf, reset in zip(leaves, resets(inner_state), strict=True)
-                ]
-            )
-        # regrown weights start from 0, so only those kept before and after move
-        stayed = _zip_masks(lambda m, flip: m & ~flip, new, flips)
+        updates, inner_state = step(old)
         return _prune(updates, params, stayed), state._replace(
             step=optax.safe_increment(state.step),
-            masks=new_state,
+            masks=stored,
             inner_state=inner_state,
         )
 
@@ -208,15 +194,15 @@ def _pack_flips(bits: jax.Array) -> jax.Array:
     return masks.pack(bits) if masks.is_packable(bits) else bits
 
 
-def _flip_stored(state: SparseState, flipped: list[jax.Array | None]) -> MaskTree:
-    """The masks as stored, packed or not, with the given bits flipped."""
+def _with_flips(fn, stored: MaskTree, flipped: list[jax.Array | None]) -> MaskTree:
+    """Masks as stored, packed or not, with the flips in the same form."""
 
-    def flip(bits, stored):
-        if stored.dtype == bits.dtype:
-            return stored ^ bits
-        return stored ^ masks.unpack(bits, stored.shape[-1])
+    def combine(flips, mask):
+        if mask.dtype != flips.dtype:
+            flips = masks.unpack(flips, mask.shape[-1])
+        return fn(mask, flips)
 
-    return masks.map_masked(flip, flipped, state.masks)
+    return masks.map_masked(combine, flipped, stored)
 
 
 def _no_flips(state: SparseState) -> list[jax.Array | None]:
@@ -224,16 +210,6 @@ def _no_flips(state: SparseState) -> list[jax.Array | None]:
     return [
         None if mask is None else jnp.zeros_like(_pack_flips(mask))
         for mask in loaded_masks(state)
-    ]
-
-
-def _unpacked(flipped: list[jax.Array | None], state: SparseState) -> FlatMasks:
-    def unpack(bits, leaf):
-        return bits if bits.dtype == jnp.bool_ else masks.unpack(bits, leaf.shape[-1])
-
-    return [
-        None if leaf is None else unpack(bits, leaf)
-        for bits, leaf in zip(flipped, state.settings.leaves, strict=True)
     ]
 
 
@@ -252,20 +228,9 @@ def _zip_masks(fn, old: FlatMasks, new: FlatMasks) -> FlatMasks:
     return [None if a is None else fn(a, b) for a, b in zip(old, new, strict=True)]
 
 
-def _skips(
-    due: jax.Array, inner_state: optax.OptState, resets: list[Edit | None]
-) -> list[Edit]:
-    """On a refresh each leaf stays as it was before the step, but for the regrown."""
-
-    def skip(before, reset) -> Edit:
-        def edit(after):
-            kept = jnp.where(due, before, after)
-            return kept if reset is None else reset(kept)
-
-        return edit
-
-    befores = jax.tree.leaves(inner_state)
-    return [skip(*pair) for pair in zip(befores, resets, strict=True)]
+def _unless(due: jax.Array, before: jax.Array) -> Edit:
+    """On a refresh a leaf stays as it was before the step."""
+    return lambda after: jnp.where(due, before, after)
 
 
 def _step_key(key: jax.Array | None, state: SparseState) -> jax.Array | None:

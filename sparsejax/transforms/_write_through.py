@@ -17,15 +17,13 @@ Edit = Callable[[jax.Array], jax.Array]
 
 
 def update_from_edited_state(
-    update: Callable[[], tuple[Any, Any]],
-    edits: Callable[[Any], Sequence[Edit | None]],
+    update: Callable[[], tuple[Any, Any]], edits: Sequence[Edit]
 ) -> tuple[Any, Any]:
     """Evaluates `update()` with its new state edited before it is used.
 
     Args:
       update: returns `(updates, state)`; traced once.
-      edits: given the new state's abstract values, one edit for each of its leaves, or
-        None for a leaf that stays.
+      edits: one for each leaf of the new state.
 
     Returns:
       The updates and the edited state.
@@ -34,7 +32,7 @@ def update_from_edited_state(
     jaxpr = closed.jaxpr
     updates_tree, state_tree = (jax.tree.structure(shape) for shape in shapes)
     num_updates = updates_tree.num_leaves
-    edited = dict(enumerate(edits(shapes[1]), start=num_updates))
+    edited = dict(enumerate(edits, start=num_updates))
     # a value that is two outputs, or no output of an equation, is edited at the end
     positions: dict[Any, int | None] = {}
     for position, var in enumerate(jaxpr.outvars):
@@ -54,13 +52,13 @@ def update_from_edited_state(
         for var, value in zip(eqn.outvars, outs, strict=True):
             position = positions.get(var)
             edit = None if position is None else edited.get(position)
-            if edit is not None:
+            if edit is not None:  # not an update
                 value = edit(value)
                 done.add(position)
             values[var] = value
     outs = [read(var) for var in jaxpr.outvars]
     for position, edit in edited.items():
-        if edit is not None and position not in done:
+        if position not in done:
             outs[position] = edit(outs[position])
     return (
         updates_tree.unflatten(outs[:num_updates]),

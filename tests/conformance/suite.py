@@ -351,7 +351,10 @@ def check_regrown(inner_state, fresh, params, old, new, at="") -> int:
         assert (params[name][regrown] == 0).all(), f"{at} {name}"
         for where, leaf in moments(inner_state, name, shape).items():
             wanted = 0 if fresh is None else moments(fresh, name, shape)[where][regrown]
-            np.testing.assert_array_equal(leaf[regrown], wanted, f"{at} {where}")
+            # a step without a gradient from there: Adafactor adds 1e-30 to a square
+            np.testing.assert_allclose(
+                leaf[regrown], wanted, rtol=0, atol=1e-25, err_msg=f"{at} {where}"
+            )
     return count
 
 

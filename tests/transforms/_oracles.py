@@ -230,11 +230,11 @@ class AdamW:
         return updates
 
 
-def reset_moments(inner, regrown):
-    """Regrown entries: both optimizers begin with zero moments."""
+def forget_pruned(inner, masks):
+    """Pruned weights have first moments, 0 here; so regrown ones begin with them."""
     for slot in inner.moments.values():
-        for name, mask in regrown.items():
-            slot[name] = np.where(mask, 0.0, slot[name])
+        for name, mask in masks.items():
+            slot[name] = np.where(mask, slot[name], 0.0)
 
 
 def momentum():

@@ -23,13 +23,12 @@ def magnitude_oracle(problem, select, inner, update_every):
     inner.init(params)
     masks = select(params, 0)
     for step in range(problem.steps):
+        oracle.forget_pruned(inner, masks)
         grads = problem.grad(step, oracle.masked(params, masks))
         updates = inner.update(oracle.masked(grads, masks), params)
         old = masks
         if step % update_every == 0:
             masks = select(params, step)
-        regrown = {name: masks[name] & ~old[name] for name in masks}
-        oracle.reset_moments(inner, regrown)
         both = {name: masks[name] & old[name] for name in masks}
         params = {name: p + updates[name] for name, p in params.items()}
         params = oracle.masked(params, both)  # what is kept again begins at 0
