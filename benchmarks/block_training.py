@@ -7,6 +7,7 @@ step is forward, backward, update and, in block-sparse models, new block masks.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -213,20 +214,20 @@ def measure(
     return row
 
 
-def run(case: Case, repeats: int) -> list[dict]:
+def run(case: Case, repeats: int) -> Iterator[dict]:
     tokens = random_tokens(case.batch, case.seq, case.size.vocab_size)
     dense = make_training(case, DENSE, tokens)
-    rows = [measure(case, DENSE, dense, dense, repeats)]
-    for model in case.models:
+    losses = {}
+    for model in (DENSE, *case.models):
         training = None  # frees the memory of the last
-        training = make_training(case, model, tokens)
-        rows.append(measure(case, model, training, dense, repeats))
+        training = dense if model is DENSE else make_training(case, model, tokens)
+        row = measure(case, model, training, dense, repeats)
+        losses[model.name] = row["loss_after_3_steps"]
+        yield row
     # equal weights, masks and data: another implementation gives another rounding
-    losses = {row["model"]: row["loss_after_3_steps"] for row in rows}
     masked, block = losses[MASKED.name], losses["static 75 %"]
     if abs(masked - block) > 1e-2 * abs(masked):
         raise AssertionError(f"the loss is {block} by blocks, {masked} masked dense")
-    return rows
 
 
 NOTES = [
@@ -242,12 +243,14 @@ NOTES = [
 def main(argv=None):
     args = common.parse_args(__doc__, repeats=10, quick_repeats=2, argv=argv)
     case = QUICK if args.quick else CASE
-    rows = run(case, args.repeats)
-    common.print_table(rows, NOTES)
     settings = {"size": dataclasses.asdict(case.size), "batch": case.batch}
     settings |= {"seq": case.seq, "block_shape": case.block_shape}
     env = common.environment(repeats=args.repeats, **settings)
-    common.write_json(args.json, env=env, rows=rows, notes=NOTES)
+    rows = []
+    for row in run(case, args.repeats):
+        rows.append(row)
+        common.write_json(args.json, env=env, rows=rows, notes=NOTES)  # if stopped
+    common.print_table(rows, NOTES)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ the context. The models take turns, so that a busy machine slows all alike.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,10 @@ from benchmarks.spark_models import DENSITY, Size
 from sparsejax import decode, models
 
 ATTENDED = 256
-SIZE = Size(1536, 10, 12, 4, 128, 32000)
-ON_GPU = Size(4096, 6, 32, 8, 128, 32000)
-QUICK = Size(64, 2, 2, 1, 32, 256)
+SIZES = [Size(1536, 10, 12, 4, 128, 32000)]
+# a few layers, narrow and wide: many small kernels weigh less in wide ones
+ON_GPU = [Size(4096, 6, 32, 8, 128, 32000), Size(8192, 3, 64, 8, 128, 32000)]
+QUICK = [Size(64, 2, 2, 1, 32, 256)]
 
 
 def bytes_of_step(size: Size, dtype: str, kind: str, context: int) -> dict[str, float]:
@@ -131,6 +133,8 @@ def run(
     rows = []
     for kind, found in times.items():
         row = {
+            "d_model": size.d_model,
+            "num_layers": size.num_layers,
             "model": kind,
             "context": context,
             "params_million": params[kind.split(",")[0]] / 1e6,
@@ -161,22 +165,21 @@ def run(
 def main(argv=None):
     args = common.parse_args(__doc__, repeats=7, quick_repeats=2, argv=argv)
     on_gpu = jax.default_backend() == "gpu"
-    size, dtype = (ON_GPU, "bfloat16") if on_gpu else (SIZE, "float32")
+    sizes, dtype = (ON_GPU, "bfloat16") if on_gpu else (SIZES, "float32")
     if args.quick:
-        size = QUICK
+        sizes = QUICK
     contexts, num_tokens = ((300, 600), 2) if args.quick else ((512, 4096), 32)
     notes = [
         f"{num_tokens} greedy tokens in one program; medians of {args.repeats} turns.",
         "speedup: over the dense model of as many parameters at the same context.",
     ]
-    env = common.environment(
-        repeats=args.repeats, **dataclasses.asdict(size), dtype=dtype
-    )
+    described = [dataclasses.asdict(size) for size in sizes]
+    env = common.environment(repeats=args.repeats, sizes=described, dtype=dtype)
     rows = []
-    for context in contexts:
+    for context, size in itertools.product(contexts, sizes):
         rows += run(size, dtype, context, num_tokens, args.repeats)
         common.print_table(rows[-3:])
-        common.write_json(args.json, env, rows, notes)
+        common.write_json(args.json, env, rows, notes)  # if stopped, these are kept
 
 
 if __name__ == "__main__":

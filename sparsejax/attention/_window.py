@@ -4,6 +4,7 @@ The last queries of a prompt attend to all of it; what they attend to stands for
 the others, or those to come, need.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -15,6 +16,9 @@ from sparsejax import activations
 from sparsejax.attention import _blocks
 from sparsejax.attention._spark import scaled_scores
 from sparsejax.formats import BlockMask
+
+# Pairs that a GPU compares in the time of starting a program or two.
+_FEW_PAIRS = 2**24
 
 
 def window_weights(
@@ -57,15 +61,33 @@ def keep_highest(
     """Keeps the `num_kept` highest, `always` first; of equal ones those further left.
 
     `num_kept` is one Python int, or int32 that broadcasts to `[*lead]` and may be
-    traced, which costs a sort. A NaN ranks below every number.
+    traced, which costs a sort where rows are long. A NaN ranks below every number.
     """
     ranked = jnp.where(always, jnp.inf, scores)
+    sort = functools.partial(_keep_by_sorting, num_kept=num_kept)
+    if ranked.size * ranked.shape[-1] > _FEW_PAIRS:
+        return sort(ranked)
+    count = functools.partial(_keep_by_counting, num_kept=num_kept)
+    return jax.lax.platform_dependent(ranked, cuda=count, default=sort)
+
+
+def _keep_by_sorting(ranked: jax.Array, num_kept: int | jax.Array) -> jax.Array:
     if isinstance(num_kept, int):
         return activations.topk_activation(ranked, num_kept)[1]
-    ranked = jnp.where(jnp.isnan(ranked), -jnp.inf, ranked)
-    order = jnp.argsort(ranked, axis=-1, descending=True, stable=True)
+    order = jnp.lexsort((-ranked, jnp.isnan(ranked)), axis=-1)
     rank = jnp.argsort(order, axis=-1)
     return rank < num_kept[..., None]
+
+
+def _keep_by_counting(ranked: jax.Array, num_kept: int | jax.Array) -> jax.Array:
+    """One reduction over pairs, where a sort takes many times as long to start."""
+    mine, other = ranked[..., :, None], ranked[..., None, :]
+    index = jnp.arange(ranked.shape[-1])
+    further_left = index < index[:, None]
+    before = (other > mine) | (jnp.isnan(mine) & ~jnp.isnan(other))
+    equal = (other == mine) | (jnp.isnan(mine) & jnp.isnan(other))
+    rank = jnp.sum(before | (equal & further_left), axis=-1, dtype=jnp.int32)
+    return rank < jnp.asarray(num_kept)[..., None]
 
 
 def lines_to_blocks(

@@ -5,6 +5,7 @@ block column, and never meets the blocks that are not in it.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Self, TypeAlias
 
@@ -260,6 +261,10 @@ class BlockMask:
         return dataclasses.replace(made, overflowed=overflowed)
 
 
+# Pairs that a GPU compares in the time of starting a program or two.
+_FEW_PAIRS = 2**24
+
+
 def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
     """The lengths of the lists of a row and of a column."""
     rows, columns = blocks
@@ -281,11 +286,30 @@ def _lists(kept: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
     """Counts and ascending indices of the True entries along the last axis."""
     *lead, size = kept.shape
     rows = kept.reshape(math.prod(lead), size)
-    slot = jnp.cumsum(rows, axis=-1, dtype=jnp.int32) - 1
-    slot = jnp.where(rows, slot, room)  # beyond the list: dropped
-    index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), rows.shape)
-    lists = jnp.zeros((len(rows), room), jnp.int32)
-    lists = lists.at[jnp.arange(len(rows))[:, None], slot].set(index, mode="drop")
-    lists = jax.lax.cummax(lists, axis=1)  # ascending, so the rest repeats the last
+    make = functools.partial(_lists_by_scatter, room=room)
+    if len(rows) * size * max(size, room) <= _FEW_PAIRS:
+        count = functools.partial(_lists_by_counting, room=room)
+        lists = jax.lax.platform_dependent(rows, cuda=count, default=make)
+    else:
+        lists = make(rows)
     num = jnp.sum(rows, axis=-1, dtype=jnp.int32)
     return num.reshape(lead), lists.reshape(*lead, room)
+
+
+def _lists_by_scatter(rows: jax.Array, room: int) -> jax.Array:
+    """O(blocks), by about ten programs, half of them for the cumulative maximum."""
+    slot = jnp.cumsum(rows, axis=-1, dtype=jnp.int32) - 1
+    slot = jnp.where(rows, slot, room)  # beyond the list: dropped
+    index = jnp.broadcast_to(jnp.arange(rows.shape[-1], dtype=jnp.int32), rows.shape)
+    lists = jnp.zeros((len(rows), room), jnp.int32)
+    lists = lists.at[jnp.arange(len(rows))[:, None], slot].set(index, mode="drop")
+    return jax.lax.cummax(lists, axis=1)  # ascending, so the rest repeats the last
+
+
+def _lists_by_counting(rows: jax.Array, room: int) -> jax.Array:
+    """Two reductions over pairs, which a GPU does as fast as it starts programs."""
+    index = jnp.arange(rows.shape[-1], dtype=jnp.int32)
+    upto = rows[:, None, :] & (index <= index[:, None])
+    slot = jnp.sum(upto, axis=-1, dtype=jnp.int32) - 1
+    here = rows[:, None, :] & (slot[:, None, :] <= jnp.arange(room)[:, None])
+    return jnp.max(jnp.where(here, index, 0), axis=-1)

@@ -9,11 +9,13 @@ import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsejax as sj
+from sparsejax.formats import _block_mask
 from tests.masks.hlo import operations
 
 BLOCK = (2, 3)
@@ -310,3 +312,14 @@ class ErrorsTest(parameterized.TestCase):
     def test_from_scores(self, shape, dtype, num_kept, error, message):
         with self.assertRaisesRegex(error, message):
             sj.BlockMask.from_scores(jnp.ones(shape, dtype), BLOCK, num_kept)
+
+
+@pytest.mark.parametrize("size", [1, 5, 40])
+def test_lists_by_counting_pairs_are_those_by_scatter(size):
+    rng = np.random.default_rng(size)
+    for room in {1, size // 2 or 1, size}:
+        kept = _block_mask._first(jnp.asarray(rng.random((7, size)) < 0.4), room)
+        np.testing.assert_array_equal(
+            _block_mask._lists_by_counting(kept, room),
+            _block_mask._lists_by_scatter(kept, room),
+        )

@@ -72,14 +72,14 @@ def listed_attention(
       key_lists: with leading axes of batch and heads.
       length: int32 `[batch]`.
       scale: of the products.
-      num_parts: of a list; as many as occupy the device by default.
+      num_parts: of a list; by default as many as run side by side.
       **options: of the forward kernel.
     """
     batch, num_queries, _, dim = q.shape
     groups = _heads(q, k, key_lists)
     room = key_lists.indices.shape[-1]
     if num_parts is None:
-        num_parts = -(-_NUM_SMS // (batch * groups))
+        num_parts = max(1, _NUM_SMS // (batch * groups))
     num_parts = min(num_parts, room)
     mask = _parts(key_lists, k.shape[1], num_parts)
     # [batch, parts * 128, groups, dim], the heads of a group beside the queries
