@@ -10,7 +10,7 @@ from scores is a row of its own.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # torch needs room on the same device
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -140,7 +140,9 @@ def torch_forms(shape: Shape, kept: np.ndarray) -> dict[str, dict[str, Callable]
     }
 
 
-def run_shape(shape: Shape, densities: tuple[float, ...], repeats: int) -> list[dict]:
+def run_shape(
+    shape: Shape, densities: tuple[float, ...], repeats: int
+) -> Iterator[dict]:
     """Checks, then times each density; one row for each and each direction."""
     *qkv, do = operands(shape)
     block = (BLOCK, BLOCK)
@@ -157,7 +159,6 @@ def run_shape(shape: Shape, densities: tuple[float, ...], repeats: int) -> list[
             q, k, v, is_causal=shape.causal, implementation=library
         )
     )
-    rows = []
     for density in densities:
         kept = make_kept(shape, density)
         mask = sj.BlockMask.from_blocks(jnp.asarray(kept), block)
@@ -192,9 +193,7 @@ def run_shape(shape: Shape, densities: tuple[float, ...], repeats: int) -> list[
                     column = name.replace(" ", "_")
                     row[f"{column}_ms"] = ms
                     row[f"times_{column}"] = ms / row["ms"]
-            rows.append(row)
-        common.print_table(rows[-2:])
-    return rows
+            yield row
 
 
 def check(shape: Shape, ours, qkv, do, mask, options) -> float:
@@ -239,14 +238,11 @@ def run_building(shape: Shape, repeats: int) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, repeats=9, argv=argv)
-    rows, env = [], common.environment(repeats=args.repeats)
     cases = QUICK if args.quick else CASES
     parts = [functools.partial(run_shape, *case) for case in cases]
     parts.append(functools.partial(run_building, cases[0][0]))
-    for part in parts:
-        rows += part(repeats=args.repeats)
-        common.write_json(args.json, env, rows)  # a run that is stopped keeps them
-    common.print_table(rows)
+    rows = (row for part in parts for row in part(repeats=args.repeats))
+    common.report(args.json, common.environment(repeats=args.repeats), rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # torch needs room on the same device
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -81,26 +81,25 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
+COMPACT = "dw compact"  # of kept blocks alone, whose number is a shape: compiled anew
+
+
 def products(implementation: str | None) -> dict[str, Callable]:
-    """y, dx, dw, compact dw of `(pairs of x and dy, w, values, mask)`, a list each."""
+    """y, dx, dw, compact dw of `(pairs of x and dy, w or values, mask)`, lists."""
     call = functools.partial(sj.ops.block_matmul, implementation=implementation)
 
-    def dx(x, dy, w, values, mask):
+    def dx(x, dy, w, mask):
         return jax.vjp(lambda x: call(x, w, mask), x)[1](dy)[0]
 
-    def dw(x, dy, w, values, mask):
+    def dw(x, dy, w, mask):
         return jax.vjp(lambda w: call(x, w, mask), w)[1](dy)[0]
 
-    def dw_compact(x, dy, w, values, mask):
+    def dw_compact(x, dy, values, mask):
         of_values = lambda values: call(x, sj.BlockSparse(values, mask))  # noqa: E731
         return jax.vjp(of_values, values)[1](dy)[0]
 
-    found = {
-        "y": lambda x, dy, w, values, mask: call(x, w, mask),
-        "dx": dx,
-        "dw": dw,
-        "dw compact": dw_compact,
-    }
+    y = lambda x, dy, w, mask: call(x, w, mask)  # noqa: E731
+    found = {"y": y, "dx": dx, "dw": dw, COMPACT: dw_compact}
     return {name: common.for_each(fn) for name, fn in found.items()}
 
 
@@ -111,9 +110,9 @@ def dense_products() -> dict[str, Callable]:
         return jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 
     found = {
-        "y": lambda x, dy, w, values, mask: dot(x, w),
-        "dx": lambda x, dy, w, values, mask: dot(dy, w.T),
-        "dw": lambda x, dy, w, values, mask: dot(x.T, dy),
+        "y": lambda x, dy, w, mask: dot(x, w),
+        "dx": lambda x, dy, w, mask: dot(dy, w.T),
+        "dw": lambda x, dy, w, mask: dot(x.T, dy),
     }
     return {name: common.for_each(fn) for name, fn in found.items()}
 
@@ -146,7 +145,7 @@ def torch_bsr(xs: list[jax.Array], w: jax.Array, mask: sj.BlockMask) -> Callable
     return call
 
 
-def run_shape(shape: Shape, cases: list[Case], repeats: int) -> list[dict]:
+def run_shape(shape: Shape, cases: list[Case], repeats: int) -> Iterator[dict]:
     """Checks, then times the three products under each mask; one row for each."""
     w = normal(1, (shape.d_in, shape.d_out), shape.dtype) / math.sqrt(shape.d_in)
     xs, dys = (
@@ -155,22 +154,21 @@ def run_shape(shape: Shape, cases: list[Case], repeats: int) -> list[dict]:
     )
     ours = products(common.KERNELS.get(jax.default_backend()))
     reference, dense = products("reference"), dense_products()
-    rows = []
     for case in cases:
         mask = make_mask(shape, case)
         values = sj.BlockSparse.from_dense(w, mask).values
         pairs = list(zip(xs, dys, strict=True))
-        operands = (pairs, w, values, mask)
-        first = (pairs[:1], w, values, mask)
+        weights = dict.fromkeys(ours, w) | {COMPACT: values}
         density = float(mask.density())
         flops = 2 * shape.rows * shape.d_in * shape.d_out * density
         errors = {}
         for name, fn in ours.items():
-            got, want = fn(*operands)[0], reference[name](*first)[0]
+            got = fn(pairs, weights[name], mask)[0]
+            want = reference[name](pairs[:1], weights[name], mask)[0]
             errors[name] = common.relative_error(got, want)
             assert errors[name] < 0.01, (shape, case, name, errors[name])
         fns = {
-            f"{kind} {name}": functools.partial(fn, *operands)
+            f"{kind} {name}": functools.partial(fn, pairs, weights[name], mask)
             for kind, found in (("ours", ours), ("dense", dense))
             for name, fn in found.items()
         }
@@ -197,9 +195,7 @@ def run_shape(shape: Shape, cases: list[Case], repeats: int) -> list[dict]:
                     "torch_bsr_ms": torch_ms,
                     "torch_bsr_tflops": flops / torch_ms / 1e9,
                 }
-            rows.append(row)
-        common.print_table(rows[-len(ours) :])
-    return rows
+            yield row
 
 
 def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
@@ -277,14 +273,11 @@ def main(argv: list[str] | None = None) -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, argv=argv)
     cases, streams = (QUICK_CASES, QUICK_STREAMS) if args.quick else (CASES, STREAMS)
-    rows, env = [], common.environment(repeats=args.repeats)
     parts = [functools.partial(run_shape, *of_shape) for of_shape in cases]
     parts += [lambda repeats, s=s: [run_stream(*s, repeats)] for s in streams]
     parts.append(functools.partial(run_building, cases[0][0]))
-    for part in parts:
-        rows += part(repeats=args.repeats)
-        common.write_json(args.json, env, rows)  # a run that is stopped keeps them
-    common.print_table(rows)
+    rows = (row for part in parts for row in part(repeats=args.repeats))
+    common.report(args.json, common.environment(repeats=args.repeats), rows)
 
 
 if __name__ == "__main__":

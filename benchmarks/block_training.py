@@ -246,11 +246,7 @@ def main(argv=None):
     settings = {"size": dataclasses.asdict(case.size), "batch": case.batch}
     settings |= {"seq": case.seq, "block_shape": case.block_shape}
     env = common.environment(repeats=args.repeats, **settings)
-    rows = []
-    for row in run(case, args.repeats):
-        rows.append(row)
-        common.write_json(args.json, env=env, rows=rows, notes=NOTES)  # if stopped
-    common.print_table(rows, NOTES)
+    common.report(args.json, env, run(case, args.repeats), NOTES)
 
 
 if __name__ == "__main__":

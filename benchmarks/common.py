@@ -12,7 +12,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -366,6 +366,24 @@ def write_json(
         f'"rows": [\n{lines}\n]',
     )
     pathlib.Path(path).write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def report(
+    path: str | os.PathLike[str] | None,
+    env: Mapping[str, Any],
+    rows: Iterable[Row],
+    notes: Sequence[str] = (),
+) -> None:
+    """Prints and writes each row as it is measured, so that a stopped run keeps them.
+
+    At the end all rows are printed once more, as one table with the notes.
+    """
+    found = []
+    for row in rows:
+        found.append(row)
+        print_table([row])
+        write_json(path, env, found, notes)
+    print_table(found, notes)
 
 
 def _version(name: str) -> str | None:

@@ -175,11 +175,12 @@ def main(argv=None):
     ]
     described = [dataclasses.asdict(size) for size in sizes]
     env = common.environment(repeats=args.repeats, sizes=described, dtype=dtype)
-    rows = []
-    for context, size in itertools.product(contexts, sizes):
-        rows += run(size, dtype, context, num_tokens, args.repeats)
-        common.print_table(rows[-3:])
-        common.write_json(args.json, env, rows, notes)  # if stopped, these are kept
+    rows = (
+        row
+        for context, size in itertools.product(contexts, sizes)
+        for row in run(size, dtype, context, num_tokens, args.repeats)
+    )
+    common.report(args.json, env, rows, notes)
 
 
 if __name__ == "__main__":

@@ -126,11 +126,8 @@ def run(case: Case, repeats: int) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, repeats=15, argv=argv)
-    rows, env = [], common.environment(repeats=args.repeats)
-    for case in QUICK if args.quick else CASES:
-        rows.append(run(case, args.repeats))
-        common.write_json(args.json, env, rows)  # a run that is stopped keeps them
-    common.print_table(rows)
+    rows = (run(case, args.repeats) for case in (QUICK if args.quick else CASES))
+    common.report(args.json, common.environment(repeats=args.repeats), rows)
 
 
 if __name__ == "__main__":

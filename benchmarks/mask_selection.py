@@ -107,9 +107,8 @@ def run(case: Case, repeats: int) -> dict:
 def main() -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, repeats=9)
-    rows = [run(case, args.repeats) for case in (QUICK if args.quick else CASES)]
-    common.print_table(rows)
-    common.write_json(args.json, common.environment(repeats=args.repeats), rows)
+    rows = (run(case, args.repeats) for case in (QUICK if args.quick else CASES))
+    common.report(args.json, common.environment(repeats=args.repeats), rows)
 
 
 if __name__ == "__main__":

@@ -152,9 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, argv=argv)
     cases = QUICK if args.quick else CASES
-    rows = [row for case in cases for row in run(case, args.repeats)]
-    common.print_table(rows)
-    common.write_json(args.json, common.environment(repeats=args.repeats), rows)
+    rows = (row for case in cases for row in run(case, args.repeats))
+    common.report(args.json, common.environment(repeats=args.repeats), rows)
 
 
 if __name__ == "__main__":

@@ -167,12 +167,8 @@ def main() -> None:
         leaves, width = 8, 8192  # 537M weights
     else:
         leaves, width = 8, 1024  # 8.4M weights
-    rows, env = [], common.environment(period=PERIOD, inner="optax.adamw(1e-4)")
-    for row in run(leaves, width, periods=args.repeats):
-        rows.append(row)
-        common.print_table(rows[-1:])
-        common.write_json(args.json, env, rows)  # a run that is stopped keeps them
-    common.print_table(rows)
+    env = common.environment(period=PERIOD, inner="optax.adamw(1e-4)")
+    common.report(args.json, env, run(leaves, width, periods=args.repeats))
 
 
 if __name__ == "__main__":
