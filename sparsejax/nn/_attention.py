@@ -1,7 +1,7 @@
 """Causal grouped-query attention with rotary positions."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ class Attention(nnx.Module):
       head_dim: width of a head; even. `d_model / num_heads` by default.
       window: see only the last `window` tokens, oneself included; all by default.
       rope_base: see `apply_rope`.
+      implementation: of attention within a sequence, as in
+        `jax.nn.dot_product_attention`: "cudnn" keeps no scores in memory, and takes 16
+        bit types on an NVIDIA GPU alone; "xla"; None is JAX's choice.
       dtype: of the computation.
       param_dtype: of the kernels.
       rngs: draws the kernels.
@@ -43,6 +46,7 @@ class Attention(nnx.Module):
         head_dim: int | None = None,
         window: int | None = None,
         rope_base: float = 10_000.0,
+        implementation: Literal["xla", "cudnn"] | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -52,6 +56,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim or d_model // num_heads
         self.window = window
         self.rope_base = rope_base
+        self.implementation: Literal["xla", "cudnn"] | None = implementation
         if num_heads % self.num_kv_heads:
             raise ValueError(
                 "`num_kv_heads` must divide `num_heads`; got "
@@ -134,6 +139,7 @@ class Attention(nnx.Module):
             mask=valid,
             is_causal=valid is None,
             local_window_size=window,
+            implementation=self.implementation if valid is None else None,
         )
         return y, jnp.ones(query.shape[:2])
 

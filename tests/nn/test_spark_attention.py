@@ -1,5 +1,7 @@
 """The Spark attention layer: rotation of both parts, windows, density, scan."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,22 @@ class DenseAttentionTest(parameterized.TestCase):
         plain, density = layer.attend(*parts)
         np.testing.assert_allclose(plain, masked, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(density, np.ones((2, 20)))
+
+    def test_the_implementation_serves_whole_sequences(self):
+        layer = nn.Attention(16, 4, implementation="cudnn", rngs=nnx.Rngs(0))
+        x, positions = inputs()
+        parts = layer.project(x, positions)
+        valid = attention.causal_mask(positions, positions)
+        asked = []
+
+        def attend(query, *rest, implementation, **options):
+            asked.append(implementation)
+            return query
+
+        with mock.patch.object(jax.nn, "dot_product_attention", attend):
+            layer.attend(*parts)
+            layer.attend(*parts, valid)  # a cache: cuDNN would read the mask as a bias
+        self.assertEqual(asked, ["cudnn", None])
 
 
 @pytest.mark.parametrize(
