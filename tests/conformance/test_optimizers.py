@@ -135,6 +135,7 @@ OTHERS = [method for method in suite.WRAPPING if method != "rigl"]
 
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 @pytest.mark.filterwarnings('ignore:"seed" is deprecated')  # dpsgd has nothing else
+@pytest.mark.once  # test_wrappers.py runs three of them on every jax
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_methods_around(name):
     """The methods in one program, so that it is compiled once."""
