@@ -18,6 +18,7 @@ import importlib.util
 import math
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def installed(package: str, name: str) -> pathlib.Path:
     return pathlib.Path(found.origin).parent / name
 
 
-def tokenize(file: pathlib.Path, text: str) -> list[int]:
+def tokenizer_of(file: pathlib.Path) -> Any:
     """By the vocabulary in the file: byte-level BPE, every digit on its own."""
     import gguf
     import tokenizers
@@ -62,7 +63,7 @@ def tokenize(file: pathlib.Path, text: str) -> list[int]:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    return tokenizer.encode(text).ids
+    return tokenizer
 
 
 @nnx.jit
@@ -109,7 +110,7 @@ def main(argv=None):
     jax.config.update("jax_default_matmul_precision", "highest")
 
     start = text.read_text(encoding="utf-8")[:NUM_CHARACTERS]
-    tokens = np.array(tokenize(file, start)[:NUM_TOKENS])
+    tokens = np.array(tokenizer_of(file).encode(start).ids[:NUM_TOKENS])
     model = models.load_llama(file)
     rows = [run(model, sparsity, tokens) for sparsity in (0.0, 0.5)]
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
