@@ -1,0 +1,107 @@
+"""Methods that make a language model N:M while it trains, for `lm_study.Trainer`.
+
+All clip the gradient of the loss to norm 1, have the betas below and the schedule of
+`lm_study.warmup_cosine`; a setting has `lr` and, but for dense training, `pull`.
+`rule` says what is pruned: `pattern` and `stacked`, as methods and `sj.prune` take it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import sparsejax as sj
+from benchmarks import lm_study
+from benchmarks.lm_study import Method, Plan
+from benchmarks.scanned_decoder import Loss, stacked_axes
+
+BETAS = {"b1": 0.9, "b2": 0.95}
+ETA = 1 / 3  # the teacher's share; in AST too, whose loss is 1 CE + 1/2 KL
+
+Losses = Callable[..., Loss]  # (eta=0, temperature=1) -> a loss
+Rule = Mapping[str, Any]
+
+
+def dense(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
+    """Adam; its prune at the end is magnitude pruning in one shot."""
+    return Method(
+        _clipped(_adam(plan)),
+        losses(),
+        forward=lambda opt_state, params: params,
+        finish=lambda opt_state, params: sj.apply_masks(
+            params, sj.prune(params, **rule)
+        ),
+    )
+
+
+def sr_ste(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
+    tx = sj.sr_ste(_adam(plan), decay=plan.setting["pull"], **rule)
+    return Method(_clipped(tx), losses())
+
+
+def ast_like(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
+    """SR-STE whose decay grows over the first quarter of the steps, and a teacher.
+
+    The decay is in the gradient, as in AST's script for LLaMA. Departures: masks are
+    refreshed in every step in place of every tenth, and there are no low-rank branches
+    (SLoRB).
+    """
+
+    def decay(step):
+        return plan.setting["pull"] * jnp.minimum(4 * step / plan.num_steps, 1)
+
+    tx = sj.sr_ste(_adam(plan), decay=decay, **rule)
+    return Method(_clipped(tx), losses(eta=ETA, temperature=2.0))
+
+
+def cast(
+    losses: Losses,
+    plan: Plan,
+    *,
+    rule: Rule,
+    scaling: bool = True,
+    eta: float = ETA,
+) -> Method:
+    """CAST, or with `scaling` and `eta` parts of it; AdamS alone without both."""
+
+    def where(path, leaf):  # scales are left to plain Adam
+        names = [getattr(entry, "key", None) for entry in path]
+        stacked = stacked_axes(path, leaf)
+        return "scales" not in names and sj.patterns.is_default_governed(
+            path, leaf, stacked
+        )
+
+    tx = sj.adams(
+        lm_study.warmup_cosine(plan),
+        1,  # static, where the length is traced; the ramp below takes its place
+        plan.setting["pull"],
+        alpha_schedule=lambda step: step / plan.num_steps,
+        where=where,
+        **rule,
+        **BETAS,
+    )
+    if not scaling:
+        return Method(_clipped(tx), losses(eta=eta))
+
+    def start(weights):
+        scales = sj.weight_scaling.init(weights, stacked=rule["stacked"])
+        return {"weights": weights, "scales": scales}
+
+    def forward(opt_state, params):
+        params = sj.forward_params(opt_state, params)
+        return sj.weight_scaling.apply(params["weights"], params["scales"])
+
+    def finish(opt_state, params):
+        masks = sj.prune(params["weights"], **rule)
+        return sj.weight_scaling.fold(params["weights"], params["scales"], masks)
+
+    return Method(_clipped(tx), losses(eta=eta), start, forward, finish)
+
+
+def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
+def _adam(plan: Plan) -> optax.GradientTransformation:
+    return optax.adam(lm_study.warmup_cosine(plan), **BETAS)

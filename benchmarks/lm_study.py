@@ -1,0 +1,287 @@
+"""What studies of training methods share: one way to train, and runs that resume.
+
+A study trains a model by several methods, each at several settings and seeds. Here a
+method is a value; its settings, the length of a run and the seed are traced, so that
+each method compiles once. Finished runs are kept in a JSON file and are not done again,
+so that a study may be spread over processes of a few minutes each.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sparsejax as sj
+from benchmarks import common
+from sparsejax import training
+from sparsejax.typing import Params
+
+# --- One run ---
+
+
+class Plan(NamedTuple):
+    """What a method is built for; all traced."""
+
+    num_steps: jax.Array  # int32[]
+    key: jax.Array  # of the seed: of batches, and of what a method draws
+    setting: dict[str, jax.Array]  # float32[], by name: a learning rate, a strength
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train; most need nothing but the defaults of the library."""
+
+    tx: optax.GradientTransformation
+    loss: Callable  # (weights, batch, teacher) -> what is minimized, float32[]
+    start: Callable = lambda weights: weights  # -> params: what is trained
+    forward: Callable = sj.forward_params  # (opt_state, params) -> weights in the loss
+    finish: Callable = sj.sparse_params  # (opt_state, params) -> exactly sparse weights
+
+
+class Trained(NamedTuple):
+    """What a run ends with."""
+
+    before: Params  # weights that the next forward would use
+    after: Params  # after the hard prune
+    ms_step: float  # mean, without compiling; 0 if there was no step
+    history: list[dict[str, Any]]  # see `Trainer.run`
+
+
+class Trainer:
+    """Trains by one method, many steps in one program.
+
+    Args:
+      make: `Plan` -> `Method`.
+      draw: (data, key) -> a batch.
+      steps_per_call: of one program; the host waits in between.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Plan], Method],
+        draw: Callable[[Any, jax.Array], Any],
+        *,
+        steps_per_call: int,
+    ):
+        self._make, self._draw, self._steps_per_call = make, draw, steps_per_call
+        self._begin = jax.jit(self._begin_traced)
+        self._end = jax.jit(self._end_traced)
+        self._advance = None  # compiled by the first run
+
+    def run(
+        self,
+        weights: Params,
+        data: Any,
+        *,
+        num_steps: int,
+        seed: int,
+        setting: Mapping[str, float],
+        teacher: Params | None = None,
+        watch: Callable[[training.TrainState], Mapping[str, Any]] = lambda state: {},
+    ) -> Trained:
+        """Trains from `weights`, which stay as they are.
+
+        Args:
+          weights: the first ones; of the same shapes in every run.
+          data: arrays that `draw` reads.
+          num_steps: a multiple of `steps_per_call`.
+          seed: the same batches for every method.
+          setting: see `Plan`.
+          teacher: weights for the method's loss.
+          watch: state -> what to add to the history; its time does not count.
+
+        Returns:
+          The weights, and the history: after each call the `step`, the `seconds` of
+          training so far, the mean `train_loss` of the call's steps, and what `watch`
+          gave.
+
+        Raises:
+          ValueError: if `num_steps` is no multiple of `steps_per_call`.
+        """
+        if num_steps % self._steps_per_call:
+            raise ValueError(
+                f"`num_steps` must be a multiple of {self._steps_per_call}, the steps "
+                f"of one program; got {num_steps}."
+            )
+        plan = Plan(
+            jnp.asarray(num_steps, jnp.int32),
+            jax.random.key(seed),
+            {name: jnp.asarray(x, jnp.float32) for name, x in setting.items()},
+        )
+        state = self._begin(weights, plan)
+        given = (plan, data, teacher)
+        if num_steps and self._advance is None:
+            advance = jax.jit(self._advance_traced, donate_argnums=0)
+            self._advance = advance.lower(state, *given).compile()
+        seconds, history = 0.0, []
+        for step in range(0, num_steps, self._steps_per_call):
+            began = time.perf_counter()
+            state, loss = self._advance(state, *given)
+            loss = float(loss)  # waits
+            seconds += time.perf_counter() - began
+            history.append(
+                {
+                    "step": step + self._steps_per_call,
+                    "seconds": seconds,
+                    "train_loss": loss,
+                    **watch(state),
+                }
+            )
+        before, after = self._end(state, plan)
+        return Trained(before, after, 1e3 * seconds / max(num_steps, 1), history)
+
+    def _begin_traced(self, weights, plan):
+        # a copy: the state is donated, and the weights are those of other runs
+        params = jax.tree.map(jnp.copy, self._make(plan).start(weights))
+        opt_state = self._make(plan).tx.init(params)
+        return training.TrainState(jnp.int32(0), params, opt_state)
+
+    def _advance_traced(self, state, plan, data, teacher):
+        method = self._make(plan)
+
+        def step_fn(state, _):
+            batch = self._draw(data, jax.random.fold_in(plan.key, state.step))
+
+            def loss_fn(params):
+                weights = method.forward(state.opt_state, params)
+                return method.loss(weights, batch, teacher)
+
+            loss, grads = jax.value_and_grad(loss_fn)(state.params)
+            updates, opt_state = method.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return training.TrainState(state.step + 1, params, opt_state), loss
+
+        state, losses = jax.lax.scan(step_fn, state, length=self._steps_per_call)
+        return state, jnp.mean(losses)
+
+    def _end_traced(self, state, plan):
+        method = self._make(plan)
+        ends = (method.forward, method.finish)
+        return tuple(end(state.opt_state, state.params) for end in ends)
+
+
+def warmup_cosine(plan: Plan, *, warmup: float = 0.05, floor: float = 0.1):
+    """The schedule of every method: up to `lr` of the setting, then down by a cosine.
+
+    Args:
+      plan: its length and its setting `lr`.
+      warmup: share of the steps.
+      floor: last rate over the highest.
+    """
+
+    def learning_rate(step):
+        warm = warmup * plan.num_steps
+        progress = jnp.clip((step - warm) / (plan.num_steps - warm), 0, 1)
+        cosine = floor + (1 - floor) * (1 + jnp.cos(jnp.pi * progress)) / 2
+        return plan.setting["lr"] * jnp.where(step < warm, step / warm, cosine)
+
+    return learning_rate
+
+
+def evaluator(loss: Callable, *, batch_size: int) -> Callable[[Params, Any], jax.Array]:
+    """(weights, examples) -> the mean of `loss(weights, batch)`; jitted.
+
+    Each leaf of the examples is `[n * batch_size, ..]`.
+    """
+
+    @jax.jit
+    def mean_loss(weights, examples):
+        batches = jax.tree.map(
+            lambda x: x.reshape(-1, batch_size, *x.shape[1:]), examples
+        )
+        return jnp.mean(jax.lax.map(lambda batch: loss(weights, batch), batches))
+
+    return mean_loss
+
+
+# --- All runs ---
+
+
+class OutOfTime(Exception):
+    """The next run would end after the time that this process has."""
+
+
+class Ledger:
+    """The runs of a study, written as they end, and found again by the next process.
+
+    Args:
+      path: the JSON file, in the form of all benchmarks; None keeps rows in memory.
+      settings: what all runs have in common, and their results depend on.
+      minutes: from now on; no run begins that would end later.
+
+    Raises:
+      ValueError: if the runs in the file were made with other settings.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path | None,
+        settings: Mapping[str, Any],
+        *,
+        minutes: float = math.inf,
+    ):
+        self._path, self._env = path, common.environment(**settings)
+        self._end = time.monotonic() + 60 * minutes
+        self.rows: list[dict[str, Any]] = []
+        if path is None or not path.exists():
+            return
+        found = json.loads(path.read_text())
+        for name, value in json.loads(json.dumps(dict(settings))).items():
+            if found["env"].get(name) != value:
+                raise ValueError(
+                    f"the runs in {path} must have been made with {name}={value}; got "
+                    f"{found['env'].get(name)}. Give the same options, or another file."
+                )
+        self.rows = found["rows"]
+
+    def run(
+        self, case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The row of a case: read if it is there, measured and written if not.
+
+        Args:
+          case: what tells it from the others; its `steps` are the length of the run.
+          measure: gives the other columns, `ms_step` among them.
+
+        Raises:
+          OutOfTime: if it is not there, and the time is too short by the slowest step
+            and the longest start of the runs so far. A first run always begins.
+        """
+        for row in self.rows:
+            if all(row.get(name) == value for name, value in case.items()):
+                return row
+        began = time.monotonic()
+        if self.rows and began + self._estimate(case["steps"]) > self._end:
+            raise OutOfTime
+        row = dict(case) | {
+            name: None if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in measure().items()  # as it will be read again
+        }
+        row["seconds"] = time.monotonic() - began
+        row["device"] = jax.devices()[0].device_kind
+        self.rows.append(row)
+        common.print_table([row])
+        self.write()
+        return row
+
+    def write(self, notes: Sequence[str] = ()) -> None:
+        """Writes the file; a process that is stopped meanwhile leaves the old one."""
+        if self._path is None:
+            return
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        common.write_json(partial, self._env, self.rows, notes)
+        partial.replace(self._path)
+
+    def _estimate(self, steps: int) -> float:
+        """Seconds of a run, by the runs so far."""
+        around = max(
+            row["seconds"] - row["steps"] * row["ms_step"] / 1e3 for row in self.rows
+        )
+        return around + steps * max(row["ms_step"] for row in self.rows) / 1e3

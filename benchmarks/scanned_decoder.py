@@ -1,0 +1,155 @@
+"""A decoder whose equal blocks are stacked and scanned, and its loss in few logits.
+
+Compiling takes as long as for one block, and an optimizer sees one leaf for each kernel
+of a block in place of one for each layer. Weights are `{"blocks": .., "rest": ..}`,
+every leaf of the blocks `[num_layers, ..]`; give methods `stacked=stacked_axes`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import sparsejax as sj
+from sparsejax import models
+from sparsejax.typing import KeyPath, Params, plain_path
+
+Loss = Callable[..., jax.Array]  # (weights, batch, teacher=None) -> float32[], nats
+
+
+def stacked_axes(path: KeyPath, leaf: Any) -> int:
+    """What methods take as `stacked`, also of a tree that holds such weights."""
+    del leaf
+    return int("blocks" in plain_path(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScannedDecoder:
+    """What of a decoder are no weights; made by `scan_blocks`."""
+
+    outer: Any  # graph and other state of all but the blocks
+    block: Any  # those of one block
+    num_layers: int
+
+    def hidden(self, weights: Params, tokens: jax.Array, **options: Any) -> Any:
+        """The last block's output, `[batch, seq, d_model]`.
+
+        With `with_density=True` also the densities, as `models.Decoder` gives them.
+        """
+        graph, other = self.block
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+
+        def layer(x, of_layer):
+            block = nnx.merge(graph, of_layer, other)
+            found = block(x, positions, **options)
+            return found if isinstance(found, tuple) else (found, None)
+
+        x = self._rest(weights).embed(tokens)
+        x, densities = jax.lax.scan(layer, x, weights["blocks"])
+        return x if densities is None else (x, densities)
+
+    def logits(self, weights: Params, hidden: jax.Array) -> jax.Array:
+        return self._rest(weights).logits(hidden)
+
+    def _rest(self, weights: Params) -> models.Decoder:
+        graph, other = self.outer
+        return nnx.merge(graph, weights["rest"], other)
+
+
+def scan_blocks(model: models.Decoder) -> tuple[ScannedDecoder, Params]:
+    """Takes a decoder apart, which stays as it is.
+
+    Raises:
+      ValueError: if its blocks are not all of one kind.
+    """
+    outer = nnx.clone(model)
+    blocks = [nnx.split(block, nnx.Param, ...) for block in outer.blocks]
+    outer.blocks = nnx.List()
+    graph, _, other = blocks[0]
+    for layer, (found, *_) in enumerate(blocks):
+        if found != graph:
+            raise ValueError(
+                "blocks must be of one kind to be scanned; got another in layer "
+                f"{layer} than in layer 0. Use one attention and one FFN for all."
+            )
+    layers = [weights for _, weights, _ in blocks]
+    outer_graph, rest, outer_other = nnx.split(outer, nnx.Param, ...)
+    weights = {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers), "rest": rest}
+    decoder = ScannedDecoder((outer_graph, outer_other), (graph, other), len(layers))
+    return decoder, weights
+
+
+def token_loss(
+    decoder: ScannedDecoder, *, rows: int, eta: float = 0.0, temperature: float = 1.0
+) -> Loss:
+    """The loss of the next token, a mean over a batch `[n * rows, seq + 1]`.
+
+    Logits exist for `rows` sequences at once, and are computed again for the gradient:
+    of SmolLM2 they take 0.1 GB for 512 tokens, several times in a loss.
+
+    Args:
+      decoder: of the weights and of the teacher's.
+      rows: sequences; divides those of a batch.
+      eta: share of the teacher in the loss, see `sj.distillation_loss`. 0 runs none.
+      temperature: of that share.
+    """
+
+    def loss(weights, batch, teacher=None):
+        inputs, labels = batch[:, :-1], batch[:, 1:]
+        hidden = decoder.hidden(weights, inputs)
+        taught = decoder.hidden(teacher, inputs) if eta else None
+
+        @jax.checkpoint
+        def of_rows(chunk):
+            labels, hidden, taught = chunk
+            logits = decoder.logits(weights, hidden)
+            if taught is None:
+                losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+                    logits, labels
+                )
+                return jnp.mean(losses)
+            return sj.distillation_loss(
+                logits,
+                decoder.logits(teacher, taught),
+                labels,
+                eta=eta,
+                temperature=temperature,
+            )
+
+        chunks = jax.tree.map(
+            lambda x: x.reshape(-1, rows, *x.shape[1:]), (labels, hidden, taught)
+        )
+        return jnp.mean(jax.lax.map(of_rows, chunks))
+
+    return loss
+
+
+def window_draw(batch_size: int, seq_len: int) -> Callable[..., jax.Array]:
+    """(tokens, key) -> `[batch_size, seq_len + 1]` tokens from anywhere, int32."""
+
+    def draw(tokens, key):
+        starts = jax.random.randint(key, (batch_size, 1), 0, tokens.size - seq_len)
+        return tokens[starts + jnp.arange(seq_len + 1)].astype(jnp.int32)
+
+    return draw
+
+
+def windows(tokens: np.ndarray, seq_len: int, *, multiple: int) -> np.ndarray:
+    """`[n, seq_len + 1]`: one after another, each token a label once; a whole multiple.
+
+    Raises:
+      ValueError: if there are too few tokens.
+    """
+    num = (tokens.size - 1) // seq_len // multiple * multiple
+    if not num:
+        raise ValueError(
+            f"tokens to judge on must fill {multiple} windows of {seq_len} + 1; got "
+            f"{tokens.size}. Give more of them."
+        )
+    index = np.arange(num)[:, None] * seq_len + np.arange(seq_len + 1)
+    return tokens[index].astype(np.int32)
