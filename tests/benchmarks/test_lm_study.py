@@ -281,9 +281,7 @@ def test_the_quick_study_goes_on_where_it_stopped(tmp_path, capsys):
 
     path.write_text(json.dumps(whole | {"rows": whole["rows"][:-1]}))
     smollm2_cast.main(["--quick", "--json", str(path)])
-    last = whole["rows"][-1]["method"]
-    measured = [line for line in capsys.readouterr().out.split("\n") if " cpu" in line]
-    assert len(measured) == 1 and measured[0].startswith(last)
+    assert capsys.readouterr().out.count("judged_on") == 1  # a row, as it ends
     again = json.loads(path.read_text())["rows"]
     for old, new in zip(whole["rows"], again, strict=True):
         for name in ("ms_step", "seconds"):
