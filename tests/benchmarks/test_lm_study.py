@@ -22,6 +22,8 @@ from benchmarks import (
 )
 from sparsejax import models
 
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("compile_fast")]
+
 RULE = smollm2_cast.RULE
 STEPS = 6
 
@@ -156,7 +158,6 @@ def test_one_program_serves_every_setting_length_and_seed():
         run(3, 0.01)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_scanned_blocks_compute_what_the_decoder_does():
     model = smollm2_cast.tiny_model()
     decoder, weights = scanned_decoder.scan_blocks(model)
@@ -264,8 +265,6 @@ def test_a_document_is_in_one_part_and_the_text_has_a_digest(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.once
-@pytest.mark.usefixtures("compile_fast")
 def test_the_quick_study_goes_on_where_it_stopped(tmp_path, capsys):
     path = tmp_path / "study.json"
     smollm2_cast.main(["--quick", "--json", str(path)])
@@ -274,7 +273,7 @@ def test_the_quick_study_goes_on_where_it_stopped(tmp_path, capsys):
     assert "18 runs: all runs are done" in printed
     whole = json.loads(path.read_text())
     methods = {row["method"] for row in whole["rows"]}
-    assert methods == {smollm2_cast.LOADED, *smollm2_cast.METHODS}
+    assert methods == {smollm2_cast.LOADED, *smollm2_cast.NAMES}
     assert all(row["sparsity"] == 0.5 for row in whole["rows"])
     assert whole["notes"] and all(note in printed for note in whole["notes"])
     assert path.with_suffix(".png").exists()

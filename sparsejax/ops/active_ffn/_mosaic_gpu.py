@@ -163,6 +163,8 @@ def active_ffn(
     return jnp.sum(sums, axis=0).reshape(batch, d_model).astype(x.dtype)
 
 
+# jitted: layers of equal shapes share the lowered kernel
+@functools.partial(jax.jit, static_argnames="tiles")
 def _sums_of_blocks(x, gate, indices, num_active, up, down, tiles):
     batch, up_length, _ = x.shape
     part_length = down.shape[1] // tiles.parts

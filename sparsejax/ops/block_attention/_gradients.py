@@ -54,9 +54,16 @@ class Kernels:
 def differentiable(kernels: Kernels) -> Callable[..., Any]:
     """Gives a function with the signature of the reference.
 
+    The kernels are jitted: one for Hopper takes half a second to lower, and layers of
+    equal shapes then share it.
+
     Outputs and log-sum-exp are named "block_attention", for a policy of
     `jax.checkpoint` that keeps them. The mask and the bias get no gradient.
     """
+    kernels = Kernels(
+        jax.jit(kernels.forward, static_argnums=4),
+        jax.jit(kernels.backward, static_argnums=7),
+    )
 
     def block_attention(q, k, v, block_mask, rules, bias, *, scale):
         rules = lengthened(rules, block_mask)

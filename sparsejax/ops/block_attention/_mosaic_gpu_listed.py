@@ -6,6 +6,7 @@ row: 128 queries, of which those of the heads that share a key head are real.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from sparsejax.formats import BlockMask, KeyLists
 from sparsejax.ops.block_attention import _mosaic_gpu
 from sparsejax.ops.block_attention._gradients import Lists
 from sparsejax.ops.block_attention._rules import Rules
-from sparsejax.ops.block_attention._walk import TILE
+from sparsejax.ops.block_attention._walk import TILE, Tiles
 
 _NUM_SMS = 132
 _NOWHERE = -(2**30)  # no key is as far before its query
@@ -52,6 +53,8 @@ def unsupported_reason(q, k, v, key_lists, length) -> str | None:
     return _mosaic_gpu.unsupported_reason(q, k, v, mask, None, None)
 
 
+# jitted: layers of equal shapes share the lowered kernel
+@functools.partial(jax.jit, static_argnames=("scale", "num_parts", "tiles"))
 def listed_attention(
     q: jax.Array,
     k: jax.Array,
@@ -61,7 +64,7 @@ def listed_attention(
     *,
     scale: float,
     num_parts: int | None = None,
-    **options,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
     """See the public function.
 
@@ -73,7 +76,7 @@ def listed_attention(
       length: int32 `[batch]`.
       scale: of the products.
       num_parts: of a list; by default as many as run side by side.
-      **options: of the forward kernel.
+      tiles: of the forward kernel.
     """
     batch, num_queries, _, dim = q.shape
     groups = _heads(q, k, key_lists)
@@ -87,12 +90,14 @@ def listed_attention(
     rows = rows.reshape(batch, -1, groups, dim)
     num_rows = rows.shape[1]
     tile = jnp.pad(rows, ((0, 0), (0, TILE - num_rows), (0, 0), (0, 0)))
-    tiles = jnp.tile(tile, (1, num_parts, 1, 1))
+    queries = jnp.tile(tile, (1, num_parts, 1, 1))
     # keys below `length` are seen, and no others
     rules = Rules(length, None, None, None, _NOWHERE, k.shape[1])
     nothing = dataclasses.replace(mask, num=jnp.zeros_like(mask.num))
     lists = Lists(nothing, mask, rules, None)
-    out, lse = _mosaic_gpu.forward(tiles, k, v, lists, scale, in_order=True, **options)
+    out, lse = _mosaic_gpu.forward(
+        queries, k, v, lists, scale, in_order=True, tiles=tiles
+    )
     out = out.reshape(batch, num_parts, TILE, groups, dim)[:, :, :num_rows]
     lse = lse.reshape(batch, groups, num_parts, TILE)[..., :num_rows]
     lse = lse.transpose(0, 2, 3, 1)  # [batch, parts, rows, groups]

@@ -36,9 +36,17 @@ class Products:
 def differentiable(products: Products) -> Callable[..., Any]:
     """Gives a function with the signature of the reference.
 
+    The products are jitted: a kernel for Hopper takes half a second to lower, and
+    layers of equal shapes then share it.
+
     The bias and the activation are part of the kernel where no gradient is asked for.
     Else the sums before the activation are kept, and XLA applies it.
     """
+    products = Products(
+        jax.jit(products.forward, static_argnums=4),
+        jax.jit(products.grad_x),
+        jax.jit(products.grad_w),
+    )
 
     def block_matmul(x, w, block_mask, bias=None, full_dw=False, *, activation=None):
         known = bool(full_dw) if isinstance(full_dw, bool) else None

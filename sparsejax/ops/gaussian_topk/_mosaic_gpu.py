@@ -140,6 +140,8 @@ def _rows_bwd(huber_delta, tiles, grad_tiles, residuals, grad):
 _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
+# jitted, as is the backward: layers of equal shapes share the lowered kernel
+@functools.partial(jax.jit, static_argnums=(2, 3), static_argnames="with_statistics")
 def _forward(x, z, huber_delta, tiles, *, with_statistics):
     num_rows, length, _ = x.shape
     d = length * _COLUMNS
@@ -186,6 +188,7 @@ def _forward(x, z, huber_delta, tiles, *, with_statistics):
     )(x, z)
 
 
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _backward(grad, x, z, mean, std, huber_delta, tiles):
     num_rows, length, _ = x.shape
     d = length * _COLUMNS

@@ -143,7 +143,6 @@ def _scores(q, k, lists, scale):
     return scores
 
 
-@functools.partial(jax.jit, static_argnames="scale")
 def the_forward(q, k, v, lists, scale):
     scores = jnp.where(_seen(lists, q, k), _scores(q, k, lists, scale), -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)

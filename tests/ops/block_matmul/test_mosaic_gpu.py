@@ -147,6 +147,22 @@ class LoweringTest(parameterized.TestCase):
         # y once with the activation; dx; dw
         self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 3)
 
+    def test_layers_of_equal_shapes_share_a_kernel(self):
+        mask = jax.eval_shape(
+            lambda: BlockMask.from_blocks(jnp.ones((4, 4), jnp.bool_), (64, 64))
+        )
+        x, w = (jax.ShapeDtypeStruct((n, 256), jnp.bfloat16) for n in (128, 256))
+
+        def loss(ws, x, masks):
+            for w, mask in zip(ws, masks, strict=True):
+                x = kernel(x, w, mask)
+            return x.astype(jnp.float32).sum()
+
+        lowered = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda"])(
+            (w, w, w), x, (mask, mask, mask)
+        )
+        self.assertEqual(lowered.mlir_module().count("@mosaic_gpu"), 3)  # y, dx, dw
+
     def test_kept_blocks_alone_for_cuda(self):
         kept = jnp.asarray([[True, False], [True, True]])
         mask = BlockMask.from_blocks(kept, (128, 128))
