@@ -39,7 +39,7 @@ def table(
         if not found:
             continue
         line = {"method": name, "seeds": len(found)}
-        line |= {key: found[0][key] for key in columns}
+        line |= {key: found[0].get(key) for key in columns}
         for key, after in (("before", False), ("after", True)):
             losses = [loss_of(row, after=after) for row in found]
             line[f"loss_{key}"], error = common.mean_and_error(losses)
@@ -89,10 +89,13 @@ def picture(
         axes.plot([before, after], [y, y], color="lightgray", lw=3, zorder=1)
         axes.scatter(before, y, s=60, fc="white", ec=blue, zorder=2, label=labels[0])
         axes.scatter(after, y, s=20, color=blue, zorder=3, label=labels[1])
+        numbers = f"  {before:.3f}" + (f" to {after:.3f}" if after != before else "")
+        axes.annotate(numbers, (max(before, after), y), va="center", fontsize="small")
         if line["method"] == dense:
             axes.axvline(before, color="black", ls="--", lw=1, zorder=0, label=dense)
     axes.set_yticks(range(len(lines)), [line["method"] for line in lines])
     axes.invert_yaxis()
+    axes.margins(x=0.2)
     axes.set(xlabel="loss on unseen documents, nats a token", title=title)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)

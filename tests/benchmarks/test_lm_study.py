@@ -15,7 +15,9 @@ from flax import nnx
 import sparsejax as sj
 from benchmarks import (
     lm_methods,
+    lm_report,
     lm_study,
+    lm_tuning,
     scanned_decoder,
     smollm2_cast,
     smollm2_tokens,
@@ -246,6 +248,56 @@ def test_a_ledger_does_not_begin_what_would_not_end_in_time(tmp_path):
     with pytest.raises(lm_study.OutOfTime):
         ledger.run(case(2100), measure)
     assert ledger.run(case(1), measure) == ledger.rows[0]
+
+
+def recorded(method, judged_on, lr, before, after, seed=0):
+    steps = {"tune": 1, "test": 3}[judged_on]
+    losses = {"loss_before": before, "loss_after": after}
+    losses |= {"ms_step": 0.0, "seconds": 1.0}
+    where = {"method": method, "judged_on": judged_on, "lr": lr, "steps": steps}
+    return {**where, "seed": seed, **losses}
+
+
+def test_a_setting_is_chosen_on_one_part_and_the_best_methods_get_more_seeds():
+    ledger = lm_study.Ledger(None, {}, minutes=0)  # any other run would raise
+    ledger.rows = [
+        recorded("dense", "tune", 1.0, 2.0, 9.0),
+        recorded("dense", "tune", 2.0, 3.0, 1.0),  # better, but after the prune
+        recorded("dense", "test", 1.0, 2.0, 9.0),
+        recorded("first", "tune", 1.0, None, None),  # diverged
+        recorded("first", "tune", 2.0, 5.0, 5.0),
+        recorded("first", "test", 2.0, 2.0, 3.0),
+        recorded("second", "tune", 1.0, 4.0, 4.0),
+        recorded("second", "tune", 2.0, 4.5, 4.5),
+        recorded("second", "test", 1.0, 2.0, 3.5),
+        recorded("dense", "test", 1.0, 2.5, 8.0, seed=1),
+        recorded("first", "test", 2.0, 2.0, 3.2, seed=1),
+    ]
+    settings = lm_tuning.grid(lr=(1.0, 2.0))
+    entry = lm_tuning.Entry(lm_methods.sr_ste, settings)
+    dense = entry._replace(judged_after=False)
+    study = lm_tuning.Study(
+        {"dense": dense, "first": entry, "second": entry},
+        ledger,
+        first=lambda seed: None,
+        data=None,
+        draw=draw,
+        judge=lambda trained, part: {},
+        steps_per_call=1,
+    )
+    options = {"tuning_steps": 1, "steps": 3, "num_seeds": 2, "always": ("dense",)}
+    study.run(**options, best=1)
+    with pytest.raises(lm_study.OutOfTime):
+        study.run(**options)  # the second method's other seed
+
+    lines = lm_report.table(ledger.rows, ("dense", "first", "second"), ("lr",))
+    assert [line["seeds"] for line in lines] == [2, 2, 1]
+    assert lines[0]["loss_before"] == 2.25 and lines[0]["loss_before_se"] == 0.25
+    assert lines[1]["perplexity_after"] == pytest.approx(math.exp(3.1))
+    (note,) = lm_report.compare(ledger.rows, "first", "second")
+    assert note.endswith("by 0.5000 nats (one seed): holds")
+    (note,) = lm_report.compare(ledger.rows, "dense", "first")
+    assert note.endswith("by -5.4000 nats (+- 0.6): DOES NOT HOLD")
 
 
 def test_a_document_is_in_one_part_and_the_text_has_a_digest(tmp_path):

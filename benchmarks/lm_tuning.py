@@ -1,0 +1,130 @@
+"""Methods compared alike: each is tuned by short runs on one part, judged on another.
+
+The parts are called `tune` and `test`. A case is one run: method, part, setting, steps
+and seed; its row is kept in a `lm_study.Ledger`.
+"""
+
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import lm_report, lm_study
+from sparsejax.typing import Params
+
+
+class Entry(NamedTuple):
+    """A method and what it is tuned over."""
+
+    make: Callable[[lm_study.Plan], lm_study.Method]
+    grid: Sequence[Mapping[str, float]]  # settings, as many for every method
+    judged_after: bool = True  # the hard prune; False for a dense method
+
+
+def grid(**values: Sequence[float]) -> list[dict[str, float]]:
+    """All combinations."""
+    names, of_each = values.keys(), values.values()
+    return [dict(zip(names, x, strict=True)) for x in itertools.product(*of_each)]
+
+
+class Study:
+    """The runs of several methods.
+
+    Args:
+      methods: by name.
+      ledger: keeps the rows.
+      first: seed -> weights to begin with; of the same shapes for every seed.
+      data: arrays that `draw` reads.
+      draw: (data, key) -> a batch.
+      judge: (what a run ends with, part) -> columns of its row, `loss_before` and
+        `loss_after` among them; raises if the weights are not as sparse as they should
+        be.
+      steps_per_call: see `lm_study.Trainer`.
+      teacher: weights for the methods' losses.
+    """
+
+    def __init__(
+        self,
+        methods: Mapping[str, Entry],
+        ledger: lm_study.Ledger,
+        *,
+        first: Callable[[int], Params],
+        data: Any,
+        draw: Callable[..., Any],
+        judge: Callable[[lm_study.Trained, str], Mapping[str, Any]],
+        steps_per_call: int,
+        teacher: Params | None = None,
+    ):
+        self._methods, self._ledger = methods, ledger
+        self._first, self._data, self._teacher = first, data, teacher
+        self._judge = judge
+        self._trainers = {
+            name: lm_study.Trainer(entry.make, draw, steps_per_call=steps_per_call)
+            for name, entry in methods.items()
+        }
+
+    def run(
+        self,
+        *,
+        tuning_steps: int,
+        steps: int,
+        num_seeds: int,
+        always: Collection[str] = (),
+        best: int | None = None,
+    ) -> None:
+        """Tunes every method and runs it once; then some of them with other seeds.
+
+        Args:
+          tuning_steps: length of the runs judged on `tune`.
+          steps: of those judged on `test`, with the best setting on `tune`.
+          num_seeds: of the methods below; the others have one.
+          always: methods with all seeds.
+          best: how many of the others have all, those with the lowest loss on `test`
+            with the first seed; None for all.
+
+        Raises:
+          OutOfTime: the next run would not fit; those before it are in the ledger.
+        """
+        chosen, found = {}, {}
+        for name, entry in self._methods.items():
+            tried = [
+                self.row(name, "tune", setting, steps=tuning_steps)
+                for setting in entry.grid
+            ]
+            losses = [self._loss(name, row) for row in tried]
+            chosen[name] = entry.grid[losses.index(min(losses))]
+            row = self.row(name, "test", chosen[name], steps=steps)
+            found[name] = self._loss(name, row)
+        others = [name for name in found if name not in always]
+        others.sort(key=found.__getitem__)
+        for seed in range(1, num_seeds):
+            for name in (*always, *others[:best]):
+                self.row(name, "test", chosen[name], steps=steps, seed=seed)
+
+    def row(
+        self,
+        method: str,
+        part: str,
+        setting: Mapping[str, float],
+        *,
+        steps: int,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        """One run, from the ledger if it is there; `name` stands for the method."""
+        case = {"method": name or method, "judged_on": part, **setting}
+
+        def measure():
+            trained = self._trainers[method].run(
+                self._first(seed),
+                self._data,
+                num_steps=steps,
+                seed=seed,
+                setting=setting,
+                teacher=self._teacher,
+            )
+            return {**self._judge(trained, part), "ms_step": trained.ms_step}
+
+        return self._ledger.run(case | {"steps": steps, "seed": seed}, measure)
+
+    def _loss(self, method: str, row: Mapping[str, Any]) -> float:
+        return lm_report.loss_of(row, after=self._methods[method].judged_after)
