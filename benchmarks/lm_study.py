@@ -54,6 +54,9 @@ class Trained(NamedTuple):
     history: list[dict[str, Any]]  # see `Trainer.run`
 
 
+Watch = Callable[[Params, Params], Mapping[str, Any]]  # (before, after) as in `Trained`
+
+
 class Trainer:
     """Trains by one method, many steps in one program.
 
@@ -84,7 +87,7 @@ class Trainer:
         seed: int,
         setting: Mapping[str, float],
         teacher: Params | None = None,
-        watch: Callable[[training.TrainState], Mapping[str, Any]] = lambda state: {},
+        watch: Watch | None = None,
     ) -> Trained:
         """Trains from `weights`, which stay as they are.
 
@@ -95,7 +98,7 @@ class Trainer:
           seed: the same batches for every method.
           setting: see `Plan`.
           teacher: weights for the method's loss.
-          watch: state -> what to add to the history; its time does not count.
+          watch: what to add to the history; its time does not count.
 
         Returns:
           The weights, and the history: after each call the `step`, the `seconds` of
@@ -126,14 +129,9 @@ class Trainer:
             state, loss = self._advance(state, *given)
             loss = float(loss)  # waits
             seconds += time.perf_counter() - began
-            history.append(
-                {
-                    "step": step + self._steps_per_call,
-                    "seconds": seconds,
-                    "train_loss": loss,
-                    **watch(state),
-                }
-            )
+            done = {"step": step + self._steps_per_call, "seconds": seconds}
+            seen = watch(*self._end(state, plan)) if watch else {}
+            history.append({**done, "train_loss": loss, **seen})
         before, after = self._end(state, plan)
         return Trained(before, after, 1e3 * seconds / max(num_steps, 1), history)
 

@@ -40,6 +40,7 @@ class Study:
         be.
       steps_per_call: see `lm_study.Trainer`.
       teacher: weights for the methods' losses.
+      watch: see `lm_study.Trainer.run`; `judge` finds the history.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Study:
         judge: Callable[[lm_study.Trained, str], Mapping[str, Any]],
         steps_per_call: int,
         teacher: Params | None = None,
+        watch: lm_study.Watch | None = None,
     ):
         self._methods, self._ledger = methods, ledger
         self._first, self._data, self._teacher = first, data, teacher
-        self._judge = judge
+        self._judge, self._watch = judge, watch
         self._trainers = {
             name: lm_study.Trainer(entry.make, draw, steps_per_call=steps_per_call)
             for name, entry in methods.items()
@@ -121,6 +123,7 @@ class Study:
                 seed=seed,
                 setting=setting,
                 teacher=self._teacher,
+                watch=self._watch,
             )
             return {**self._judge(trained, part), "ms_step": trained.ms_step}
 

@@ -127,7 +127,7 @@ def test_what_is_left_after_the_prune_is_exactly_2_of_4_and_unchanged(make):
 
 def test_one_program_serves_every_setting_length_and_seed():
     weights, teacher, data = problem()
-    made = []
+    made, seen = [], []
 
     def make(plan):
         made.append(plan)
@@ -152,10 +152,12 @@ def test_one_program_serves_every_setting_length_and_seed():
         seed=0,
         setting={"lr": 0.01, "pull": 0.1},
         teacher=teacher,
-        watch=lambda state: {"seen": int(state.step)},
+        watch=lambda *weights: seen.append(weights) or {"seen": len(seen)},
     )
     jax.tree.map(np.testing.assert_array_equal, found.after, wanted.after)
-    assert [entry["seen"] for entry in wanted.history] == [2, 4, 6]
+    assert [entry["seen"] for entry in wanted.history] == [1, 2, 3]
+    last = (wanted.before, wanted.after)
+    jax.tree.map(np.testing.assert_array_equal, seen[-1], last)
     with pytest.raises(ValueError, match=r"multiple of 2.*got 3"):
         run(3, 0.01)
 
