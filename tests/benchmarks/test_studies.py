@@ -10,6 +10,7 @@ from benchmarks import (
     cast_toy,
     dynamic_sparsity,
     progressive_gradient_flow,
+    selection_cost,
     sparse_frontier,
 )
 
@@ -24,6 +25,7 @@ from benchmarks import (
         (cast_toy, {"method", "l1_decay", "mse_after_prune_se"}, 24),
         (dynamic_sparsity, {"method", "allocation", "lr", "test_loss"}, 2),
         (progressive_gradient_flow, {"method", "pattern", "test_acc_percent"}, 2),
+        (selection_cost, {"method", "realised", "select_ms", "speedup"}, 7),
         (sparse_frontier, {"phase", "density", "mass", "worst", "select_ms"}, 3),
     ],
     ids=lambda value: getattr(value, "__name__", None),

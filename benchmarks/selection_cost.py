@@ -1,0 +1,202 @@
+"""Does choosing what to attend to cost less than it saves, on a long prompt?
+
+Each selector of a prefill chooses a tenth of random queries and keys, index lists
+included; attention by the fastest kernel then reads what it chose, and dense causal
+attention, by cuDNN on a GPU, reads all. What FlexPrefill and vertical-slash keep of
+random tokens says nothing of their budgets, so the density is measured. Queries and
+keys are taken as rotated; SeerAttention's gate, of random weights, pools them. PSA has
+blocks of 512 keys, so that those of its pooled levels are whole tiles.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common, sparse_selectors
+from benchmarks.sparse_selectors import Seen
+from sparsejax import attention, ops
+from sparsejax.formats import BlockMask
+
+CHECKED = 1024  # first tokens, compared with the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer and one sequence."""
+
+    seq: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block: int = 128
+    psa_width: int = 512
+    density: float = 0.1
+    dtype: str = "bfloat16"
+
+
+CASES = [Case(32768), Case(8192)]
+QUICK = [Case(256, 2, 1, 16, 32, 64, 0.5, "float32")]
+NAMES = (
+    "topk_blocks",
+    "statistical_topk_blocks",
+    "block_sparse",
+    "vertical_slash",
+    "flex_prefill",
+    "seer",
+    "psa",
+)
+
+
+def selector(case: Case, name: str) -> Callable[[jax.Array, jax.Array], Any]:
+    """From queries and keys to a mask, or to PSA's levels of blocks."""
+    blocks = case.seq // case.block
+    gate = attention.init_seer_gate(
+        case.heads,
+        case.kv_heads,
+        case.head_dim,
+        d_gate=case.head_dim,
+        key=jax.random.key(1),
+    )
+
+    def select(query, key):
+        unknown = jnp.zeros((1, case.heads, blocks, blocks))  # only its shape is read
+        seen = Seen(query, key, unknown)
+        if name == "seer":
+            rotate = lambda x, positions: x  # noqa: E731
+            scores = attention.seer_scores(
+                gate, query, key, block=case.block, rotate=rotate
+            )
+            seen = seen._replace(gate=scores)
+        if name == "psa":
+            return levels(case, query, key)
+        return getattr(sparse_selectors, name)(seen, case.density)
+
+    return select
+
+
+def levels(case: Case, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Half of the density at level 1, a quarter each at 2 and 4."""
+    density = case.density
+    importance = attention.antidiagonal_importance(
+        query,
+        key,
+        stride=min(16, case.block),
+        block_shape=(case.block, case.psa_width),
+        causal=True,
+    )
+    shares = (density / 2, density, min(1.0, 2 * density))
+    bounds = tuple(zip(sparse_selectors.PSA_LEVELS, shares, strict=True))
+    return attention.quota_levels(importance, bounds=bounds)
+
+
+def attend(case: Case, implementation: str | None) -> Callable[..., jax.Array]:
+    """Attention to what was chosen."""
+
+    def run(query, key, value, chosen):
+        options = {"causal": True, "implementation": implementation}
+        if isinstance(chosen, BlockMask):
+            return ops.block_attention(query, key, value, chosen, **options)
+        return attention.pyramid_attention(
+            query,
+            key,
+            value,
+            chosen,
+            block_shape=(case.block, case.psa_width),
+            levels=sparse_selectors.PSA_LEVELS,
+            **options,
+        )
+
+    return run
+
+
+def density_of(case: Case, chosen: Any) -> float:
+    """The share of the pairs in sight that are read; a pooled key is one."""
+    if isinstance(chosen, BlockMask):
+        return float(jnp.mean(attention.pair_density(chosen, case.seq)))
+    # a block that is cut through counts whole, as it is computed
+    first_key = case.psa_width * jnp.arange(case.seq // case.psa_width)
+    last_query = case.block * (1 + jnp.arange(case.seq // case.block)) - 1
+    seen = jnp.mean(first_key <= last_query[:, None])
+    return float(jnp.mean(attention.level_density(chosen)) / seen)
+
+
+def head_of(case: Case, chosen: Any) -> Any:
+    """What was chosen for the first `CHECKED` tokens."""
+    tokens = min(CHECKED, case.seq)
+    if not isinstance(chosen, BlockMask):
+        return chosen[..., : tokens // case.block, : tokens // case.psa_width]
+    blocks = tokens // case.block
+    kept = chosen.to_blocks()[..., :blocks, :blocks]
+    return BlockMask.from_blocks(kept, chosen.block_shape)
+
+
+def run(case: Case, repeats: int) -> Iterator[dict]:
+    """A row for each selector."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (case.heads, case.kv_heads, case.kv_heads)
+    query, key, value = (
+        jax.random.normal(k, (1, case.seq, n, case.head_dim)).astype(case.dtype)
+        for k, n in zip(keys, heads, strict=True)
+    )
+    library = "cudnn" if jax.default_backend() == "gpu" else None
+    dense = functools.partial(
+        jax.jit(
+            functools.partial(
+                jax.nn.dot_product_attention, is_causal=True, implementation=library
+            )
+        ),
+        query,
+        key,
+        value,
+    )
+    fast = jax.jit(attend(case, common.KERNELS.get(jax.default_backend())))
+    reference = jax.jit(attend(case, "reference"))
+    for name in NAMES:
+        select = jax.jit(selector(case, name))
+        chosen = select(query, key)
+        first = [a[:, : min(CHECKED, case.seq)] for a in (query, key, value)]
+        head = head_of(case, chosen)
+        got, want = fast(*first, head), reference(*first, head)
+        error = common.relative_error(got, want)
+        assert error < 0.02, (case, name, error)
+        times = common.time_in_turn(
+            {
+                "select": functools.partial(select, query, key),
+                "attend": functools.partial(fast, query, key, value, chosen),
+                "dense": dense,
+            },
+            repeats=repeats,
+        )
+        select_ms, attend_ms = times["select"].ms, times["attend"].ms
+        yield dataclasses.asdict(case) | {
+            "method": name,
+            "realised": density_of(case, chosen),
+            "select_ms": select_ms,
+            "attend_ms": attend_ms,
+            "attend_iqr_ms": times["attend"].iqr_ms,
+            "dense_ms": times["dense"].ms,
+            "select_to_attend": select_ms / attend_ms,
+            "speedup": times["dense"].ms / (select_ms + attend_ms),
+            "error": error,
+        }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs all cases."""
+    args = common.parse_args(__doc__, repeats=9, quick_repeats=2, argv=argv)
+    cases = QUICK if args.quick else CASES
+    rows = (row for case in cases for row in run(case, args.repeats))
+    notes = [
+        "speedup: of selection and sparse attention together, over dense attention.",
+        "realised: kept of the pairs in sight, after rounding to blocks.",
+    ]
+    env = common.environment(repeats=args.repeats)
+    common.report(args.json, env, rows, notes)
+
+
+if __name__ == "__main__":
+    main()
