@@ -16,7 +16,7 @@ from benchmarks import lm_study
 from benchmarks.lm_study import Method, Plan
 from benchmarks.scanned_decoder import Loss, stacked_axes
 
-BETAS = {"b1": 0.9, "b2": 0.95}
+BETAS: dict[str, Any] = {"b1": 0.9, "b2": 0.95}
 ETA = 1 / 3  # the teacher's share; in AST too, whose loss is 1 CE + 1/2 KL
 
 Losses = Callable[..., Loss]  # (eta=0, temperature=1) -> a loss

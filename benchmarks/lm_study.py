@@ -30,7 +30,8 @@ class Plan(NamedTuple):
     """What a method is built for; all traced."""
 
     num_steps: jax.Array  # int32[]
-    key: jax.Array  # of the seed: of batches, and of what a method draws
+    batch_key: jax.Array  # of the seed, for the batches
+    key: jax.Array  # likewise, for what a method draws
     setting: dict[str, jax.Array]  # float32[], by name: a learning rate, a strength
 
 
@@ -76,7 +77,7 @@ class Trainer:
         self._make, self._draw, self._steps_per_call = make, draw, steps_per_call
         self._begin = jax.jit(self._begin_traced)
         self._end = jax.jit(self._end_traced)
-        self._advance = None  # compiled by the first run
+        self._advance: Any = None  # compiled by the first run
 
     def run(
         self,
@@ -113,9 +114,11 @@ class Trainer:
                 f"`num_steps` must be a multiple of {self._steps_per_call}, the steps "
                 f"of one program; got {num_steps}."
             )
+        batch_key, key = jax.random.split(jax.random.key(seed))
         plan = Plan(
             jnp.asarray(num_steps, jnp.int32),
-            jax.random.key(seed),
+            batch_key,
+            key,
             {name: jnp.asarray(x, jnp.float32) for name, x in setting.items()},
         )
         state = self._begin(weights, plan)
@@ -145,7 +148,7 @@ class Trainer:
         method = self._make(plan)
 
         def step_fn(state, _):
-            batch = self._draw(data, jax.random.fold_in(plan.key, state.step))
+            batch = self._draw(data, jax.random.fold_in(plan.batch_key, state.step))
 
             def loss_fn(params):
                 weights = method.forward(state.opt_state, params)

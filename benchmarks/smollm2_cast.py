@@ -32,8 +32,8 @@ folder, saves the next call the compiling.
 
 A step has 16 x 512 tokens and 8 TFLOP, 11 with a teacher, products in bfloat16; beside
 them it moves about 30 GB: weights, moments, activations and logits. From that, not yet
-measured, 40 to 60 ms are expected of an H100: 25 to 35 s for 600 steps, half of that for
-a run of tuning, 20 to 25 minutes for all 56 runs with compiling; and 15 GB of memory.
+measured, 40 to 60 ms are expected of an H100: 25 to 35 s for 600 steps, half of it to
+tune, 20 to 25 minutes for all 56 runs with compiling; and 15 GB of memory.
 
 Paper: https://arxiv.org/abs/2509.25996.
 """
@@ -174,8 +174,8 @@ def kept_of_four(blocks: Params) -> tuple[jax.Array, jax.Array]:
         jnp.count_nonzero(kernel.reshape(len(kernel), -1, 4, kernel.shape[-1]), axis=2)
         for kernel in kernels
     ]
-    left = sum(jnp.sum(group, dtype=jnp.float32) for group in groups)
     most = jnp.stack([jnp.max(group) for group in groups]).max()
+    left = jnp.stack([jnp.sum(group, dtype=jnp.float32) for group in groups]).sum()
     return most, 1 - left / sum(kernel.size for kernel in kernels)
 
 
@@ -305,7 +305,12 @@ def model_file(args: argparse.Namespace) -> pathlib.Path:
 
 
 def tiny_model() -> models.Decoder:
-    sizes = {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    sizes: dict[str, Any] = {
+        "d_model": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+    }
     config = models.DecoderConfig(vocab_size=32, head_dim=8, d_ff=24, **sizes)
     return models.Decoder(config, rngs=nnx.Rngs(0))
 

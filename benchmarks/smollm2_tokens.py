@@ -65,7 +65,8 @@ def tokenized(model: pathlib.Path, documents: Iterable[Document]) -> dict:
             f"the vocabulary of {model} must have {END} and at most {2**16} tokens; "
             f"got {tokenizer.get_vocab_size()} tokens. Give the file of SmolLM2."
         )
-    parts, counts = {part: [] for part in PARTS}, dict.fromkeys(PARTS, 0)
+    parts: dict[str, list[int]] = {part: [] for part in PARTS}
+    counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, text in sorted(documents, key=lambda found: _digest(found[0])):  # mixed
         part = part_of(name)
         parts[part] += [*tokenizer.encode(text).ids, end]

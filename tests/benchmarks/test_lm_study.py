@@ -76,12 +76,13 @@ def train(make, num_steps=STEPS, **setting):
 def test_dense_training_is_that_of_a_plain_loop():
     trained = train(lm_methods.dense, lr=0.03)
     weights, teacher, data = problem()
+    batch_key = jax.random.split(jax.random.key(3))[0]
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.03, 0.05 * STEPS, STEPS, 0.003)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, 0.9, 0.95))
 
     @jax.jit
     def step_fn(weights, state, step):
-        batch = draw(data, jax.random.fold_in(jax.random.key(3), step))
+        batch = draw(data, jax.random.fold_in(batch_key, step))
         loss, grads = jax.value_and_grad(squared_error)(weights, batch, teacher)
         updates, state = tx.update(grads, state, weights)
         return optax.apply_updates(weights, updates), state, loss
