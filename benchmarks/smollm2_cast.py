@@ -226,7 +226,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         sizes = full_sizes(args, parser)
         model, tokens, origin = read(model_file(args), args.tokens)
-    settings = {"repeats": shared.repeats, **dataclasses.asdict(sizes), **origin}
+    grids = {"dense": DENSE_GRID, "ste": STE_GRID, "cast": CAST_GRID}
+    settings = {
+        "repeats": shared.repeats,
+        **dataclasses.asdict(sizes),
+        **{f"{name}_grid": str(settings) for name, settings in grids.items()},
+        **origin,
+    }
     try:
         ledger = lm_study.Ledger(shared.json, settings, minutes=args.minutes)
     except ValueError as error:
