@@ -142,6 +142,14 @@ def cases() -> list[Case]:
             for name, fn in (("", attention), ("causal, ", causal))
         ),
         Case("listed_attention", ("forward",), listed, listed_operands()),
+        Case(
+            "attention_peaks",
+            ("forward",),
+            functools.partial(
+                sj.ops.attention_peaks, block=64, implementation="mosaic_gpu"
+            ),
+            (array(1, SIDE, 16, 128), array(1, SIDE, 16, 128)),
+        ),
     ]
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparsejax import ops
 from sparsejax.attention._seer import check_sequences
 
 
@@ -18,9 +19,8 @@ def seer_target(
     """Pools the causal attention map to the highest weight of each block.
 
     Equal to softmax, then maximum over blocks `block x block`, then division by the
-    sum of the row. It is computed by one walk over blocks of keys, as FlashAttention
-    computes its statistics: the map of `seq x seq` is never there, one number for each
-    query and block is.
+    sum of the row. It is computed from `sj.ops.attention_peaks`: the map of `seq x seq`
+    is never there, one number for each query and block is.
 
     Args:
       query: rotated queries.
@@ -43,11 +43,11 @@ def seer_target(
       Gao et al., 2024, https://arxiv.org/abs/2410.13276, section 3.2. A maximum, not
       the block's mass.
     """
-    peaks = _peaks(query, key, block)  # [blocks, batch, heads, seq]
-    columns, batch, heads, length = peaks.shape
+    peaks = _peaks(query, key, block)
+    batch, heads, columns, length = peaks.shape
     peaks = jnp.pad(peaks, ((0, 0), (0, 0), (0, 0), (0, columns * block - length)))
-    peaks = peaks.reshape(columns, batch, heads, columns, block).max(axis=-1)
-    peaks = jnp.moveaxis(peaks, 0, -1)
+    peaks = peaks.reshape(batch, heads, columns, columns, block).max(axis=-1)
+    peaks = peaks.swapaxes(2, 3)
     return peaks / peaks.sum(axis=-1, keepdims=True)
 
 
@@ -77,9 +77,9 @@ def seer_decode_target(
       Gao et al., 2025, https://arxiv.org/abs/2506.08889 (SeerAttention-R).
     """
     peaks = _peaks(query, key, block)
-    columns, batch, _, length = peaks.shape
-    peaks = peaks.reshape(columns, batch, key.shape[2], -1, length).max(axis=3)
-    peaks = jnp.moveaxis(peaks, 0, -1)
+    batch, _, columns, length = peaks.shape
+    peaks = peaks.reshape(batch, key.shape[2], -1, columns, length).max(axis=2)
+    peaks = peaks.swapaxes(2, 3)
     own = jnp.arange(length)[:, None] // block
     peaks = jnp.where(jnp.arange(columns) < own, peaks, 0)
     return peaks / (peaks.sum(axis=-1, keepdims=True) + 1e-9)
@@ -140,32 +140,5 @@ def seer_loss(
 
 
 def _peaks(query: jax.Array, key: jax.Array, block: int) -> jax.Array:
-    """The highest weight of each query in each block, `[blocks, batch, heads, seq]`."""
     check_sequences(query, key, block)
-    query, key = jax.lax.stop_gradient((query, key))
-    batch, length, heads, dim = query.shape
-    columns = -(-length // block)
-    key = jnp.pad(key, ((0, 0), (0, columns * block - length), (0, 0), (0, 0)))
-    key = jnp.moveaxis(key.reshape(batch, columns, block, -1, dim), 1, 0)
-    query = query.reshape(batch, length, key.shape[3], -1, dim)
-    positions = jnp.arange(length)[:, None]
-
-    def step(carry, of_block):
-        top, total = carry
-        keys, column = of_block
-        scores = jnp.einsum(
-            "bqhgd,bkhd->bhgqk", query, keys, preferred_element_type=jnp.float32
-        )
-        seen = column * block + jnp.arange(block) <= positions
-        scores = jnp.where(seen, scores * dim**-0.5, -jnp.inf)
-        highest = scores.max(axis=-1)
-        new_top = jnp.maximum(top, highest)
-        powers = jnp.exp(scores - new_top[..., None]).sum(axis=-1)
-        return (new_top, total * jnp.exp(top - new_top) + powers), highest
-
-    empty = jnp.zeros((batch, key.shape[3], heads // key.shape[3], length))
-    (top, total), highest = jax.lax.scan(
-        step, (empty - jnp.inf, empty), (key, jnp.arange(columns))
-    )
-    peaks = jnp.exp(highest - top) / total
-    return peaks.reshape(columns, batch, heads, length)
+    return ops.attention_peaks(query, key, block=block)

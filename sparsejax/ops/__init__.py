@@ -4,6 +4,7 @@ from sparsejax.ops._platform import Implementation as Implementation
 from sparsejax.ops.active_ffn import active_ffn as active_ffn
 from sparsejax.ops.active_ffn import active_indices as active_indices
 from sparsejax.ops.active_ffn import has_active_ffn_kernel as has_active_ffn_kernel
+from sparsejax.ops.block_attention import attention_peaks as attention_peaks
 from sparsejax.ops.block_attention import block_attention as block_attention
 from sparsejax.ops.block_attention import listed_attention as listed_attention
 from sparsejax.ops.block_attention import merge_attention as merge_attention

@@ -47,6 +47,17 @@ def unsupported_reason(q, k, v, block_mask, rules, bias) -> str | None:
       The reason, or None.
     """
     del v, rules, bias
+    height, width = block_mask.block_shape
+    if height % TILE or width % TILE:
+        return (
+            f"the sides of a block must be multiples of {TILE}; got "
+            f"{block_mask.block_shape}"
+        )
+    return unsupported_operands(q, k)
+
+
+def unsupported_operands(q, k) -> str | None:
+    """Why no kernel here can take these queries and keys; None if some can."""
     if q.dtype not in _DTYPES:
         return (
             "`q`, `k` and `v` must be bfloat16 or float16, which the tensor cores "
@@ -54,12 +65,6 @@ def unsupported_reason(q, k, v, block_mask, rules, bias) -> str | None:
         )
     if q.shape[-1] not in _HEAD_DIMS:
         return f"`head_dim` must be one of {_HEAD_DIMS}; got {q.shape[-1]}"
-    height, width = block_mask.block_shape
-    if height % TILE or width % TILE:
-        return (
-            f"the sides of a block must be multiples of {TILE}; got "
-            f"{block_mask.block_shape}"
-        )
     if not q.size or not k.size:
         return f"there must be queries and keys; got {q.shape} and {k.shape}"
     return None
