@@ -16,8 +16,8 @@ query see (prefill), or of the keys in the cache (decode), after rounding to blo
 pages; `mass` the share of the dense weights on what is kept, given the same queries and
 keys. PSA counts a key of level h as 1/h, and what it reads pooled as kept. Times are of
 one layer, one sequence: `attend_ms` is of the attention alone; `select_ms` of decode is
-of a call, which SnapKV needs once a prompt, and Quest's builds all its bounds anew,
-where a decoder keeps them up.
+of a call, which SnapKV needs once a prompt; Quest's builds all its bounds and Double
+Sparsity's all its labels anew, where a decoder keeps them up.
 
     python -m benchmarks.sparse_frontier --length 512 --json PATH
 
@@ -66,6 +66,10 @@ class Sweep:
         self.tokens = np.concatenate(drawn)
         first = jnp.asarray(drawn[1][:1])
         positions = jnp.arange(recipe.length)[None]
+        others = np.concatenate(
+            [tasks.draw(name, recipe.length, 1, (2,)) for name in tasks.TASKS]
+        )
+        self.channels = nnx.jit(sparse_walks.calibrate)(model, jnp.asarray(others))
         local, block, *_ = model.blocks
         self.seen, self.value = sparse_walks.look(
             cast(nn.SeerAttention, block.attention),
@@ -77,7 +81,10 @@ class Sweep:
         self, phase: str, method: str, select: Any, density: float
     ) -> dict[str, Any]:
         """Accuracies, realised density, recalled mass and times."""
-        walk = {"prefill": sparse_walks.prefill, "decode": sparse_walks.decode}[phase]
+        walk = {
+            "prefill": sparse_walks.prefill,
+            "decode": functools.partial(sparse_walks.decode, channels=self.channels),
+        }[phase]
 
         @jax.jit
         def every(state, tokens):
@@ -120,7 +127,9 @@ class Sweep:
 
         def choose(arrays):
             asked, query, key = arrays
-            cached = sparse_selectors.Cached(asked, query, key, prompt, length)
+            cached = sparse_selectors.Cached(
+                asked, query, key, prompt, length, self.channels[1]
+            )
             return select(cached, density)
 
         choose, arrays = jax.jit(choose), (asked, query[:, -1:], key)

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import attention
+from sparsejax.attention import LabelChannels
 from sparsejax.formats import BlockMask, KeyLists
 
 SINK, LOCAL = 4, 8  # first and last keys that are always kept, where a method does
 WINDOW = 32  # last queries that are asked
 PSA_LEVELS = (1, 2, 4)
+LABEL = 4  # a head's channels over those of a label of Double Sparsity
 
 
 class Seen(NamedTuple):
@@ -71,6 +73,7 @@ class Cached(NamedTuple):
       key: cache of rotated keys, `[batch, room, kv_heads, head_dim]`.
       prompt: static, how many of them are the prompt's.
       length: how many there are.
+      channels: of this layer's labels, found on other sequences.
     """
 
     asked: jax.Array
@@ -78,6 +81,7 @@ class Cached(NamedTuple):
     key: jax.Array
     prompt: int
     length: jax.Array
+    channels: LabelChannels
 
 
 def topk_blocks(seen: Seen, density: float) -> BlockMask:
@@ -175,6 +179,15 @@ def quest(cached: Cached, density: float, page_size: int = 16) -> KeyLists:
     return attention.quest(cached.query, bounds, num_kept=num_kept)
 
 
+def double_sparsity(cached: Cached, density: float) -> KeyLists:
+    labels = attention.key_labels(cached.key, cached.channels, cached.length)
+    room = cached.key.shape[1]
+    num_kept = min(max(round(density * room), SINK + LOCAL), room)
+    return attention.double_sparsity(
+        cached.query, labels, num_kept=num_kept, sink=SINK, local=LOCAL
+    )
+
+
 def evicted(
     select: Callable[..., KeyLists], cached: Cached, density: float
 ) -> KeyLists:
@@ -221,6 +234,7 @@ DECODE: Mapping[str, Callable[[Cached, float], KeyLists]] = {
     "snapkv": functools.partial(evicted, attention.snapkv),
     "ada_snapkv": functools.partial(evicted, attention.ada_snapkv),
     "quest": quest,
+    "double_sparsity": double_sparsity,
 }
 
 

@@ -74,8 +74,25 @@ def prefill(model: models.Decoder, tokens, select, density):
     return logits.argmax(-1), *jnp.asarray(found).mean(0)
 
 
-def decode(model: models.Decoder, tokens, select, density):
-    """As `prefill`, with a dense prompt and an answer that is read by listed keys."""
+def calibrate(model: models.Decoder, tokens) -> list[attention.LabelChannels]:
+    """The channels of each layer's labels, by its queries and keys of these tokens."""
+    x = model.embed(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    channels = []
+    for block in model.blocks:
+        query, key, _ = block.attention.project(block.attention_norm(x), positions)
+        scores = attention.channel_scores(query, key)
+        size = query.shape[-1] // sparse_selectors.LABEL
+        channels.append(attention.select_channels(scores, num_channels=size))
+        x = block(x, positions)
+    return channels
+
+
+def decode(model: models.Decoder, tokens, select, density, channels):
+    """As `prefill`, with a dense prompt and an answer that is read by listed keys.
+
+    `channels` are of `calibrate`.
+    """
     prompt = tokens.shape[1] - tasks.ANSWER
     window = sparse_selectors.WINDOW
     x = model.embed(tokens[:, :prompt])
@@ -95,7 +112,8 @@ def decode(model: models.Decoder, tokens, select, density):
         token = jax.lax.dynamic_slice_in_dim(tokens, at, 1, axis=1)
         x, position = model.embed(token), jnp.broadcast_to(at, token.shape)
         new, found = [], []
-        for block, (asked, keys, values) in zip(model.blocks, caches, strict=True):
+        layers = zip(model.blocks, caches, channels, strict=True)
+        for block, (asked, keys, values), labels in layers:
             q, k, v = block.attention.project(block.attention_norm(x), position)
             keys = jax.lax.dynamic_update_slice_in_dim(keys, k, at, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(values, v, at, axis=1)
@@ -104,7 +122,7 @@ def decode(model: models.Decoder, tokens, select, density):
                 valid = (ats <= at) & (ats > at - window_of)
                 y, _ = block.attention.attend(q, keys, values, valid[None, None, None])
             else:
-                cached = sparse_selectors.Cached(asked, q, keys, prompt, at + 1)
+                cached = sparse_selectors.Cached(asked, q, keys, prompt, at + 1, labels)
                 lists = select(cached, density)
                 y = ops.listed_attention(q, keys, values, lists, at + 1)
                 mass = listed_mass(q, keys, lists, at + 1)

@@ -17,6 +17,7 @@ from benchmarks import (
     sparse_walks,
 )
 from benchmarks import long_context_tasks as tasks
+from sparsejax import attention
 from sparsejax.formats import BlockMask, KeyLists
 
 LENGTHS = (64, 200, 512)
@@ -111,7 +112,10 @@ def test_selectors_accept_every_density(length, block):
     def of_decode(select, density) -> Any:
         def choose(asked, query, key):
             prompt = length - tasks.ANSWER
-            now = sparse_selectors.Cached(asked, query, key, prompt, jnp.int32(length))
+            channels = attention.select_channels(jnp.ones((2, 2, 8)), num_channels=2)
+            now = sparse_selectors.Cached(
+                asked, query, key, prompt, jnp.int32(length), channels
+            )
             return select(now, density)
 
         return jax.eval_shape(choose, *cached)
@@ -153,12 +157,17 @@ def test_all_keys_give_what_the_model_gives():
         blocks = sparse_walks.prefill(
             model, tokens, sparse_selectors.topk_blocks, density=1.0
         )
-        listed = sparse_walks.decode(model, tokens, sparse_selectors.quest, density=1.0)
+        channels = sparse_walks.calibrate(model, tokens)
+        listed = [
+            sparse_walks.decode(model, tokens, select, 1.0, channels)
+            for select in (sparse_selectors.quest, sparse_selectors.double_sparsity)
+        ]
         return model(tokens).argmax(-1), blocks, listed
 
     wanted, blocks, listed = every(state, tokens)
     wanted = wanted[:, -tasks.ANSWER - 1 : -1]
     np.testing.assert_array_equal(blocks[0], wanted)
-    np.testing.assert_array_equal(listed[0][:, 1:], wanted[:, 1:])
-    for _, density, mass in (blocks, listed):
+    for predicted, *_ in listed:
+        np.testing.assert_array_equal(predicted[:, 1:], wanted[:, 1:])
+    for _, density, mass in (blocks, *listed):
         np.testing.assert_allclose([density, mass], 1, rtol=1e-5)
