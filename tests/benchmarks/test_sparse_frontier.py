@@ -20,6 +20,7 @@ from benchmarks import long_context_tasks as tasks
 from sparsejax import attention
 from sparsejax.formats import BlockMask, KeyLists
 
+pytestmark = pytest.mark.once
 LENGTHS = (64, 200, 512)
 
 

@@ -122,6 +122,7 @@ def test_every_method_runs(tmp_path, text, method, options, sparsity):
         assert steps[-1]["sparsity"] == pytest.approx(sparsity)
 
 
+@pytest.mark.once
 def test_resume_reads_and_repeats_the_table(tmp_path, text):
     rows = run(tmp_path, text, "--method", "sr_ste")
     assert run(tmp_path, text, "--method", "sr_ste", "--resume") == rows
@@ -134,6 +135,7 @@ def refused(capsys, *arguments) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_bad_input_is_named_before_anything_is_written(tmp_path, text, capsys):
     runs = ("--runs", tmp_path / "runs", *TINY)
     short = tmp_path / "short.txt"
@@ -181,6 +183,7 @@ def test_a_run_is_never_overwritten(tmp_path, text, capsys):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.once
 def test_spark_layers(tmp_path, text, capsys):
     """Densities are logged, printed and drawn, and a bad one is named."""
     spark = ("--method", "dense", "--ffn", "spark", "--attention", "spark")
