@@ -39,6 +39,7 @@ from sparsejax.attention._psa_levels import mass_levels as mass_levels
 from sparsejax.attention._psa_levels import pyramid_full_blocks as pyramid_full_blocks
 from sparsejax.attention._psa_levels import quota_levels as quota_levels
 from sparsejax.attention._psa_levels import sampled_importance as sampled_importance
+from sparsejax.attention._psa_similarity import similarity_cap as similarity_cap
 from sparsejax.attention._quest import PageBounds as PageBounds
 from sparsejax.attention._quest import append_key as append_key
 from sparsejax.attention._quest import page_bounds as page_bounds

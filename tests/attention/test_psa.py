@@ -287,6 +287,49 @@ quota_levels = jax.jit(attention.quota_levels, static_argnames="bounds")
 mass_levels = jax.jit(attention.mass_levels, static_argnames=("bounds", "min_full"))
 
 
+def cap_oracle(key, block, thresholds):
+    batch, length, heads, _ = key.shape
+    caps = np.ones((batch, heads, -(-length // block)), int)
+    for b, head, column in np.ndindex(caps.shape):
+        for level, least in thresholds:
+            cosines = []
+            for first in range(column * block, (column + 1) * block, level):
+                if first + level <= length:
+                    one, other = key[b, first, head], key[b, first + level - 1, head]
+                    norms = np.linalg.norm(one) * np.linalg.norm(other)
+                    cosines.append(one @ other / norms if norms else 0.0)
+            if cosines and np.mean(cosines) > least:
+                caps[b, head, column] = level
+    return caps
+
+
+class SimilarityTest(parameterized.TestCase):
+    @parameterized.parameters((64, 16), (50, 16), (41, 8))
+    def test_matches_loops(self, length, block):
+        rng = np.random.default_rng(length)
+        # a walk, slow at first: its neighbours are more alike than those further on
+        step = np.linspace(0.1, 1.5, length)[:, None, None]
+        key = np.cumsum(rng.normal(size=(2, length, 3, 4)) * step, axis=1)
+        key[0, -3:] = 0
+        thresholds = ((2, 0.75), (4, 0.7), (8, 0.5))
+        got = jax.jit(
+            functools.partial(
+                attention.similarity_cap, block=block, thresholds=thresholds
+            )
+        )(jnp.asarray(key, jnp.float32))
+        want = cap_oracle(key, block, thresholds)
+        assert len(np.unique(want)) > 2
+        np.testing.assert_array_equal(got, want)
+
+    def test_caps_levels_and_keeps_what_is_dropped(self):
+        key = jnp.ones((1, 16, 1, 4)).at[:, 9::2].set(-1.0)
+        cap = attention.similarity_cap(key, block=8, thresholds=((2, 0.9), (4, 0.9)))
+        np.testing.assert_array_equal(cap, [[[4, 1]]])
+        level_map = jnp.array([[[[8, 4], [2, 0]]]])
+        capped = jnp.minimum(level_map, cap[:, :, None])
+        np.testing.assert_array_equal(capped, [[[[4, 1], [2, 0]]]])
+
+
 class LevelsTest(parameterized.TestCase):
     def importance(self, hidden=True, columns=30):
         rng = np.random.default_rng(0)
@@ -417,6 +460,21 @@ def test_bad_input_is_named():
         (ValueError, attend(levels=(2, 4)), r"must have 1.*got \(2, 4\)"),
         (ValueError, attend(np.ones((1, 3, 5, 3), int)), "leading axes"),
         (ValueError, lambda: attention.kv_pyramid(k, block=64), "got 64"),
+        (
+            ValueError,
+            lambda: attention.similarity_cap(k, block=16, thresholds=((3, 0.5),)),
+            "divide the 16 keys of a block; got 3",
+        ),
+        (
+            ValueError,
+            lambda: attention.similarity_cap(k, block=16, thresholds=((1, 0.5),)),
+            "levels above 1",
+        ),
+        (
+            ValueError,
+            lambda: attention.similarity_cap(k, block=64),
+            r"`block` must be in \[1, 40\]",
+        ),
         (ValueError, lambda: attention.kv_pyramid(k, block=4), "the 4 keys.*got 8"),
         (
             ValueError,
