@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common, sparse_selectors
+from benchmarks import common, sparse_selectors, sparse_walks
 from benchmarks.sparse_selectors import Seen
-from sparsejax import attention, ops
+from sparsejax import attention
 from sparsejax.formats import BlockMask
 
 CHECKED = 1024  # first tokens, compared with the reference
@@ -72,56 +72,10 @@ def selector(case: Case, name: str) -> Callable[[jax.Array, jax.Array], Any]:
             )
             seen = seen._replace(gate=scores)
         if name == "psa":
-            return levels(case, query, key)
+            return sparse_selectors.psa(seen, case.density, width=case.psa_width)
         return getattr(sparse_selectors, name)(seen, case.density)
 
     return select
-
-
-def levels(case: Case, query: jax.Array, key: jax.Array) -> jax.Array:
-    """Half of the density at level 1, a quarter each at 2 and 4."""
-    density = case.density
-    importance = attention.antidiagonal_importance(
-        query,
-        key,
-        stride=min(16, case.block),
-        block_shape=(case.block, case.psa_width),
-        causal=True,
-    )
-    shares = (density / 2, density, min(1.0, 2 * density))
-    bounds = tuple(zip(sparse_selectors.PSA_LEVELS, shares, strict=True))
-    return attention.quota_levels(importance, bounds=bounds)
-
-
-def attend(case: Case, implementation: str | None) -> Callable[..., jax.Array]:
-    """Attention to what was chosen."""
-
-    def run(query, key, value, chosen):
-        options = {"causal": True, "implementation": implementation}
-        if isinstance(chosen, BlockMask):
-            return ops.block_attention(query, key, value, chosen, **options)
-        return attention.pyramid_attention(
-            query,
-            key,
-            value,
-            chosen,
-            block_shape=(case.block, case.psa_width),
-            levels=sparse_selectors.PSA_LEVELS,
-            **options,
-        )
-
-    return run
-
-
-def density_of(case: Case, chosen: Any) -> float:
-    """The share of the pairs in sight that are read; a pooled key is one."""
-    if isinstance(chosen, BlockMask):
-        return float(jnp.mean(attention.pair_density(chosen, case.seq)))
-    # a block that is cut through counts whole, as it is computed
-    first_key = case.psa_width * jnp.arange(case.seq // case.psa_width)
-    last_query = case.block * (1 + jnp.arange(case.seq // case.block)) - 1
-    seen = jnp.mean(first_key <= last_query[:, None])
-    return float(jnp.mean(attention.level_density(chosen)) / seen)
 
 
 def head_of(case: Case, chosen: Any) -> Any:
@@ -153,8 +107,12 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
         key,
         value,
     )
-    fast = jax.jit(attend(case, common.KERNELS.get(jax.default_backend())))
-    reference = jax.jit(attend(case, "reference"))
+    read = functools.partial(
+        sparse_walks.attend, block_shape=(case.block, case.psa_width)
+    )
+    kernel = common.KERNELS.get(jax.default_backend())
+    fast = jax.jit(functools.partial(read, implementation=kernel))
+    reference = jax.jit(functools.partial(read, implementation="reference"))
     for name in NAMES:
         select = jax.jit(selector(case, name))
         chosen = select(query, key)
@@ -174,7 +132,11 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
         select_ms, attend_ms = times["select"].ms, times["attend"].ms
         yield dataclasses.asdict(case) | {
             "method": name,
-            "realised": density_of(case, chosen),
+            "realised": float(
+                sparse_walks.density(
+                    chosen, case.seq, block_shape=(case.block, case.psa_width)
+                )
+            ),
             "select_ms": select_ms,
             "attend_ms": attend_ms,
             "attend_iqr_ms": times["attend"].iqr_ms,

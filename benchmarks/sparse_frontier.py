@@ -114,7 +114,7 @@ class Sweep:
         }
 
     def _prefill_times(self, select, density) -> dict[str, float]:
-        read = functools.partial(sparse_walks.attend, block=self.recipe.block)
+        read = functools.partial(sparse_walks.attend, block_shape=self.seen.shape)
         choose = jax.jit(lambda seen: select(seen, density))
         operands = (self.seen.query, self.seen.key, self.value, choose(self.seen))
         return self._times(choose, self.seen, read, operands)

@@ -153,22 +153,27 @@ def random(seen: Seen, density: float) -> BlockMask:
     return seer(seen._replace(gate=_in_sight(draw)), density)
 
 
-def psa(seen: Seen, density: float) -> jax.Array:
-    """Half of the density at level 1, a quarter at 2, a quarter at 4: levels."""
+def psa(seen: Seen, density: float, width: int | None = None) -> jax.Array:
+    """Half of the density at level 1, a quarter at 2, a quarter at 4: levels.
+
+    Blocks of keys are as those of queries unless `width` says how many keys they have.
+    """
+    width = width or seen.side
     importance = attention.antidiagonal_importance(
         seen.query,
         seen.key,
         stride=min(16, seen.side),
-        block_shape=seen.shape,
+        block_shape=(seen.side, width),
         causal=True,
     )
     shares = (
         (density / 2, density, min(1.0, 2 * density)) if density < 1 else (1.0,) * 3
     )
+    last_query = seen.side * (1 + jnp.arange(seen.num_blocks)[:, None]) - 1
     return attention.quota_levels(
         importance,
         bounds=tuple(zip(PSA_LEVELS, shares, strict=True)),
-        full=jnp.eye(seen.num_blocks, dtype=jnp.bool_),
+        full=jnp.arange(importance.shape[-1]) == last_query // width,
     )
 
 

@@ -1,6 +1,7 @@
 """A trained decoder whose layers, but for the local one, read what a selector keeps."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,38 +13,55 @@ from sparsejax import attention, formats, models, nn, ops
 Selection = formats.BlockMask | jax.Array  # a mask, or PSA's levels
 
 
-def attend(query, key, value, selection: Selection, block: int) -> jax.Array:
+def attend(
+    query,
+    key,
+    value,
+    selection: Selection,
+    *,
+    block_shape: tuple[int, int],
+    implementation: ops.Implementation | None = None,
+) -> jax.Array:
     """Causal attention to what is selected."""
+    options: dict[str, Any] = {"causal": True, "implementation": implementation}
     if isinstance(selection, formats.BlockMask):
-        return ops.block_attention(query, key, value, selection, causal=True)
+        return ops.block_attention(query, key, value, selection, **options)
     return attention.pyramid_attention(
         query,
         key,
         value,
         selection,
-        block_shape=(block, block),
+        block_shape=block_shape,
         levels=sparse_selectors.PSA_LEVELS,
-        causal=True,
+        **options,
     )
+
+
+def density(
+    selection: Selection, num_queries: int, *, block_shape: tuple[int, int]
+) -> jax.Array:
+    """The share of the pairs in sight that is read; of pooled keys one is one."""
+    cost = {1: selection}
+    if not isinstance(selection, formats.BlockMask):
+        cost = {
+            h: formats.BlockMask.from_blocks(selection == h, block_shape)
+            for h in sparse_selectors.PSA_LEVELS
+        }
+    shares = (
+        attention.pair_density(mask, num_queries).mean() / h for h, mask in cost.items()
+    )
+    return sum(shares, jnp.zeros(()))
 
 
 def measure(query, key, selection: Selection, block: int) -> jax.Array:
     """Realised density and recalled mass `[2]`, means over batch, heads and queries."""
-    shape, length = (block, block), query.shape[1]
-    if isinstance(selection, formats.BlockMask):
-        kept, cost = selection, {1: selection}
-    else:
+    shape, kept = (block, block), selection
+    if not isinstance(selection, formats.BlockMask):
         kept = formats.BlockMask.from_blocks(selection > 0, shape)
-        cost = {
-            h: formats.BlockMask.from_blocks(selection == h, shape)
-            for h in sparse_selectors.PSA_LEVELS
-        }
-    density = jnp.zeros(())
-    for h, mask in cost.items():
-        density += attention.pair_density(mask, length).mean() / h
     read = functools.partial(ops.block_attention, causal=True, with_lse=True)
     (_, every), (_, some) = read(query, key, key), read(query, key, key, kept)
-    return jnp.stack([density, jnp.exp(some - every).mean()])
+    realised = density(selection, query.shape[1], block_shape=shape)
+    return jnp.stack([realised, jnp.exp(some - every).mean()])
 
 
 def look(
@@ -66,7 +84,7 @@ def prefill(model: models.Decoder, tokens, select, density):
             continue
         seen, value = look(layer, block.attention_norm(x), positions)
         selection = select(seen, density)
-        y = attend(seen.query, seen.key, value, selection, layer.block)
+        y = attend(seen.query, seen.key, value, selection, block_shape=seen.shape)
         found.append(measure(seen.query, seen.key, selection, layer.block))
         x = x + layer.combine(y)
         x = x + block.ffn(block.ffn_norm(x))

@@ -48,12 +48,7 @@ def kv_pyramid(
       [1.5 4.5]
     """
     batch, length, *rest = x.shape
-    check_levels(levels, block)
-    if not 1 <= block <= length:
-        raise ValueError(
-            f"`block` must be in [1, {length}], the length of the sequence; got "
-            f"{block}. Choose smaller blocks, or attend to all of it."
-        )
+    check_levels(levels, block, length)
     whole = -(-length // block) * block
     padded = jnp.pad(x, ((0, 0), (0, whole - length), (0, 0), (0, 0)))
 
@@ -162,14 +157,22 @@ def pyramid_attention(
     return (out, lse) if with_lse else out
 
 
-def check_levels(levels: Sequence[int], width: int) -> None:
-    """Raises if a level is below 1 or does not divide the keys of a block."""
+def check_levels(levels: Sequence[int], width: int, length: int | None = None) -> None:
+    """Raises if a level is below 1 or does not divide the keys of a block.
+
+    With `length`, the keys that there are, also if no block has so many.
+    """
     for h in levels:
         if h < 1 or width % h:
             raise ValueError(
                 f"each of `levels` must be at least 1 and divide the {width} keys of a "
                 f"block; got {h}. Leave it out or choose other blocks."
             )
+    if length is not None and not 1 <= width <= length:
+        raise ValueError(
+            f"`block` must be in [1, {length}], the length of the sequence; got "
+            f"{width}. Choose smaller blocks, or attend to all of it."
+        )
 
 
 def _in_sight(

@@ -49,13 +49,8 @@ def similarity_cap(
       PSA, 2025, https://arxiv.org/abs/2512.04025: an option of the released code.
     """
     levels = [level for level, _ in thresholds]
-    check_levels(levels, block)
     batch, length, heads, dim = key.shape
-    if not 1 <= block <= length:
-        raise ValueError(
-            f"`block` must be in [1, {length}], the length of the sequence; got "
-            f"{block}. Choose smaller blocks, or attend to all of it."
-        )
+    check_levels(levels, block, length)
     if min(levels, default=2) < 2:
         raise ValueError(f"`thresholds` must be of levels above 1; got {thresholds}.")
     key = jax.lax.stop_gradient(key).astype(jnp.float32)

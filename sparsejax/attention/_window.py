@@ -15,10 +15,7 @@ from jaxtyping import Array, Bool, Float
 from sparsejax import activations
 from sparsejax.attention import _blocks
 from sparsejax.attention._spark import scaled_scores
-from sparsejax.formats import BlockMask
-
-# Pairs that a GPU compares in the time of starting a program or two.
-_FEW_PAIRS = 2**24
+from sparsejax.formats import BlockMask, count_if_few
 
 
 def window_weights(
@@ -64,11 +61,12 @@ def keep_highest(
     traced, which costs a sort where rows are long. A NaN ranks below every number.
     """
     ranked = jnp.where(always, jnp.inf, scores)
-    sort = functools.partial(_keep_by_sorting, num_kept=num_kept)
-    if ranked.size * ranked.shape[-1] > _FEW_PAIRS:
-        return sort(ranked)
-    count = functools.partial(_keep_by_counting, num_kept=num_kept)
-    return jax.lax.platform_dependent(ranked, cuda=count, default=sort)
+    return count_if_few(
+        ranked,
+        ranked.size * ranked.shape[-1],
+        count=functools.partial(_keep_by_counting, num_kept=num_kept),
+        otherwise=functools.partial(_keep_by_sorting, num_kept=num_kept),
+    )
 
 
 def _keep_by_sorting(ranked: jax.Array, num_kept: int | jax.Array) -> jax.Array:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.formats._pairs import count_if_few
+
 Capacity: TypeAlias = int | tuple[int | None, int | None] | None
 """Room for kept blocks: `(in a block row, in a block column)`, one number for a block
 row alone, None for all."""
@@ -261,10 +263,6 @@ class BlockMask:
         return dataclasses.replace(made, overflowed=overflowed)
 
 
-# Pairs that a GPU compares in the time of starting a program or two.
-_FEW_PAIRS = 2**24
-
-
 def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
     """The lengths of the lists of a row and of a column."""
     rows, columns = blocks
@@ -286,12 +284,12 @@ def _lists(kept: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
     """Counts and ascending indices of the True entries along the last axis."""
     *lead, size = kept.shape
     rows = kept.reshape(math.prod(lead), size)
-    make = functools.partial(_lists_by_scatter, room=room)
-    if len(rows) * size * max(size, room) <= _FEW_PAIRS:
-        count = functools.partial(_lists_by_counting, room=room)
-        lists = jax.lax.platform_dependent(rows, cuda=count, default=make)
-    else:
-        lists = make(rows)
+    lists = count_if_few(
+        rows,
+        len(rows) * size * max(size, room),
+        count=functools.partial(_lists_by_counting, room=room),
+        otherwise=functools.partial(_lists_by_scatter, room=room),
+    )
     num = jnp.sum(rows, axis=-1, dtype=jnp.int32)
     return num.reshape(lead), lists.reshape(*lead, room)
 

@@ -8,6 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsejax.ops._warpgroups import COMPUTING, launch, smem
 from sparsejax.ops.block_attention import _mosaic_gpu_backward
 from sparsejax.ops.block_attention._gradients import Kernels, Lists, differentiable
+from sparsejax.ops.block_attention._rules import LOWEST
 from sparsejax.ops.block_attention._walk import (
     LOG2_E,
     ROWS,
@@ -28,7 +29,6 @@ from sparsejax.ops.block_attention._walk import (
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _HEAD_DIMS = (64, 128)
-_LOWEST = -1e30  # in place of -inf, of which differences are NaN
 
 
 def unsupported_reason(q, k, v, block_mask, rules, bias) -> str | None:
@@ -130,7 +130,7 @@ def forward(
                     tile_shape,
                     queries_along=0,
                 )
-                scores = jnp.where(seen, scores, _LOWEST)
+                scores = jnp.where(seen, scores, LOWEST)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
             shrink = jnp.exp2(top - new_top)
             powers = jnp.exp2(scores * factor - spread(new_top, tile_shape))
@@ -148,7 +148,7 @@ def forward(
         pl.when(warpgroup == 1)(turn)
         start = (
             constant(0.0, (ROWS, dim)),
-            constant(_LOWEST, (ROWS,)),
+            constant(LOWEST, (ROWS,)),
             constant(0.0, (ROWS,)),
         )
         carry, _ = walk(refs, lead, here.row, by_query.substeps, visit, start)

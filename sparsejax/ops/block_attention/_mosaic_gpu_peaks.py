@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax.ops._warpgroups import COMPUTING, launch, smem
 from sparsejax.ops.block_attention import _mosaic_gpu
+from sparsejax.ops.block_attention._rules import LOWEST
 from sparsejax.ops.block_attention._walk import (
     LOG2_E,
     ROWS,
@@ -28,7 +29,6 @@ from sparsejax.ops.block_attention._walk import (
 )
 
 _STAGES = 4
-_LOWEST = -1e30  # finite, so that differences are numbers
 
 
 def unsupported_reason(q: jax.Array, k: jax.Array, *, block: int) -> str | None:
@@ -113,7 +113,7 @@ def attention_peaks(
                     layout=plgpu.Layout.WGMMA,
                 )
                 seen = i * columns + iota(1) <= first_query + iota(0)
-                scores = jnp.where(seen, scores, _LOWEST)
+                scores = jnp.where(seen, scores, LOWEST)
             highest = jnp.max(scores, axis=1) * to_log2
             write(highest, refs["highest"].at[at, head, i, queries])
             new_top = jnp.maximum(top, highest)
@@ -122,7 +122,7 @@ def attention_peaks(
             return new_top, total
 
         # the first tile has a key for every query, so that a sum of 0 is never left
-        carry = constant(_LOWEST, (ROWS,)), constant(0.0, (ROWS,))
+        carry = constant(LOWEST, (ROWS,)), constant(0.0, (ROWS,))
         whole, stop = row * (TILE // columns), (row + 1) * (TILE // columns)
         kinds = [functools.partial(visit, partial=partial) for partial in (False, True)]
         carry = jax.lax.fori_loop(0, whole, kinds[0], carry)

@@ -14,11 +14,11 @@ from sparsejax.ops.block_attention._pallas_tpu_walk import (
     launch,
     max_steps,
 )
+from sparsejax.ops.block_attention._rules import LOWEST
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
 _MAX_WORDS = 3 * 2**16  # of 32 bits: 3/4 of the scalar memory of TPU v4 on
 _VMEM_BYTES = 12 * 2**20  # of the 16 MiB that a kernel is given where least
-_LOWEST = -1e30  # in place of -inf, of which differences are NaN
 
 
 def unsupported_reason(q, k, v, block_mask, rules, bias) -> str | None:
@@ -96,7 +96,7 @@ def forward(
     def visit(refs, bias, seen):
         scores = _scores(refs, scale, bias)
         if seen is not None:
-            scores = jnp.where(seen, scores, _LOWEST)
+            scores = jnp.where(seen, scores, LOWEST)
         top = jnp.maximum(refs["top"][...], jnp.max(scores, axis=0, keepdims=True))
         shrink = jnp.exp(refs["top"][...] - top)
         powers = jnp.exp(scores - top)
@@ -124,7 +124,7 @@ def forward(
         {"q": q, "k": k, "v": v},
         {"out": jax.ShapeDtypeStruct(q.shape, q.dtype), "lse": per_query},
         {
-            "top": ((1, height), _LOWEST),
+            "top": ((1, height), LOWEST),
             "total": ((1, height), 0.0),
             "sum": ((dim, height), 0.0),
         },

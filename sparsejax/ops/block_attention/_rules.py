@@ -13,6 +13,9 @@ import jax.numpy as jnp
 
 from sparsejax.formats import BlockMask
 
+# The score of a pair that is not seen: in place of -inf, of which differences are NaN.
+LOWEST = -1e30
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
