@@ -5,6 +5,7 @@ All clip the gradient of the loss to norm 1, have the betas below and the schedu
 `rule` says what is pruned: `pattern` and `stacked`, as methods and `sj.prune` take it.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,16 +24,25 @@ Losses = Callable[..., Loss]  # (eta=0, temperature=1) -> a loss
 Rule = Mapping[str, Any]
 
 
+def plain(losses: Losses, plan: Plan) -> Method:
+    """Adam alone; nothing is pruned."""
+
+    def as_they_are(opt_state, params):
+        del opt_state
+        return params
+
+    tx = _clipped(_adam(plan))
+    return Method(tx, losses(), forward=as_they_are, finish=as_they_are)
+
+
 def dense(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
     """Adam; its prune at the end is magnitude pruning in one shot."""
-    return Method(
-        _clipped(_adam(plan)),
-        losses(),
-        forward=lambda opt_state, params: params,
-        finish=lambda opt_state, params: sj.apply_masks(
-            params, sj.prune(params, **rule)
-        ),
-    )
+
+    def finish(opt_state, params):
+        del opt_state
+        return sj.apply_masks(params, sj.prune(params, **rule))
+
+    return dataclasses.replace(plain(losses, plan), finish=finish)
 
 
 def sr_ste(losses: Losses, plan: Plan, *, rule: Rule) -> Method:

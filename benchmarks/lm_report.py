@@ -1,22 +1,55 @@
 """What is told of a study's runs: a line a method, who is better, and a picture.
 
-Rows are those of `lm_study.Ledger` with `method`, `judged_on`, `seed`, `loss_before`
-and `loss_after` the hard prune, nats a token; a loss that is not finite is None.
+Rows are those of `lm_study.Ledger` with `method`, `judged_on`, `seed` and losses, nats
+a token; one that is not finite is None. Where a study prunes, there are `loss_before`
+and `loss_after` the hard prune, and the latter is what counts if nothing else is said.
 """
 
+import importlib.util
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import common
+from benchmarks import common, lm_study
 
 Row = Mapping[str, Any]
+BEFORE, AFTER = "loss_before", "loss_after"
 
 
-def loss_of(row: Row, *, after: bool = True) -> float:
-    """After the hard prune or before it; a run that diverged is the worst."""
-    loss = row["loss_after" if after else "loss_before"]
+def run_and_tell(
+    ledger: lm_study.Ledger,
+    runs: Callable[[], None],
+    *,
+    table: Callable[[Sequence[Row]], list[dict[str, Any]]],
+    conclusions: Callable[[Sequence[Row]], list[str]],
+    draw: Callable[[pathlib.Path, Sequence[Row]], None],
+) -> None:
+    """Does the runs that there is time for, and says what all so far come to.
+
+    Args:
+      ledger: of the runs.
+      runs: does them, or raises `lm_study.OutOfTime`.
+      table: from the rows to the lines that are printed.
+      conclusions: from the rows to the notes below.
+      draw: (file, lines); left out without a file or without matplotlib.
+    """
+    try:
+        runs()
+        state = "all runs are done"
+    except lm_study.OutOfTime:
+        state = "stopped for time: call again to go on"
+    lines, notes = table(ledger.rows), conclusions(ledger.rows)
+    ledger.write(notes)
+    common.print_table(lines, notes)
+    if ledger.path and importlib.util.find_spec("matplotlib"):
+        draw(ledger.path.with_suffix(".png"), lines)
+    print(f"{len(ledger.rows)} runs: {state}")
+
+
+def loss_of(row: Row, column: str = AFTER) -> float:
+    """A run that diverged is the worst."""
+    loss = row[column]
     return math.inf if loss is None else loss
 
 
@@ -27,7 +60,10 @@ def tested(rows: Iterable[Row], method: str) -> list[Row]:
 
 
 def table(
-    rows: Sequence[Row], methods: Iterable[str], columns: Sequence[str]
+    rows: Sequence[Row],
+    methods: Iterable[str],
+    columns: Sequence[str],
+    losses: Sequence[str] = (BEFORE, AFTER),
 ) -> list[dict[str, Any]]:
     """A line a method: means over the seeds that were judged on `test`.
 
@@ -40,24 +76,26 @@ def table(
             continue
         line = {"method": name, "seeds": len(found)}
         line |= {key: found[0].get(key) for key in columns}
-        for key, after in (("before", False), ("after", True)):
-            losses = [loss_of(row, after=after) for row in found]
-            line[f"loss_{key}"], error = common.mean_and_error(losses)
-            if len(losses) > 1:
-                line[f"loss_{key}_se"] = error
-            line[f"perplexity_{key}"] = math.exp(line[f"loss_{key}"])
+        for column in losses:
+            of_seeds = [loss_of(row, column) for row in found]
+            line[column], error = common.mean_and_error(of_seeds)
+            if len(of_seeds) > 1:
+                line[f"{column}_se"] = error
+            line[column.replace("loss", "perplexity")] = math.exp(line[column])
         lines.append(line)
     return lines
 
 
-def compare(rows: Sequence[Row], better: str, worse: str) -> list[str]:
-    """Whether one method is better after the prune, in pairs of seeds that both have.
+def compare(
+    rows: Sequence[Row], better: str, worse: str, column: str = AFTER
+) -> list[str]:
+    """Whether one method has the lower loss, in pairs of seeds that both have.
 
     Nothing without a pair.
     """
-    others = {row["seed"]: loss_of(row) for row in tested(rows, worse)}
+    others = {row["seed"]: loss_of(row, column) for row in tested(rows, worse)}
     gains = [
-        others[row["seed"]] - loss_of(row)
+        others[row["seed"]] - loss_of(row, column)
         for row in tested(rows, better)
         if row["seed"] in others
     ]
@@ -69,7 +107,7 @@ def compare(rows: Sequence[Row], better: str, worse: str) -> list[str]:
     if gain > 0 and not math.isnan(error) and gain <= 2 * error:
         verdict += ", but within two standard errors"
     return [
-        f"{better} better than {worse} after the prune: by {gain:.4f} nats ({spread}): "
+        f"{better} better than {worse} in {column}: by {gain:.4f} nats ({spread}): "
         f"{verdict}"
     ]
 

@@ -186,20 +186,21 @@ def warmup_cosine(plan: Plan, *, warmup: float = 0.05, floor: float = 0.1):
     return learning_rate
 
 
-def evaluator(loss: Callable, *, batch_size: int) -> Callable[[Params, Any], jax.Array]:
-    """(weights, examples) -> the mean of `loss(weights, batch)`; jitted.
+def evaluator(fn: Callable, *, batch_size: int) -> Callable[[Params, Any], Any]:
+    """(weights, examples) -> the mean over batches of `fn(weights, batch)`; jitted.
 
-    Each leaf of the examples is `[n * batch_size, ..]`.
+    `fn` gives a loss, or a tree. Each leaf of the examples is `[n * batch_size, ..]`.
     """
 
     @jax.jit
-    def mean_loss(weights, examples):
+    def mean(weights, examples):
         batches = jax.tree.map(
             lambda x: x.reshape(-1, batch_size, *x.shape[1:]), examples
         )
-        return jnp.mean(jax.lax.map(lambda batch: loss(weights, batch), batches))
+        found = jax.lax.map(lambda batch: fn(weights, batch), batches)
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), found)
 
-    return mean_loss
+    return mean
 
 
 # --- All runs ---
@@ -228,7 +229,7 @@ class Ledger:
         *,
         minutes: float = math.inf,
     ):
-        self._path, self._env = path, common.environment(**settings)
+        self.path, self._env = path, common.environment(**settings)
         self._end = time.monotonic() + 60 * minutes
         self.rows: list[dict[str, Any]] = []
         if path is None or not path.exists():
@@ -268,17 +269,18 @@ class Ledger:
         row["seconds"] = time.monotonic() - began
         row["device"] = jax.devices()[0].device_kind
         self.rows.append(row)
-        common.print_table([row])
+        numbers = {name: x for name, x in row.items() if not isinstance(x, list | dict)}
+        common.print_table([numbers])
         self.write()
         return row
 
     def write(self, notes: Sequence[str] = ()) -> None:
         """Writes the file; a process that is stopped meanwhile leaves the old one."""
-        if self._path is None:
+        if self.path is None:
             return
-        partial = self._path.with_name(f"{self._path.name}.partial")
+        partial = self.path.with_name(f"{self.path.name}.partial")
         common.write_json(partial, self._env, self.rows, notes)
-        partial.replace(self._path)
+        partial.replace(self.path)
 
     def _estimate(self, steps: int) -> float:
         """Seconds of a run, by the runs so far."""

@@ -17,7 +17,7 @@ class Entry(NamedTuple):
 
     make: Callable[[lm_study.Plan], lm_study.Method]
     grid: Sequence[Mapping[str, float]]  # settings, as many for every method
-    judged_after: bool = True  # the hard prune; False for a dense method
+    judged_by: str = lm_report.AFTER  # the column of the loss that is to be low
 
 
 def grid(**values: Sequence[float]) -> list[dict[str, float]]:
@@ -35,9 +35,8 @@ class Study:
       first: seed -> weights to begin with; of the same shapes for every seed.
       data: arrays that `draw` reads.
       draw: (data, key) -> a batch.
-      judge: (what a run ends with, part) -> columns of its row, `loss_before` and
-        `loss_after` among them; raises if the weights are not as sparse as they should
-        be.
+      judge: (what a run ends with, part) -> columns of its row, those that methods are
+        judged by among them; raises if the weights are not as sparse as they should be.
       steps_per_call: see `lm_study.Trainer`.
       teacher: weights for the methods' losses.
       watch: see `lm_study.Trainer.run`; `judge` finds the history.
@@ -130,4 +129,4 @@ class Study:
         return self._ledger.run(case | {"steps": steps, "seed": seed}, measure)
 
     def _loss(self, method: str, row: Mapping[str, Any]) -> float:
-        return lm_report.loss_of(row, after=self._methods[method].judged_after)
+        return lm_report.loss_of(row, self._methods[method].judged_by)

@@ -42,7 +42,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -108,12 +107,13 @@ def methods(losses: lm_methods.Losses) -> dict[str, Entry]:
     def entry(make, settings, **options):
         return Entry(functools.partial(make, losses, rule=RULE, **options), settings)
 
+    dense = entry(lm_methods.dense, DENSE_GRID)
     parts = {
         name: entry(lm_methods.cast, CAST_GRID, **options)
         for name, options in CAST_PARTS.items()
     }
     return {
-        DENSE: entry(lm_methods.dense, DENSE_GRID)._replace(judged_after=False),
+        DENSE: dense._replace(judged_by=lm_report.BEFORE),
         "SR-STE": entry(lm_methods.sr_ste, STE_GRID),
         "AST-like": entry(lm_methods.ast_like, STE_GRID),
         **parts,
@@ -238,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     study = make_study(model, tokens, sizes, ledger, 1 if shared.quick else None)
-    try:
+
+    def runs():
         study.row(DENSE, "test", {"lr": 0.0}, steps=0, name=LOADED)
         study.run(
             tuning_steps=sizes.tuning_steps,
@@ -247,20 +248,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             always=(DENSE,),
             best=2,
         )
-        state = "all runs are done"
-    except lm_study.OutOfTime:
-        state = "stopped for time: call again to go on"
-    notes = conclusions(ledger.rows)
-    ledger.write(notes)
-    common.print_table(table(ledger.rows), notes)
-    if shared.json and importlib.util.find_spec("matplotlib"):
-        lm_report.picture(
-            shared.json.with_suffix(".png"),
-            table(ledger.rows),
-            title="SmolLM2-135M to exact 2:4",
-            dense=DENSE,
-        )
-    print(f"{len(ledger.rows)} runs: {state}")
+
+    draw = functools.partial(
+        lm_report.picture, title="SmolLM2-135M to exact 2:4", dense=DENSE
+    )
+    lm_report.run_and_tell(
+        ledger, runs, table=table, conclusions=conclusions, draw=draw
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:

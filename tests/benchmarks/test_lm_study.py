@@ -278,7 +278,7 @@ def test_a_setting_is_chosen_on_one_part_and_the_best_methods_get_more_seeds():
     ]
     settings = lm_tuning.grid(lr=(1.0, 2.0))
     entry = lm_tuning.Entry(lm_methods.sr_ste, settings)
-    dense = entry._replace(judged_after=False)
+    dense = entry._replace(judged_by=lm_report.BEFORE)
     study = lm_tuning.Study(
         {"dense": dense, "first": entry, "second": entry},
         ledger,
