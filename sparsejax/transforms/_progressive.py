@@ -3,8 +3,10 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from sparsejax import allocation as allocations
 from sparsejax.transforms._arguments import check_count, check_number
@@ -94,7 +96,7 @@ def mask_decay(
 def structure_decay(
     inner: optax.GradientTransformation,
     patterns: Sequence,
-    boundaries: Sequence[int],
+    boundaries: Sequence[int | jax.Array],
     *,
     straight_through: bool = False,
     sparsity=None,
@@ -118,6 +120,7 @@ def structure_decay(
       patterns: one a frame; each a pattern, a tree prefix, or a function of
         `(path, leaf)`.
       boundaries: first step of each frame, not decreasing; as many as `patterns`.
+        Traced ones serve runs of several lengths in one program; they are not checked.
       straight_through: False differentiates through the mask; True hands every weight
         the gradient, as the released code does.
       sparsity: constant share of zeros for patterns other than N:M.
@@ -156,9 +159,10 @@ def structure_decay(
             f"{len(patterns)} patterns and {len(boundaries)} boundaries. Pass as many "
             "`boundaries` as `patterns`."
         )
-    for boundary in boundaries:
+    known = [x for x in boundaries if not isinstance(x, Tracer)]
+    for boundary in known:
         check_count("boundaries", boundary, at_least=0)
-    if any(a > b for a, b in itertools.pairwise(boundaries)):
+    if any(a > b for a, b in itertools.pairwise(known)):
         raise ValueError(f"`boundaries` must not decrease; got {boundaries}.")
 
     def rule(pattern):

@@ -228,6 +228,25 @@ class StructureDecayTest(parameterized.TestCase):
         want = [16, 16, 15, 15, 8, 8, 4, 4, 2, 2, 1, 1, 1]
         np.testing.assert_array_equal(run(params), np.stack([want, want], 1))
 
+    def test_traced_boundaries(self):
+        params = {"kernel": jnp.arange(1.0, 17).reshape(8, 2)}
+
+        @jax.jit
+        def kept_of_column(boundaries):
+            tx = sj.structure_decay(optax.sgd(0.0), self.STEPWISE, boundaries)
+
+            def body(state, _):
+                kept = sj.forward_params(state, params)["kernel"] != 0
+                return tx.update(params, state, params)[1], kept[:, 0].sum()
+
+            return jax.lax.scan(body, tx.init(params), length=6)[1]
+
+        for boundaries, want in (
+            ((0, 1, 2, 3), [7, 4, 2, 1, 1, 1]),
+            ((1, 3, 3, 5), [8, 7, 7, 2, 2, 1]),
+        ):
+            np.testing.assert_array_equal(kept_of_column(jnp.array(boundaries)), want)
+
     def test_a_python_loop_equals_scan(self):
         problem = oracle.Problem(steps=20)
         tx = sj.structure_decay(
