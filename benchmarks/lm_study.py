@@ -9,6 +9,7 @@ so that a study may be spread over processes of a few minutes each.
 import dataclasses
 import json
 import math
+import operator
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,29 @@ class Plan(NamedTuple):
     batch_key: jax.Array  # of the seed, for the batches
     key: jax.Array  # likewise, for what a method draws
     setting: dict[str, jax.Array]  # float32[], by name: a learning rate, a strength
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """The length of a run by the clock, in place of a number of steps.
+
+    Schedules are functions of `step / Plan.num_steps`, here the share of the time that
+    is gone: before each program `num_steps` becomes what the run will have at its mean
+    speed so far. So nobody need know the speed, nor that it changes, as it does where a
+    model gets sparser.
+    """
+
+    budget: float  # of training, without compiling and what `watch` takes
+
+
+Length = int | Seconds  # int: steps
+
+
+def as_case(length: Length) -> dict[str, Any]:
+    """How a length stands in the case of a run, see `Ledger.run`."""
+    if isinstance(length, Seconds):
+        return {"budget_s": length.budget}
+    return {"steps": length}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,28 +102,32 @@ class Trainer:
         self._begin = jax.jit(self._begin_traced)
         self._end = jax.jit(self._end_traced)
         self._advance: Any = None  # compiled by the first run
+        self._call_s = 0.0  # of a program, by the first run that needs it
 
     def run(
         self,
         weights: Params,
         data: Any,
         *,
-        num_steps: int,
+        num_steps: Length,
         seed: int,
         setting: Mapping[str, float],
         teacher: Params | None = None,
         watch: Watch | None = None,
+        looks: int | None = None,
     ) -> Trained:
         """Trains from `weights`, which stay as they are.
 
         Args:
           weights: the first ones; of the same shapes in every run.
           data: arrays that `draw` reads.
-          num_steps: a multiple of `steps_per_call`.
+          num_steps: a multiple of `steps_per_call`; or `Seconds`, of which a run misses
+            or exceeds at most about half a program.
           seed: the same batches for every method.
           setting: see `Plan`.
           teacher: weights for the method's loss.
           watch: what to add to the history; its time does not count.
+          looks: how often to watch, evenly over the run; None: after each call.
 
         Returns:
           The weights, and the history: after each call the `step`, the `seconds` of
@@ -109,34 +137,64 @@ class Trainer:
         Raises:
           ValueError: if `num_steps` is no multiple of `steps_per_call`.
         """
-        if num_steps % self._steps_per_call:
+        if not isinstance(num_steps, Seconds) and num_steps % self._steps_per_call:
             raise ValueError(
                 f"`num_steps` must be a multiple of {self._steps_per_call}, the steps "
                 f"of one program; got {num_steps}."
             )
         batch_key, key = jax.random.split(jax.random.key(seed))
         plan = Plan(
-            jnp.asarray(num_steps, jnp.int32),
+            jnp.asarray(1 if isinstance(num_steps, Seconds) else num_steps, jnp.int32),
             batch_key,
             key,
             {name: jnp.asarray(x, jnp.float32) for name, x in setting.items()},
         )
         state = self._begin(weights, plan)
-        given = (plan, data, teacher)
+        given = (data, teacher)
         if num_steps and self._advance is None:
             advance = jax.jit(self._advance_traced, donate_argnums=0)
-            self._advance = advance.lower(state, *given).compile()
-        seconds, history = 0.0, []
-        for step in range(0, num_steps, self._steps_per_call):
-            began = time.perf_counter()
-            state, loss = self._advance(state, *given)
-            loss = float(loss)  # waits
-            seconds += time.perf_counter() - began
-            done = {"step": step + self._steps_per_call, "seconds": seconds}
-            seen = watch(*self._end(state, plan)) if watch else {}
-            history.append({**done, "train_loss": loss, **seen})
+            self._advance = advance.lower(state, plan, *given).compile()
+        if isinstance(num_steps, Seconds) and not self._call_s:
+            for _ in range(2):  # the first one warms up
+                state, _, self._call_s = self._timed(state, plan, *given)
+            state = self._begin(weights, plan)
+        step, seconds, history = 0, 0.0, []
+        done, each = self._shares(num_steps, step, seconds)
+        while done + each / 2 < 1:
+            if isinstance(num_steps, Seconds):
+                expected = jnp.asarray(self._steps_per_call / each, jnp.int32)
+                plan = plan._replace(num_steps=expected)
+            state, loss, took = self._timed(state, plan, *given)
+            step, seconds, last = step + self._steps_per_call, seconds + took, done
+            done, each = self._shares(num_steps, step, seconds)
+            entry = {"step": step, "seconds": seconds, "train_loss": loss}
+            is_due = (
+                looks is None
+                or int(done * looks) > int(last * looks)
+                or done + each / 2 >= 1
+            )
+            if watch and is_due:
+                entry |= watch(*self._end(state, plan))
+            history.append(entry)
         before, after = self._end(state, plan)
-        return Trained(before, after, 1e3 * seconds / max(num_steps, 1), history)
+        return Trained(before, after, 1e3 * seconds / max(step, 1), history)
+
+    def _timed(self, state, plan, data, teacher) -> tuple[Any, float, float]:
+        """After one program: the state, the mean loss, and the seconds that it took."""
+        began = time.perf_counter()
+        state, loss = self._advance(state, plan, data, teacher)
+        loss = float(loss)  # waits
+        return state, loss, time.perf_counter() - began
+
+    def _shares(self, length: Length, step: int, seconds: float) -> tuple[float, float]:
+        """Of a run: how much is done, and how much one program does."""
+        if isinstance(length, Seconds):
+            calls = step // self._steps_per_call
+            call_s = seconds / calls if calls else self._call_s
+            return seconds / length.budget, call_s / length.budget
+        if not length:
+            return 1.0, 0.0
+        return step / length, self._steps_per_call / length
 
     def _begin_traced(self, weights, plan):
         # a copy: the state is donated, and the weights are those of other runs
@@ -187,18 +245,18 @@ def warmup_cosine(plan: Plan, *, warmup: float = 0.05, floor: float = 0.1):
 
 
 def evaluator(fn: Callable, *, batch_size: int) -> Callable[[Params, Any], Any]:
-    """(weights, examples) -> the mean over batches of `fn(weights, batch)`; jitted.
+    """(weights, examples) -> the mean over batches of `fn(weights, batch)`.
 
-    `fn` gives a loss, or a tree. Each leaf of the examples is `[n * batch_size, ..]`.
+    `fn` gives a loss, or a tree; it compiles once for any number of examples. Each leaf
+    of these is `[n * batch_size, ..]`.
     """
+    of_batch = jax.jit(fn)
 
-    @jax.jit
     def mean(weights, examples):
-        batches = jax.tree.map(
-            lambda x: x.reshape(-1, batch_size, *x.shape[1:]), examples
-        )
-        found = jax.lax.map(lambda batch: fn(weights, batch), batches)
-        return jax.tree.map(lambda x: jnp.mean(x, axis=0), found)
+        starts = range(0, len(jax.tree.leaves(examples)[0]), batch_size)
+        rows = [operator.itemgetter(slice(at, at + batch_size)) for at in starts]
+        found = [of_batch(weights, jax.tree.map(of, examples)) for of in rows]
+        return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x), axis=0), *found)
 
     return mean
 
@@ -249,8 +307,9 @@ class Ledger:
         """The row of a case: read if it is there, measured and written if not.
 
         Args:
-          case: what tells it from the others; its `steps` are the length of the run.
-          measure: gives the other columns, `ms_step` among them.
+          case: what tells it from the others, the length of the run (`as_case`) in it.
+          measure: gives the other columns, `ms_step` among them, and `steps` if the
+            length is by the clock. A list or a mapping is not printed.
 
         Raises:
           OutOfTime: if it is not there, and the time is too short by the slowest step
@@ -260,7 +319,7 @@ class Ledger:
             if all(row.get(name) == value for name, value in case.items()):
                 return row
         began = time.monotonic()
-        if self.rows and began + self._estimate(case["steps"]) > self._end:
+        if self.rows and began + self._estimate(case) > self._end:
             raise OutOfTime
         row = dict(case) | {
             name: None if isinstance(x, float) and not math.isfinite(x) else x
@@ -282,9 +341,11 @@ class Ledger:
         common.write_json(partial, self._env, self.rows, notes)
         partial.replace(self.path)
 
-    def _estimate(self, steps: int) -> float:
+    def _estimate(self, case: Mapping[str, Any]) -> float:
         """Seconds of a run, by the runs so far."""
         around = max(
             row["seconds"] - row["steps"] * row["ms_step"] / 1e3 for row in self.rows
         )
-        return around + steps * max(row["ms_step"] for row in self.rows) / 1e3
+        if "budget_s" in case:
+            return around + case["budget_s"]
+        return around + case["steps"] * max(row["ms_step"] for row in self.rows) / 1e3

@@ -1,7 +1,8 @@
 """Methods compared alike: each is tuned by short runs on one part, judged on another.
 
-The parts are called `tune` and `test`. A case is one run: method, part, setting, steps
-and seed; its row is kept in a `lm_study.Ledger`.
+The parts are called `tune` and `test`. A case is one run: method, part, setting, length
+and seed; its row is kept in a `lm_study.Ledger`. Lengths are steps or
+`lm_study.Seconds`.
 """
 
 import itertools
@@ -39,7 +40,9 @@ class Study:
         judged by among them; raises if the weights are not as sparse as they should be.
       steps_per_call: see `lm_study.Trainer`.
       teacher: weights for the methods' losses.
-      watch: see `lm_study.Trainer.run`; `judge` finds the history.
+      watch: see `lm_study.Trainer.run`; of the runs judged on `test`. `judge` finds the
+        history.
+      looks: likewise.
     """
 
     def __init__(
@@ -54,10 +57,11 @@ class Study:
         steps_per_call: int,
         teacher: Params | None = None,
         watch: lm_study.Watch | None = None,
+        looks: int | None = None,
     ):
         self._methods, self._ledger = methods, ledger
         self._first, self._data, self._teacher = first, data, teacher
-        self._judge, self._watch = judge, watch
+        self._judge, self._watch, self._looks = judge, watch, looks
         self._trainers = {
             name: lm_study.Trainer(entry.make, draw, steps_per_call=steps_per_call)
             for name, entry in methods.items()
@@ -66,8 +70,8 @@ class Study:
     def run(
         self,
         *,
-        tuning_steps: int,
-        steps: int,
+        tuning_steps: lm_study.Length,
+        steps: lm_study.Length,
         num_seeds: int,
         always: Collection[str] = (),
         best: int | None = None,
@@ -107,7 +111,7 @@ class Study:
         part: str,
         setting: Mapping[str, float],
         *,
-        steps: int,
+        steps: lm_study.Length,
         seed: int = 0,
         name: str | None = None,
     ) -> dict[str, Any]:
@@ -122,11 +126,15 @@ class Study:
                 seed=seed,
                 setting=setting,
                 teacher=self._teacher,
-                watch=self._watch,
+                watch=self._watch if part == "test" else None,
+                looks=self._looks,
             )
-            return {**self._judge(trained, part), "ms_step": trained.ms_step}
+            taken = trained.history[-1]["step"] if trained.history else 0
+            found = {"steps": taken, "ms_step": trained.ms_step}
+            return {**self._judge(trained, part), **found}
 
-        return self._ledger.run(case | {"steps": steps, "seed": seed}, measure)
+        length = lm_study.as_case(steps)
+        return self._ledger.run(case | length | {"seed": seed}, measure)
 
     def _loss(self, method: str, row: Mapping[str, Any]) -> float:
         return lm_report.loss_of(row, self._methods[method].judged_by)

@@ -120,7 +120,7 @@ def test_what_is_left_after_the_prune_is_exactly_2_of_4_and_unchanged(make):
     )
     left = np.count_nonzero(after.reshape(2, 2, 4, 8), axis=2)
     np.testing.assert_array_equal(left, 2)
-    assert smollm2_cast.kept_of_four(trained.after["blocks"]) == (2, 0.5)
+    assert lm_methods.most_kept(trained.after["blocks"], 4) == (2, 0.5)
     np.testing.assert_array_equal(after, np.where(after != 0, before, 0))
     first = np.asarray(problem()[0]["blocks"]["kernel"])
     assert np.abs(before - first)[after != 0].min() > 0  # all of them were trained
@@ -161,6 +161,40 @@ def test_one_program_serves_every_setting_length_and_seed():
     jax.tree.map(np.testing.assert_array_equal, seen[-1], last)
     with pytest.raises(ValueError, match=r"multiple of 2.*got 3"):
         run(3, 0.01)
+
+
+def test_by_the_clock_a_run_fills_its_seconds_and_schedules_follow(monkeypatch):
+    weights, teacher, data = problem()
+
+    def make(plan):  # the loss is the number of steps that is expected
+        def loss(weights, batch, teacher):
+            return plan.num_steps + 0.0 * jnp.sum(weights["rest"]["scale"])
+
+        return lm_study.Method(
+            optax.identity(),
+            loss,
+            forward=lambda opt_state, params: params,
+            finish=lambda opt_state, params: params,
+        )
+
+    took = iter([9, 1, 1, 1, 2, 2, 2])  # two to warm up and to learn the speed
+    ticks = (t for seconds in took for t in (0, seconds))
+    trainer = lm_study.Trainer(make, draw, steps_per_call=2)
+    monkeypatch.setattr(lm_study.time, "perf_counter", lambda: next(ticks))
+    found = trainer.run(
+        weights,
+        data,
+        num_steps=lm_study.Seconds(7.0),
+        seed=0,
+        setting={},
+        teacher=teacher,
+        watch=lambda *weights: {"seen": True},
+        looks=2,
+    )
+    told = [(x["step"], x["seconds"], x["train_loss"]) for x in found.history]
+    assert told == [(2, 1, 14), (4, 2, 14), (6, 4, 14), (8, 6, 10), (10, 8, 9)]
+    assert [x["step"] for x in found.history if "seen" in x] == [6, 10]
+    assert found.ms_step == 800
 
 
 def test_scanned_blocks_compute_what_the_decoder_does():
@@ -248,8 +282,9 @@ def test_a_ledger_does_not_begin_what_would_not_end_in_time(tmp_path):
     lm_study.Ledger(path, {}, minutes=0).run(case(1), measure)
     ledger = lm_study.Ledger(path, {}, minutes=1)
     ledger.run(case(1, seed=1), measure)
-    with pytest.raises(lm_study.OutOfTime):
-        ledger.run(case(2100), measure)
+    for length in (2100, lm_study.Seconds(63.0)):
+        with pytest.raises(lm_study.OutOfTime):
+            ledger.run({"method": "b", **lm_study.as_case(length)}, measure)
     assert ledger.run(case(1), measure) == ledger.rows[0]
 
 
