@@ -84,6 +84,21 @@ def scan_blocks(model: models.Decoder) -> tuple[ScannedDecoder, Params]:
     return decoder, weights
 
 
+def create(
+    config: models.DecoderConfig,
+) -> tuple[ScannedDecoder, Callable[[int], Params]]:
+    """A decoder, and seed -> its first weights, one program for all seeds.
+
+    Raises:
+      ValueError: as `scan_blocks`.
+    """
+
+    def first(seed):
+        return scan_blocks(models.Decoder(config, rngs=nnx.Rngs(seed)))
+
+    return first(0)[0], jax.jit(lambda seed: first(seed)[1])
+
+
 def token_loss(
     decoder: ScannedDecoder, *, rows: int, eta: float = 0.0, temperature: float = 1.0
 ) -> Loss:

@@ -13,7 +13,7 @@ import pathlib
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -91,8 +91,12 @@ def load(file: pathlib.Path) -> dict:
     """What `save` wrote, `about` a string; `digest` tells texts apart."""
     with np.load(file) as stored:
         found = {name: stored[name] for name in (*PARTS, "about")}
-    digest = hashlib.sha256(b"".join(found[name].tobytes() for name in PARTS))
-    return found | {"about": str(found["about"]), "digest": digest.hexdigest()[:16]}
+    return found | {"about": str(found["about"]), "digest": digest_of(found)}
+
+
+def digest_of(parts: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(b"".join(parts[name].tobytes() for name in PARTS))
+    return digest.hexdigest()[:16]
 
 
 def _digest(name: str) -> bytes:

@@ -1,0 +1,28 @@
+"""Text for models that begin from nothing: the standard library's source in bytes.
+
+It needs no file, no tokenizer and no network, and an output layer of 256 tokens. It
+differs between versions of Python: results are comparable where the digests agree.
+"""
+
+import platform
+from typing import Any
+
+import numpy as np
+
+from benchmarks import smollm2_tokens
+
+VOCAB_SIZE = 256
+END = b"\0"  # stands behind each document
+
+
+def load() -> dict[str, Any]:
+    """The parts of `smollm2_tokens`, uint8 each; `about` and `digest` name them."""
+    found: dict[str, list[bytes]] = {part: [] for part in smollm2_tokens.PARTS}
+    for name, text in smollm2_tokens.standard_library():
+        found[smollm2_tokens.part_of(name)].append(text.encode() + END)
+    parts = {
+        part: np.frombuffer(b"".join(texts), np.uint8) for part, texts in found.items()
+    }
+    sizes = ", ".join(f"{parts[part].size:,} {part}" for part in parts)
+    about = f"Python {platform.python_version()}, standard library; bytes: {sizes}"
+    return parts | {"about": about, "digest": smollm2_tokens.digest_of(parts)}
