@@ -1,14 +1,16 @@
 """Methods that make a language model N:M while it trains, for `lm_study.Trainer`.
 
 All clip the gradient of the loss to norm 1, have the betas below and the schedule of
-`lm_study.warmup_cosine`; a setting has `lr` and, but for dense training, `pull`.
-`rule` says what is pruned: `pattern` and `stacked`, as methods and `sj.prune` take it.
+`lm_study.warmup_cosine`; a setting has `lr` and, where weights are made sparse, `pull`
+or `ramp`. `rule` says what is pruned: `pattern`, `stacked` and perhaps `where`, as
+methods and `sj.prune` take it.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -16,6 +18,7 @@ import sparsejax as sj
 from benchmarks import lm_study
 from benchmarks.lm_study import Method, Plan
 from benchmarks.scanned_decoder import Loss, stacked_axes
+from sparsejax.typing import Params
 
 BETAS: dict[str, Any] = {"b1": 0.9, "b2": 0.95}
 ETA = 1 / 3  # the teacher's share; in AST too, whose loss is 1 CE + 1/2 KL
@@ -48,6 +51,45 @@ def dense(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
 def sr_ste(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
     tx = sj.sr_ste(_adam(plan), decay=plan.setting["pull"], **rule)
     return Method(_clipped(tx), losses())
+
+
+def mask_decay(losses: Losses, plan: Plan, *, rule: Rule, exponential: bool) -> Method:
+    """MdGf, masked gradients; the setting `ramp` is that of `mask_factor`."""
+
+    def factor(step):
+        return mask_factor(
+            step / plan.num_steps, plan.setting["ramp"], exponential=exponential
+        )
+
+    return Method(_clipped(sj.mask_decay(_adam(plan), factor, **rule)), losses())
+
+
+def mask_factor(share: Any, ramp: Any, *, exponential: bool) -> jax.Array:
+    """Of pruned weights, when a share of the run is done.
+
+    The exponential one is at exp(-5) and the linear one at 0 after the share `ramp`;
+    both are exactly 0 for the last tenth.
+    """
+    schedules = sj.schedules
+    decay = (
+        schedules.exponential_decay(5.0) if exponential else schedules.linear_decay(1.0)
+    )
+    return jnp.where(share < 0.9, decay(share / ramp), 0)
+
+
+def structure_decay(
+    losses: Losses, plan: Plan, *, rule: Rule, frames: Sequence[sj.NM]
+) -> Method:
+    """SdGf, masked gradients, by the frames; the last one is the pattern of `rule`."""
+    starts = frame_starts(len(frames), plan.num_steps, plan.setting["ramp"])
+    others = {name: value for name, value in rule.items() if name != "pattern"}
+    tx = sj.structure_decay(_adam(plan), frames, list(starts), **others)
+    return Method(_clipped(tx), losses())
+
+
+def frame_starts(num_frames: int, num_steps: Any, ramp: Any) -> jax.Array:
+    """First steps of equal frames over the share `ramp`; the last one goes on."""
+    return (jnp.arange(num_frames) * (ramp * num_steps / num_frames)).astype(jnp.int32)
 
 
 def ast_like(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
@@ -107,6 +149,22 @@ def cast(
         return sj.weight_scaling.fold(params["weights"], params["scales"], masks)
 
     return Method(_clipped(tx), losses(eta=eta), start, forward, finish)
+
+
+@jax.jit(static_argnames="m")
+def most_kept(kernels: Params, m: int) -> tuple[jax.Array, jax.Array]:
+    """The most weights left in a group of `m` inputs, and the share of zeros.
+
+    Leaves that are no stacked kernels, `[num_layers, d_in, d_out]`, do not count.
+    """
+    kernels = [kernel for kernel in jax.tree.leaves(kernels) if kernel.ndim == 3]
+    groups = [
+        jnp.count_nonzero(kernel.reshape(len(kernel), -1, m, kernel.shape[-1]), axis=2)
+        for kernel in kernels
+    ]
+    most = jnp.stack([jnp.max(group) for group in groups]).max()
+    left = jnp.stack([jnp.sum(group, dtype=jnp.float32) for group in groups]).sum()
+    return most, 1 - left / sum(kernel.size for kernel in kernels)
 
 
 def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -47,7 +47,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -66,7 +65,6 @@ from benchmarks import (
 )
 from benchmarks.lm_tuning import Entry, grid
 from sparsejax import models
-from sparsejax.typing import Params
 
 RULE = {"pattern": sj.NM(2, 4), "stacked": scanned_decoder.stacked_axes}
 
@@ -142,7 +140,7 @@ def make_study(
     }
 
     def judge(trained, part):
-        left, sparsity = map(float, kept_of_four(trained.after["blocks"]))
+        left, sparsity = map(float, lm_methods.most_kept(trained.after["blocks"], 4))
         if left > 2:
             raise AssertionError(f"at most 2 of 4 weights must be left; got {left:g}")
         return {
@@ -164,19 +162,6 @@ def make_study(
         steps_per_call=sizes.steps_per_call,
         teacher=weights,
     )
-
-
-@jax.jit
-def kept_of_four(blocks: Params) -> tuple[jax.Array, jax.Array]:
-    """The most weights left in a group, and the share of zeros, of the kernels."""
-    kernels = [kernel for kernel in jax.tree.leaves(blocks) if kernel.ndim == 3]
-    groups = [
-        jnp.count_nonzero(kernel.reshape(len(kernel), -1, 4, kernel.shape[-1]), axis=2)
-        for kernel in kernels
-    ]
-    most = jnp.stack([jnp.max(group) for group in groups]).max()
-    left = jnp.stack([jnp.sum(group, dtype=jnp.float32) for group in groups]).sum()
-    return most, 1 - left / sum(kernel.size for kernel in kernels)
 
 
 # --- What is told of it ---
