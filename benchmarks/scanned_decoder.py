@@ -2,7 +2,8 @@
 
 Compiling takes as long as for one block, and an optimizer sees one leaf for each kernel
 of a block in place of one for each layer. Weights are `{"blocks": .., "rest": ..}`,
-every leaf of the blocks `[num_layers, ..]`; give methods `stacked=stacked_axes`.
+every leaf of the blocks `[num_layers, ..]`; give methods `stacked=stacked_axes`. With
+`"masks"` beside them, see `ScannedDecoder.block_masks`, block-sparse layers skip blocks.
 """
 
 import dataclasses
@@ -33,25 +34,51 @@ class ScannedDecoder:
     """What of a decoder are no weights; made by `scan_blocks`."""
 
     outer: Any  # graph and other state of all but the blocks
-    block: Any  # those of one block
-    num_layers: int
+    block: Any  # graph of one block, and what the blocks hold besides, stacked
 
     def hidden(self, weights: Params, tokens: jax.Array, **options: Any) -> Any:
         """The last block's output, `[batch, seq, d_model]`.
 
         With `with_density=True` also the densities, as `models.Decoder` gives them.
         """
+        x, densities, _ = self._scan(weights, tokens, **options)
+        return x if densities is None else (x, densities)
+
+    def hidden_and_gate_losses(
+        self, weights: Params, tokens: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """`hidden`, and what each layer's gate loses, see `sj.nn.pop_gate_losses`."""
+        x, _, losses = self._scan(weights, tokens, pop=sj.nn.pop_gate_losses)
+        return x, losses[:, 0]
+
+    def block_masks(self, weights: Params, opt_state: Any) -> Any:
+        """The optimizer's masks of all block-sparse layers, for `weights["masks"]`."""
+        graph, other = self.block
+        blocks = nnx.merge(graph, weights["blocks"], other, copy=True)
+        sj.nn.set_block_masks(nnx.Dict(blocks=blocks), opt_state)
+        return nnx.split(blocks, nnx.Param, ...)[2]
+
+    def _scan(
+        self,
+        weights: Params,
+        tokens: jax.Array,
+        pop: Callable[[nnx.Module], Any] = lambda block: None,
+        **options: Any,
+    ) -> tuple[jax.Array, Any, Any]:
+        """The last block's output, and the densities and what `pop` takes, stacked."""
         graph, other = self.block
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
 
         def layer(x, of_layer):
-            block = nnx.merge(graph, of_layer, other)
+            block = nnx.merge(graph, *of_layer)
             found = block(x, positions, **options)
-            return found if isinstance(found, tuple) else (found, None)
+            x, density = found if isinstance(found, tuple) else (found, None)
+            return x, (density, pop(block))
 
         x = self._rest(weights).embed(tokens)
-        x, densities = jax.lax.scan(layer, x, weights["blocks"])
-        return x if densities is None else (x, densities)
+        layers = weights["blocks"], weights.get("masks", other)
+        x, (densities, popped) = jax.lax.scan(layer, x, layers)
+        return x, densities, popped
 
     def logits(self, weights: Params, hidden: jax.Array) -> jax.Array:
         return self._rest(weights).logits(hidden)
@@ -70,18 +97,20 @@ def scan_blocks(model: models.Decoder) -> tuple[ScannedDecoder, Params]:
     outer = nnx.clone(model)
     blocks = [nnx.split(block, nnx.Param, ...) for block in outer.blocks]
     outer.blocks = nnx.List()
-    graph, _, other = blocks[0]
+    graph = blocks[0][0]
     for layer, (found, *_) in enumerate(blocks):
         if found != graph:
             raise ValueError(
                 "blocks must be of one kind to be scanned; got another in layer "
                 f"{layer} than in layer 0. Use one attention and one FFN for all."
             )
-    layers = [weights for _, weights, _ in blocks]
+    weights, other = (
+        jax.tree.map(lambda *x: jnp.stack(x), *layers)
+        for layers in list(zip(*blocks, strict=True))[1:]
+    )
     outer_graph, rest, outer_other = nnx.split(outer, nnx.Param, ...)
-    weights = {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers), "rest": rest}
-    decoder = ScannedDecoder((outer_graph, outer_other), (graph, other), len(layers))
-    return decoder, weights
+    decoder = ScannedDecoder((outer_graph, outer_other), (graph, other))
+    return decoder, {"blocks": weights, "rest": rest}
 
 
 def create(
@@ -94,13 +123,19 @@ def create(
     """
 
     def first(seed):
-        return scan_blocks(models.Decoder(config, rngs=nnx.Rngs(seed)))
+        rngs = nnx.Rngs(jax.random.key(seed))
+        return scan_blocks(models.Decoder(config, rngs=rngs))
 
     return first(0)[0], jax.jit(lambda seed: first(seed)[1])
 
 
 def token_loss(
-    decoder: ScannedDecoder, *, rows: int, eta: float = 0.0, temperature: float = 1.0
+    decoder: ScannedDecoder,
+    *,
+    rows: int,
+    eta: float = 0.0,
+    temperature: float = 1.0,
+    gates: bool = False,
 ) -> Loss:
     """The loss of the next token, a mean over a batch `[n * rows, seq + 1]`.
 
@@ -112,11 +147,16 @@ def token_loss(
       rows: sequences; divides those of a batch.
       eta: share of the teacher in the loss, see `sj.distillation_loss`. 0 runs none.
       temperature: of that share.
+      gates: add the losses of the layers' gates.
     """
 
     def loss(weights, batch, teacher=None):
         inputs, labels = batch[:, :-1], batch[:, 1:]
-        hidden = decoder.hidden(weights, inputs)
+        gate_losses = jnp.zeros([])
+        if gates:
+            hidden, gate_losses = decoder.hidden_and_gate_losses(weights, inputs)
+        else:
+            hidden = decoder.hidden(weights, inputs)
         taught = decoder.hidden(teacher, inputs) if eta else None
 
         @jax.checkpoint
@@ -139,7 +179,7 @@ def token_loss(
         chunks = jax.tree.map(
             lambda x: x.reshape(-1, rows, *x.shape[1:]), (labels, hidden, taught)
         )
-        return jnp.mean(jax.lax.map(of_rows, chunks))
+        return jnp.mean(jax.lax.map(of_rows, chunks)) + jnp.sum(gate_losses)
 
     return loss
 
