@@ -99,10 +99,29 @@ class Trainer:
         steps_per_call: int,
     ):
         self._make, self._draw, self._steps_per_call = make, draw, steps_per_call
-        self._begin = jax.jit(self._begin_traced)
-        self._end = jax.jit(self._end_traced)
-        self._advance: Any = None  # compiled by the first run
+        self._begin: Any = None  # and the other two: compiled programs
+        self._advance: Any = None
+        self._end: Any = None
         self._call_s = 0.0  # of a program, by the first run that needs it
+
+    def compile(
+        self,
+        weights: Params,
+        data: Any,
+        setting: Mapping[str, float],
+        teacher: Params | None = None,
+    ) -> None:
+        """Compiles what `run` needs for arguments like these; it does so if need be."""
+        if self._end is not None:
+            return
+        plan = self._plan(1, 0, setting)
+        begin = jax.jit(self._begin_traced).lower(weights, plan)
+        state = begin.out_info
+        advance = jax.jit(self._advance_traced, donate_argnums=0)
+        advance = advance.lower(state, plan, data, teacher)
+        end = jax.jit(self._end_traced).lower(state, plan)
+        self._begin, self._advance = begin.compile(), advance.compile()
+        self._end = end.compile()
 
     def run(
         self,
@@ -142,18 +161,12 @@ class Trainer:
                 f"`num_steps` must be a multiple of {self._steps_per_call}, the steps "
                 f"of one program; got {num_steps}."
             )
-        batch_key, key = jax.random.split(jax.random.key(seed))
-        plan = Plan(
-            jnp.asarray(1 if isinstance(num_steps, Seconds) else num_steps, jnp.int32),
-            batch_key,
-            key,
-            {name: jnp.asarray(x, jnp.float32) for name, x in setting.items()},
+        self.compile(weights, data, setting, teacher)
+        plan = self._plan(
+            1 if isinstance(num_steps, Seconds) else num_steps, seed, setting
         )
         state = self._begin(weights, plan)
         given = (data, teacher)
-        if num_steps and self._advance is None:
-            advance = jax.jit(self._advance_traced, donate_argnums=0)
-            self._advance = advance.lower(state, plan, *given).compile()
         if isinstance(num_steps, Seconds) and not self._call_s:
             for _ in range(2):  # the first one warms up
                 state, _, self._call_s = self._timed(state, plan, *given)
@@ -178,6 +191,11 @@ class Trainer:
             history.append(entry)
         before, after = self._end(state, plan)
         return Trained(before, after, 1e3 * seconds / max(step, 1), history)
+
+    def _plan(self, num_steps: int, seed: int, setting: Mapping[str, float]) -> Plan:
+        batch_key, key = jax.random.split(jax.random.key(seed))
+        values = {name: jnp.asarray(x, jnp.float32) for name, x in setting.items()}
+        return Plan(jnp.asarray(num_steps, jnp.int32), batch_key, key, values)
 
     def _timed(self, state, plan, data, teacher) -> tuple[Any, float, float]:
         """After one program: the state, the mean loss, and the seconds that it took."""

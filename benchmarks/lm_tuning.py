@@ -5,8 +5,9 @@ and seed; its row is kept in a `lm_study.Ledger`. Lengths are steps or
 `lm_study.Seconds`.
 """
 
+import concurrent.futures
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import lm_report, lm_study
@@ -31,7 +32,7 @@ class Study:
     """The runs of several methods.
 
     Args:
-      methods: by name.
+      methods: by name; those with one `make` share a program.
       ledger: keeps the rows.
       first: seed -> weights to begin with; of the same shapes for every seed.
       data: arrays that `draw` reads.
@@ -62,10 +63,25 @@ class Study:
         self._methods, self._ledger = methods, ledger
         self._first, self._data, self._teacher = first, data, teacher
         self._judge, self._watch, self._looks = judge, watch, looks
-        self._trainers = {
-            name: lm_study.Trainer(entry.make, draw, steps_per_call=steps_per_call)
-            for name, entry in methods.items()
+        programs = {
+            entry.make: lm_study.Trainer(
+                entry.make, draw, steps_per_call=steps_per_call
+            )
+            for entry in methods.values()
         }
+        self._trainers = {name: programs[entry.make] for name, entry in methods.items()}
+
+    def compile(self, names: Iterable[str]) -> None:
+        """Compiles these methods, side by side; else each is by its first run."""
+
+        def build(name):
+            setting = self._methods[name].grid[0]
+            given = (self._first(0), self._data, setting, self._teacher)
+            self._trainers[name].compile(*given)
+
+        of_programs = {id(self._trainers[name]): name for name in names}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(build, of_programs.values()))
 
     def run(
         self,
@@ -75,7 +91,7 @@ class Study:
         num_seeds: int,
         always: Collection[str] = (),
         best: int | None = None,
-    ) -> None:
+    ) -> dict[str, Mapping[str, float]]:
         """Tunes every method and runs it once; then some of them with other seeds.
 
         Args:
@@ -85,6 +101,9 @@ class Study:
           always: methods with all seeds.
           best: how many of the others have all, those with the lowest loss on `test`
             with the first seed; None for all.
+
+        Returns:
+          The best setting of each method on `tune`.
 
         Raises:
           OutOfTime: the next run would not fit; those before it are in the ledger.
@@ -104,6 +123,7 @@ class Study:
         for seed in range(1, num_seeds):
             for name in (*always, *others[:best]):
                 self.row(name, "test", chosen[name], steps=steps, seed=seed)
+        return chosen
 
     def row(
         self,
