@@ -3,7 +3,7 @@
 Compiling takes as long as for one block, and an optimizer sees one leaf for each kernel
 of a block in place of one for each layer. Weights are `{"blocks": .., "rest": ..}`,
 every leaf of the blocks `[num_layers, ..]`; give methods `stacked=stacked_axes`. With
-`"masks"` beside them, see `ScannedDecoder.block_masks`, block-sparse layers skip blocks.
+`"masks"` beside them, of `ScannedDecoder.block_masks`, block-sparse layers skip blocks.
 """
 
 import dataclasses
