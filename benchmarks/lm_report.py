@@ -112,6 +112,19 @@ def compare(
     ]
 
 
+def ends_of_grids(rows: Sequence[Row], methods: Iterable[str]) -> list[str]:
+    """Which methods took the lowest or the highest rate that they were tuned over."""
+    notes = []
+    for name in methods:
+        tuned = [
+            row for row in rows if row["method"] == name and row["judged_on"] == "tune"
+        ]
+        tried, taken = ({row["lr"] for row in of} for of in (tuned, tested(rows, name)))
+        if tried and taken & {min(tried), max(tried)}:
+            notes.append(f"{name}: its best lr is at the end of what was tried")
+    return notes
+
+
 def picture(
     path: pathlib.Path, lines: Sequence[Row], *, title: str, dense: str
 ) -> None:

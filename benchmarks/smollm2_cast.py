@@ -185,15 +185,7 @@ def conclusions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         )
     for other in ("SR-STE", "AST-like", *list(CAST_PARTS)[1:]):
         notes += lm_report.compare(rows, "CAST", other)
-    for name in [name for name in NAMES if name in lines]:
-        tried = {
-            row["lr"]
-            for row in rows
-            if row["method"] == name and row["judged_on"] == "tune"
-        }
-        if lines[name]["lr"] in (min(tried), max(tried)):
-            notes.append(f"{name}: its best lr is at the end of what was tried")
-    return notes
+    return notes + lm_report.ends_of_grids(rows, NAMES)
 
 
 # --- The command line ---
