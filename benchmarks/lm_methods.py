@@ -34,7 +34,7 @@ def plain(losses: Losses, plan: Plan) -> Method:
         del opt_state
         return params
 
-    tx = _clipped(_adam(plan))
+    tx = clipped(adam(plan))
     return Method(tx, losses(), forward=as_they_are, finish=as_they_are)
 
 
@@ -49,8 +49,8 @@ def dense(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
 
 
 def sr_ste(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
-    tx = sj.sr_ste(_adam(plan), decay=plan.setting["pull"], **rule)
-    return Method(_clipped(tx), losses())
+    tx = sj.sr_ste(adam(plan), decay=plan.setting["pull"], **rule)
+    return Method(clipped(tx), losses())
 
 
 def mask_decay(losses: Losses, plan: Plan, *, rule: Rule, exponential: bool) -> Method:
@@ -61,7 +61,7 @@ def mask_decay(losses: Losses, plan: Plan, *, rule: Rule, exponential: bool) -> 
             step / plan.num_steps, plan.setting["ramp"], exponential=exponential
         )
 
-    return Method(_clipped(sj.mask_decay(_adam(plan), factor, **rule)), losses())
+    return Method(clipped(sj.mask_decay(adam(plan), factor, **rule)), losses())
 
 
 def mask_factor(share: Any, ramp: Any, *, exponential: bool) -> jax.Array:
@@ -83,8 +83,8 @@ def structure_decay(
     """SdGf, masked gradients, by the frames; the last one is the pattern of `rule`."""
     starts = frame_starts(len(frames), plan.num_steps, plan.setting["ramp"])
     others = {name: value for name, value in rule.items() if name != "pattern"}
-    tx = sj.structure_decay(_adam(plan), frames, list(starts), **others)
-    return Method(_clipped(tx), losses())
+    tx = sj.structure_decay(adam(plan), frames, list(starts), **others)
+    return Method(clipped(tx), losses())
 
 
 def frame_starts(num_frames: int, num_steps: Any, ramp: Any) -> jax.Array:
@@ -103,8 +103,8 @@ def ast_like(losses: Losses, plan: Plan, *, rule: Rule) -> Method:
     def decay(step):
         return plan.setting["pull"] * jnp.minimum(4 * step / plan.num_steps, 1)
 
-    tx = sj.sr_ste(_adam(plan), decay=decay, **rule)
-    return Method(_clipped(tx), losses(eta=ETA, temperature=2.0))
+    tx = sj.sr_ste(adam(plan), decay=decay, **rule)
+    return Method(clipped(tx), losses(eta=ETA, temperature=2.0))
 
 
 def cast(
@@ -134,7 +134,7 @@ def cast(
         **BETAS,
     )
     if not scaling:
-        return Method(_clipped(tx), losses(eta=eta))
+        return Method(clipped(tx), losses(eta=eta))
 
     def start(weights):
         scales = sj.weight_scaling.init(weights, stacked=rule["stacked"])
@@ -148,7 +148,7 @@ def cast(
         masks = sj.prune(params["weights"], **rule)
         return sj.weight_scaling.fold(params["weights"], params["scales"], masks)
 
-    return Method(_clipped(tx), losses(eta=eta), start, forward, finish)
+    return Method(clipped(tx), losses(eta=eta), start, forward, finish)
 
 
 @jax.jit(static_argnames="m")
@@ -167,9 +167,9 @@ def most_kept(kernels: Params, m: int) -> tuple[jax.Array, jax.Array]:
     return most, 1 - left / sum(kernel.size for kernel in kernels)
 
 
-def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
-def _adam(plan: Plan) -> optax.GradientTransformation:
+def adam(plan: Plan) -> optax.GradientTransformation:
     return optax.adam(lm_study.warmup_cosine(plan), **BETAS)

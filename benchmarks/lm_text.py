@@ -5,6 +5,7 @@ differs between versions of Python: results are comparable where the digests agr
 """
 
 import platform
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,14 @@ def load() -> dict[str, Any]:
     found: dict[str, list[bytes]] = {part: [] for part in smollm2_tokens.PARTS}
     for name, text in smollm2_tokens.standard_library():
         found[smollm2_tokens.part_of(name)].append(text.encode() + END)
+    return joined(found, f"Python {platform.python_version()}, standard library")
+
+
+def joined(found: Mapping[str, Sequence[bytes]], about: str) -> dict[str, Any]:
+    """The documents of each part one after another, and what they are."""
     parts = {
         part: np.frombuffer(b"".join(texts), np.uint8) for part, texts in found.items()
     }
     sizes = ", ".join(f"{parts[part].size:,} {part}" for part in parts)
-    about = f"Python {platform.python_version()}, standard library; bytes: {sizes}"
-    return parts | {"about": about, "digest": smollm2_tokens.digest_of(parts)}
+    digest = smollm2_tokens.digest_of(parts)
+    return parts | {"about": f"{about}; bytes: {sizes}", "digest": digest}
