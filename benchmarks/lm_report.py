@@ -81,17 +81,18 @@ def table(
             line[column], error = common.mean_and_error(of_seeds)
             if len(of_seeds) > 1:
                 line[f"{column}_se"] = error
-            line[column.replace("loss", "perplexity")] = math.exp(line[column])
+            if "loss" in column:
+                line[column.replace("loss", "perplexity")] = math.exp(line[column])
         lines.append(line)
     return lines
 
 
-def compare(
+def gain(
     rows: Sequence[Row], better: str, worse: str, column: str = AFTER
-) -> list[str]:
-    """Whether one method has the lower loss, in pairs of seeds that both have.
+) -> tuple[float, float] | None:
+    """How much lower the one's loss is, in pairs of seeds that both have; its error.
 
-    Nothing without a pair.
+    Nothing without a pair; the error of a single one is NaN.
     """
     others = {row["seed"]: loss_of(row, column) for row in tested(rows, worse)}
     gains = [
@@ -99,15 +100,23 @@ def compare(
         for row in tested(rows, better)
         if row["seed"] in others
     ]
-    if not gains:
+    return common.mean_and_error(gains) if gains else None
+
+
+def compare(
+    rows: Sequence[Row], better: str, worse: str, column: str = AFTER
+) -> list[str]:
+    """Whether one method has the lower loss, see `gain`; nothing without a pair."""
+    found = gain(rows, better, worse, column)
+    if found is None:
         return []
-    gain, error = common.mean_and_error(gains)
+    by, error = found
     spread = "one seed" if math.isnan(error) else f"+- {error:.1g}"
-    verdict = "holds" if gain > 0 else "DOES NOT HOLD"
-    if gain > 0 and not math.isnan(error) and gain <= 2 * error:
+    verdict = "holds" if by > 0 else "DOES NOT HOLD"
+    if by > 0 and not math.isnan(error) and by <= 2 * error:
         verdict += ", but within two standard errors"
     return [
-        f"{better} better than {worse} in {column}: by {gain:.4f} nats ({spread}): "
+        f"{better} better than {worse} in {column}: by {by:.4f} nats ({spread}): "
         f"{verdict}"
     ]
 

@@ -67,7 +67,8 @@ class ScannedDecoder:
     ) -> tuple[jax.Array, Any, Any]:
         """The last block's output, and the densities and what `pop` takes, stacked."""
         graph, other = self.block
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+        x = self._rest(weights).embed(tokens)
+        positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
 
         def layer(x, of_layer):
             block = nnx.merge(graph, *of_layer)
@@ -75,7 +76,6 @@ class ScannedDecoder:
             x, density = found if isinstance(found, tuple) else (found, None)
             return x, (density, pop(block))
 
-        x = self._rest(weights).embed(tokens)
         layers = weights["blocks"], weights.get("masks", other)
         x, (densities, popped) = jax.lax.scan(layer, x, layers)
         return x, densities, popped
@@ -114,7 +114,7 @@ def scan_blocks(model: models.Decoder) -> tuple[ScannedDecoder, Params]:
 
 
 def create(
-    config: models.DecoderConfig,
+    config: models.DecoderConfig, kind: Callable[..., models.Decoder] = models.Decoder
 ) -> tuple[ScannedDecoder, Callable[[int], Params]]:
     """A decoder, and seed -> its first weights, one program for all seeds.
 
@@ -124,7 +124,7 @@ def create(
 
     def first(seed):
         rngs = nnx.Rngs(jax.random.key(seed))
-        return scan_blocks(models.Decoder(config, rngs=rngs))
+        return scan_blocks(kind(config, rngs=rngs))
 
     return first(0)[0], jax.jit(lambda seed: first(seed)[1])
 
