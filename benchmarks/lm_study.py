@@ -336,9 +336,9 @@ class Ledger:
         for row in self.rows:
             if all(row.get(name) == value for name, value in case.items()):
                 return row
+        if self.rows:
+            self.require(self._estimate(case))
         began = time.monotonic()
-        if self.rows and began + self._estimate(case) > self._end:
-            raise OutOfTime
         row = dict(case) | {
             name: None if isinstance(x, float) and not math.isfinite(x) else x
             for name, x in measure().items()  # as it will be read again
@@ -350,6 +350,11 @@ class Ledger:
         common.print_table([numbers])
         self.write()
         return row
+
+    def require(self, seconds: float) -> None:
+        """Raises `OutOfTime` if less is left."""
+        if time.monotonic() + seconds > self._end:
+            raise OutOfTime
 
     def write(self, notes: Sequence[str] = ()) -> None:
         """Writes the file; a process that is stopped meanwhile leaves the old one."""
