@@ -1,0 +1,333 @@
+"""Do Spark models learn as well as dense ones of as many weights, at fewer FLOPs?
+
+Decoders of 34M weights learn the source of Python's standard library, byte by byte,
+from nothing and from the same batches. Width, heads and their split are those of Gemma
+2 2B over four: 576, 8 heads of 64 with 4 for keys, 256 inputs of an FFN that predict;
+7 layers. Judged is the loss of the next byte, nats, in sequences of 1024, on documents
+that no model trains or is tuned on.
+
+- dense: gated FFN of 4 x 576 neurons, tanh GELU; causal attention.
+- Spark FFN: 6 x 576 neurons, 8 % of them expected to be used.
+- Spark FFN and attention: also 64 keys expected, by half of each head.
+- Gemma 3n form: 4 x 576 neurons; the gate sees all inputs; 8 % by the same operator.
+- exact top-k: that form, but exactly 8 %, unshifted, by their rank.
+- block top-k: Spark FFN whose tiles of 16 neurons are used or not, 8 % expected.
+
+All have Adam, clipping, b1, b2 and a warm-up, then a cosine to a tenth. Each is tuned
+over three learning rates by runs of a quarter of the length, which favours higher rates
+a little, and then has the same seeds, for first weights and batches.
+
+FLOPs are those of a forward pass that computes what is used alone: all of a predictor,
+of the rest the neurons and keys that the judged text used, with a mean over the
+sequence; without the output layer. Training computes everything.
+
+    python -m benchmarks.spark_quality --minutes 9 --json PATH   # again, until all done
+
+Finished runs are read back from the JSON file. A picture is written beside it if
+matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a folder, saves the next call the
+compiling. No file is needed, but one and the same version of Python.
+
+A step has 16 x 1024 tokens and 3.7 TFLOP of products, in bfloat16. Expected of an H100,
+not yet measured: 25 ms dense, 30 ms with Spark FFNs, 60 ms with Spark attention, whose
+scores are in memory, with exact top-k too; 54 s for the 1200 steps of a run on average,
+13 s to tune one rate; 20 minutes for all 36 runs, with compiling; 25 GB of memory. At
+exactly 8 % and 64 keys Spark FFNs take 2.1 times fewer FLOPs than dense ones, with
+attention 2.45 times.
+
+Paper: https://arxiv.org/abs/2506.06644.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import (
+    common,
+    lm_methods,
+    lm_report,
+    lm_study,
+    lm_text,
+    lm_tuning,
+    scanned_decoder,
+    spark_kinds,
+    spark_models,
+)
+from benchmarks.spark_kinds import BLOCK, BOTH, DENSE, EXACT, GEMMA, NAMES, SPARK
+
+MOST_LOSS, LEAST_FLOPS = 0.01, 2.4  # the claim: over dense, and times fewer
+STAYS = (0.06, 0.10)  # the share of used neurons over a run, where 8 % is expected
+GRID = lm_tuning.grid(lr=(7e-4, 1.4e-3, 2.8e-3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the models and of the runs."""
+
+    models: spark_kinds.Settings
+    batch_size: int
+    seq_len: int
+    judged: int  # sequences, a multiple of a batch
+    steps: int
+    tuning_steps: int
+    steps_per_call: int
+    names: tuple[str, ...] = NAMES  # what is compared
+
+
+FULL = Sizes(
+    spark_kinds.Settings(
+        spark_models.Size(576, 7, 8, 4, 64, lm_text.VOCAB_SIZE),
+        split=256,
+        attended=64,
+        block=16,
+    ),
+    batch_size=16,
+    seq_len=1024,
+    judged=800,
+    steps=1200,
+    tuning_steps=300,
+    steps_per_call=100,
+)
+QUICK = Sizes(
+    spark_kinds.Settings(
+        spark_models.Size(16, 2, 2, 1, 8, lm_text.VOCAB_SIZE),
+        split=8,
+        attended=4,
+        block=4,
+    ),
+    batch_size=2,
+    seq_len=16,
+    judged=2,
+    steps=4,
+    tuning_steps=2,
+    steps_per_call=2,
+    names=(DENSE, BOTH, EXACT),
+)
+
+# --- One model ---
+
+
+def make_study(
+    kind: spark_kinds.Kind,
+    name: str,
+    text: Mapping[str, Any],
+    sizes: Sizes,
+    ledger: lm_study.Ledger,
+) -> lm_tuning.Study:
+    """The runs of one model, its weights drawn by the seed."""
+    decoder, first = scanned_decoder.create(kind.config)
+    losses = functools.partial(
+        scanned_decoder.token_loss, decoder, rows=sizes.batch_size
+    )
+
+    def seen(weights, batch):
+        _, density = decoder.hidden(weights, batch[:, :-1], with_density=True)
+        in_sight = 1 + jnp.arange(sizes.seq_len)
+        return {
+            "loss": losses()(weights, batch),
+            "used": jnp.mean(density["ffn"], axis=(1, 2)),
+            "most_used": jnp.max(density["ffn"]),
+            "keys": jnp.mean(density["attention"] * in_sight),
+        }
+
+    mean_seen = lm_study.evaluator(seen, batch_size=sizes.batch_size)
+    examples = {
+        part: scanned_decoder.windows(text[part], sizes.seq_len, multiple=sizes.judged)[
+            : sizes.judged
+        ]
+        for part in ("tune", "test")
+    }
+
+    def watch(before, after):
+        del after
+        found = mean_seen(before, examples["tune"][: sizes.batch_size])
+        return {
+            "used": np.asarray(found["used"], float).round(4).tolist(),
+            "keys": float(found["keys"]),
+        }
+
+    def judge(trained, part):
+        found = mean_seen(trained.before, examples[part])
+        if found["most_used"] > kind.most_used + 1e-6:
+            raise AssertionError(
+                f"a token must use at most {kind.most_used:.5f} of the neurons; got "
+                f"{float(found['most_used']):.5f} of {name}"
+            )
+        used, keys = float(jnp.mean(found["used"])), float(found["keys"])
+        flops = spark_kinds.flops_a_token(
+            kind, trained.before, sizes.seq_len, used=used, keys=keys
+        )
+        return {
+            "loss": float(found["loss"]),
+            "used": used,
+            "keys": keys,
+            "mflop_token": flops / 1e6,
+            "history": trained.history,
+        }
+
+    entry = lm_tuning.Entry(
+        functools.partial(lm_methods.plain, losses), GRID, judged_by="loss"
+    )
+    return lm_tuning.Study(
+        {name: entry},
+        ledger,
+        first=first,
+        data=jnp.asarray(text["train"]),
+        draw=scanned_decoder.window_draw(sizes.batch_size, sizes.seq_len),
+        judge=judge,
+        steps_per_call=sizes.steps_per_call,
+        watch=watch,
+    )
+
+
+# --- What is told of it ---
+
+
+def table(rows: Sequence[lm_report.Row]) -> list[dict[str, Any]]:
+    columns = ("lr", "used", "keys", "mflop_token", "ms_step", "device")
+    lines = lm_report.table(rows, NAMES, columns, losses=("loss",))
+    for line in lines[1:]:  # the dense model is run first
+        line["to_dense_percent"], error = excess(rows, line["method"])
+        if line["seeds"] > 1:
+            line["to_dense_percent_se"] = error
+        line["times_fewer_flops"] = lines[0]["mflop_token"] / line["mflop_token"]
+    return lines
+
+
+def excess(rows: Sequence[lm_report.Row], name: str) -> tuple[float, float]:
+    """Of the loss over that of the dense model, percent, in pairs of seeds."""
+    dense, other = (
+        {row["seed"]: lm_report.loss_of(row, "loss") for row in found}
+        for found in (lm_report.tested(rows, DENSE), lm_report.tested(rows, name))
+    )
+    pairs = [100 * (other[seed] / dense[seed] - 1) for seed in other if seed in dense]
+    return common.mean_and_error(pairs)
+
+
+def conclusions(rows: Sequence[lm_report.Row]) -> list[str]:
+    """What the table says, in its own numbers."""
+    notes = ["all but the losses are of seed 0; FLOPs are without the output layer"]
+    for line in table(rows)[1:]:
+        percent, error = line["to_dense_percent"], line.get("to_dense_percent_se")
+        holds = percent <= 100 * MOST_LOSS
+        sure = error is None or abs(percent - 100 * MOST_LOSS) > 2 * error
+        fewer = line["times_fewer_flops"]
+        notes.append(
+            f"{line['method']}: loss {percent:+.2f} % "
+            f"({'one seed' if error is None else f'+- {error:.1g}'}) of dense; within "
+            f"{100 * MOST_LOSS:g} %: {verdict(holds)}"
+            f"{'' if sure else ', but within two standard errors of it'}; "
+            f"{fewer:.2f} times fewer FLOPs; at least {LEAST_FLOPS:g}: "
+            f"{verdict(fewer >= LEAST_FLOPS)}"
+        )
+    for name in NAMES[1:]:
+        shares = np.array(
+            [
+                entry["used"]
+                for row in lm_report.tested(rows, name)
+                for entry in row["history"]
+            ]
+        )
+        if shares.size:
+            means = shares.mean(axis=1)
+            notes.append(
+                f"{name}: used neurons over the runs {means.min():.3f} to "
+                f"{means.max():.3f}, in single layers {shares.min():.3f} to "
+                f"{shares.max():.3f}; a mean in {list(STAYS)}: "
+                + verdict(STAYS[0] <= means.min() and means.max() <= STAYS[1])
+            )
+    pairs = [(SPARK, other) for other in (EXACT, GEMMA, BLOCK)] + [(BOTH, SPARK)]
+    for better, worse in pairs:
+        notes += lm_report.compare(rows, better, worse, "loss")
+    return notes + lm_report.ends_of_grids(rows, NAMES)
+
+
+def verdict(holds: bool) -> str:
+    return "holds" if holds else "DOES NOT HOLD"
+
+
+def draw(
+    path: pathlib.Path,
+    lines: Sequence[lm_report.Row],
+    *,
+    rows: Sequence[lm_report.Row],
+) -> None:
+    """Loss against FLOPs, and the used neurons over training."""
+    from matplotlib.figure import Figure  # of the extra `examples`
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    quality, share = figure.subplots(1, 2)
+    for color, line in enumerate(lines):
+        name, style = line["method"], {"color": f"C{color}"}
+        quality.errorbar(
+            line["mflop_token"],
+            line["loss"],
+            yerr=line.get("loss_se"),
+            fmt="o",
+            label=name,
+            **style,
+        )
+        if name == DENSE:
+            bound = line["loss"] * (1 + MOST_LOSS)
+            quality.axhline(bound, color="gray", ls=":", label="dense and 1 %")
+            continue
+        history = lm_report.tested(rows, name)[0]["history"]
+        steps = [entry["step"] for entry in history]
+        used = 100 * np.array([entry["used"] for entry in history])
+        share.plot(steps, used.mean(axis=1), **style)
+        ends = used.min(axis=1), used.max(axis=1)
+        share.fill_between(steps, *ends, alpha=0.1, **style)
+    share.axhline(100 * spark_models.DENSITY, color="gray", ls=":")
+    quality.set(xlabel="MFLOP a token, forward", ylabel="loss on unseen text, nats")
+    share.set(xlabel="step", ylabel="used neurons, %; band: all layers", ylim=(0, None))
+    quality.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+# --- The command line ---
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    args, given = parser.parse_known_args(argv)
+    shared = common.parse_args(__doc__, repeats=3, quick_repeats=2, argv=given)
+    sizes, text = (QUICK if shared.quick else FULL), lm_text.load()
+    settings = {
+        "repeats": shared.repeats,
+        **dataclasses.asdict(sizes),
+        "grid": str(GRID),
+        "text": f"{text['about']} {text['digest']}",
+    }
+    try:
+        ledger = lm_study.Ledger(shared.json, settings, minutes=args.minutes)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+
+    def runs():
+        kinds = spark_kinds.kinds(sizes.models)
+        for name in sizes.names:
+            study = make_study(kinds[name], name, text, sizes, ledger)
+            study.run(
+                tuning_steps=sizes.tuning_steps,
+                steps=sizes.steps,
+                num_seeds=shared.repeats,
+            )
+
+    lm_report.run_and_tell(
+        ledger,
+        runs,
+        table=table,
+        conclusions=conclusions,
+        draw=functools.partial(draw, rows=ledger.rows),
+    )
+
+
+if __name__ == "__main__":
+    main()
