@@ -78,12 +78,17 @@ def mask_factor(share: Any, ramp: Any, *, exponential: bool) -> jax.Array:
 
 
 def structure_decay(
-    losses: Losses, plan: Plan, *, rule: Rule, frames: Sequence[sj.NM]
+    losses: Losses,
+    plan: Plan,
+    *,
+    rule: Rule,
+    frames: Callable[[sj.NM], Sequence[sj.NM]],
 ) -> Method:
-    """SdGf, masked gradients, by the frames; the last one is the pattern of `rule`."""
-    starts = frame_starts(len(frames), plan.num_steps, plan.setting["ramp"])
+    """SdGf, masked gradients; `frames` lead to the pattern of the rule."""
+    patterns = frames(rule["pattern"])
+    starts = frame_starts(len(patterns), plan.num_steps, plan.setting["ramp"])
     others = {name: value for name, value in rule.items() if name != "pattern"}
-    tx = sj.structure_decay(adam(plan), frames, list(starts), **others)
+    tx = sj.structure_decay(adam(plan), patterns, list(starts), **others)
     return Method(clipped(tx), losses())
 
 
