@@ -212,7 +212,10 @@ def excess(rows: Sequence[lm_report.Row], name: str) -> tuple[float, float]:
 
 def conclusions(rows: Sequence[lm_report.Row]) -> list[str]:
     """What the table says, in its own numbers."""
-    notes = ["all but the losses are of seed 0; FLOPs are without the output layer"]
+    notes = [
+        "all but the losses are of seed 0; FLOPs are without the output layer; neurons "
+        "of a used tile count as used"
+    ]
     for line in table(rows)[1:]:
         percent, error = line["to_dense_percent"], line.get("to_dense_percent_se")
         holds = percent <= 100 * MOST_LOSS
