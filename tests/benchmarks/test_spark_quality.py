@@ -108,6 +108,16 @@ def test_what_is_used_is_what_the_selector_keeps():
         np.testing.assert_array_equal(alone, y)
 
 
+def test_more_used_neurons_than_the_exact_top_k_allows_are_an_error():
+    kind = KINDS[spark_kinds.EXACT]
+    for neurons, loss in ((184, 1.0), (185, np.nan)):  # a run that diverged
+        study.check_used(kind, {"most_used": neurons / 2304, "loss": loss})
+    with pytest.raises(
+        AssertionError, match="at most 0.07986 of the neurons; got 0.08"
+    ):
+        study.check_used(kind, {"most_used": 185 / 2304, "loss": 1.0})
+
+
 def recorded(method, seed, loss, used, mflop):
     history = [{"step": 1, "used": [used, used + 0.01]}]
     row = {"method": method, "judged_on": "test", "seed": seed, "lr": 1.0}
