@@ -7,7 +7,7 @@ every leaf of the blocks `[num_layers, ..]`; give methods `stacked=stacked_axes`
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,8 +47,10 @@ class ScannedDecoder:
     def hidden_and_gate_losses(
         self, weights: Params, tokens: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """`hidden`, and what each layer's gate loses, see `sj.nn.pop_gate_losses`."""
-        x, _, losses = self._scan(weights, tokens, pop=sj.nn.pop_gate_losses)
+        """`hidden`, and the loss of each layer's gate, see `sj.nn.SeerAttention`."""
+        x, _, losses = self._scan(
+            weights, tokens, set_to={"distill": True}, pop=sj.nn.pop_gate_losses
+        )
         return x, losses[:, 0]
 
     def block_masks(self, weights: Params, opt_state: Any) -> Any:
@@ -62,16 +64,22 @@ class ScannedDecoder:
         self,
         weights: Params,
         tokens: jax.Array,
+        set_to: Mapping[str, Any] | None = None,
         pop: Callable[[nnx.Module], Any] = lambda block: None,
         **options: Any,
     ) -> tuple[jax.Array, Any, Any]:
-        """The last block's output, and the densities and what `pop` takes, stacked."""
+        """The last block's output, and the densities and what `pop` takes, stacked.
+
+        `set_to` are attributes of the blocks' layers, during the call.
+        """
         graph, other = self.block
         x = self._rest(weights).embed(tokens)
         positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
 
         def layer(x, of_layer):
             block = nnx.merge(graph, *of_layer)
+            if set_to:
+                block.set_attributes(**set_to)
             found = block(x, positions, **options)
             x, density = found if isinstance(found, tuple) else (found, None)
             return x, (density, pop(block))
@@ -130,12 +138,7 @@ def create(
 
 
 def token_loss(
-    decoder: ScannedDecoder,
-    *,
-    rows: int,
-    eta: float = 0.0,
-    temperature: float = 1.0,
-    gates: bool = False,
+    decoder: ScannedDecoder, *, rows: int, eta: float = 0.0, temperature: float = 1.0
 ) -> Loss:
     """The loss of the next token, a mean over a batch `[n * rows, seq + 1]`.
 
@@ -147,16 +150,11 @@ def token_loss(
       rows: sequences; divides those of a batch.
       eta: share of the teacher in the loss, see `sj.distillation_loss`. 0 runs none.
       temperature: of that share.
-      gates: add the losses of the layers' gates.
     """
 
     def loss(weights, batch, teacher=None):
         inputs, labels = batch[:, :-1], batch[:, 1:]
-        gate_losses = jnp.zeros([])
-        if gates:
-            hidden, gate_losses = decoder.hidden_and_gate_losses(weights, inputs)
-        else:
-            hidden = decoder.hidden(weights, inputs)
+        hidden = decoder.hidden(weights, inputs)
         taught = decoder.hidden(teacher, inputs) if eta else None
 
         @jax.checkpoint
@@ -179,7 +177,7 @@ def token_loss(
         chunks = jax.tree.map(
             lambda x: x.reshape(-1, rows, *x.shape[1:]), (labels, hidden, taught)
         )
-        return jnp.mean(jax.lax.map(of_rows, chunks)) + jnp.sum(gate_losses)
+        return jnp.mean(jax.lax.map(of_rows, chunks))
 
     return loss
 

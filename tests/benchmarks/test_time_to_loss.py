@@ -1,6 +1,10 @@
-"""Models raced by the clock: sparse layers in scanned blocks, what is told of runs."""
+"""Models raced by the clock: arms, what is told of runs, both studies in short."""
 
+import dataclasses
 import functools
+import json
+import pathlib
+import sysconfig
 
 import jax
 import jax.numpy as jnp
@@ -9,30 +13,32 @@ import optax
 import pytest
 
 import sparsejax as sj
-from benchmarks import scanned_decoder
+from benchmarks import (
+    installed_text,
+    lm_race,
+    lm_study,
+    long_context_training,
+    scanned_decoder,
+    time_to_loss,
+)
 from sparsejax import models
-from sparsejax.typing import plain_path
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("compile_fast")]
 
-TINY = {"vocab_size": 32, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24}
+TINY = {"vocab_size": 32, "d_model": 8, "num_layers": 2, "num_heads": 1, "d_ff": 16}
 TINY |= {"num_kv_heads": 1, "head_dim": 8}
+FFN = functools.partial(sj.nn.BlockSparseFFN, block_shape=(2, 2))
+
+
+# --- Block-sparse FFNs ---
 
 
 def test_scanned_blocks_read_the_masks_of_the_optimizer():
-    ffn = functools.partial(sj.nn.BlockSparseFFN, block_shape=(8, 8))
-    decoder, first = scanned_decoder.create(models.DecoderConfig(**TINY, ffn=ffn))
+    decoder, first = scanned_decoder.create(models.DecoderConfig(**TINY, ffn=FFN))
     dense, _ = scanned_decoder.create(models.DecoderConfig(**TINY))
-    tx = sj.rigl(
-        optax.sgd(0.1),
-        0.5,
-        update_every=2,
-        stop_step=10,
-        key=jax.random.key(0),
-        pattern=sj.Block((8, 8)),
-        stacked=scanned_decoder.stacked_axes,
-        where=lambda path, leaf: plain_path(path)[-2] in ("gate", "up", "down"),
-    )
+    rule = time_to_loss.Sparse("rigl", 0.5, block=2).rule
+    options = {"update_every": 2, "stop_step": 10, "key": jax.random.key(0)}
+    tx = sj.rigl(optax.sgd(0.1), 0.5, **options, **rule)
     batch = jax.random.randint(jax.random.key(0), (2, 9), 0, 32)
     weights = first(0)
 
@@ -41,11 +47,10 @@ def test_scanned_blocks_read_the_masks_of_the_optimizer():
         def loss(weights):
             if by_blocks:
                 masks = decoder.block_masks(weights, opt_state)
-                return scanned_decoder.token_loss(decoder, rows=2)(
-                    weights | {"masks": masks}, batch
-                )
-            weights = sj.forward_params(opt_state, weights)
-            return scanned_decoder.token_loss(dense, rows=2)(weights, batch)
+                weights, of = weights | {"masks": masks}, decoder
+            else:
+                weights, of = sj.forward_params(opt_state, weights), dense
+            return scanned_decoder.token_loss(of, rows=2)(weights, batch)
 
         return jax.value_and_grad(loss)(weights)
 
@@ -62,3 +67,178 @@ def test_scanned_blocks_read_the_masks_of_the_optimizer():
             grads,
             want,
         )
+
+
+@pytest.mark.parametrize("kind", ["static", "rigl", "gradual"])
+def test_every_layer_ends_with_as_many_blocks_as_it_should_have(kind):
+    decoder, first = scanned_decoder.create(models.DecoderConfig(**TINY, ffn=FFN))
+    how = time_to_loss.Sparse(kind, 0.75, block=2, update_every=2)
+
+    def losses():
+        def loss(weights, batch, teacher):
+            leaves = jax.tree.leaves([weights["blocks"], weights["rest"]])
+            return sum(jnp.sum((leaf - 0.1) ** 2) for leaf in leaves)
+
+        return loss
+
+    trainer = lm_study.Trainer(
+        functools.partial(time_to_loss.by_blocks, how, decoder, losses),
+        lambda data, key: data,
+        steps_per_call=8,
+    )
+    weights = first(0)
+    options = {"seed": 0, "setting": {"lr": 0.01}}
+    trained = trainer.run(weights, None, num_steps=16, **options)
+    tell = time_to_loss.kept_blocks(how, decoder)
+    assert tell(trained.after, None) == {"sparsity": 0.75}
+
+    begun = trainer.run(weights, None, num_steps=0, **options).after
+    gate, drawn = (w["blocks"]["ffn"]["gate"]["kernel"][...] for w in (begun, weights))
+    np.testing.assert_allclose(
+        gate, np.where(gate != 0, drawn if kind == "gradual" else 2 * drawn, 0)
+    )
+    assert jnp.mean(gate != 0) == (1 if kind == "gradual" else 0.25)
+    masks = [w["masks"]["ffn"]["gate"]["block_mask"] for w in (begun, trained.after)]
+    was, now = (mask.get_value().to_blocks() for mask in masks)
+    assert bool((was == now).all()) == (kind == "static")
+
+    spoilt = jax.tree.map(jnp.ones_like, trained.after["blocks"])
+    with pytest.raises(AssertionError, match=r"be 0 outside; got \{8\}, and 48"):
+        tell(trained.after | {"blocks": spoilt}, None)
+
+
+# --- Attention to blocks ---
+
+
+def test_gates_alone_learn_from_the_attention_and_only_when_it_is_their_turn():
+    arm = long_context_training.quick_arms()["seer 25 %"]
+    decoder, first = scanned_decoder.create(
+        dataclasses.replace(arm.config, num_layers=1)
+    )
+    losses = functools.partial(scanned_decoder.token_loss, decoder, rows=1)
+    batch = jax.random.randint(jax.random.key(0), (1, 129), 0, 256)
+    weights = first(0)
+
+    @jax.jit
+    def gradients(weights, step):
+        plan = lm_study.Plan(jnp.int32(9), batch, batch, {"lr": jnp.float32(0.1)})
+        method = arm.make(decoder, losses, plan)
+        opt_state = optax.tree.set(method.tx.init(weights), count=step)
+        loss = lambda w: method.loss(method.forward(opt_state, w), batch, None)  # noqa: E731
+        return jax.grad(loss)(weights)
+
+    learning, idle = (gradients(weights, jnp.int32(step)) for step in (4, 5))
+    paths = jax.tree_util.tree_leaves_with_path(learning)
+    for (path, got), other in zip(paths, jax.tree.leaves(idle), strict=True):
+        if "gate_key" in jax.tree_util.keystr(path):
+            assert jnp.abs(got).max() > 0 and not other.any()
+        else:
+            np.testing.assert_array_equal(got, other)
+            assert other.any()
+
+
+def test_the_window_keeps_the_last_blocks():
+    query = jnp.zeros((1, 20, 2, 4))
+    mask = long_context_training.last_blocks(
+        query, query, causal=True, num_kept=2, block=4
+    )
+    wanted = np.tri(5, dtype=bool) & ~np.tri(5, k=-2, dtype=bool)
+    np.testing.assert_array_equal(mask.to_blocks()[0, 0], wanted)
+
+
+@pytest.mark.parametrize("study", [time_to_loss, long_context_training])
+def test_arms_of_full_size_can_be_built(study):
+    for arm in study.full_arms().values():
+        config = dataclasses.replace(arm.config, num_layers=1)
+        jax.eval_shape(lambda c=config: scanned_decoder.create(c)[1](0))
+
+
+# --- What is told ---
+
+
+def test_when_a_loss_is_reached():
+    history = [[1.0, 10, 5.0], [2.0, 20, 3.0], [4.0, 40, 2.0]]
+    assert lm_race.seconds_to(history, 4.0) == 1.5
+    assert lm_race.seconds_to(history, 2.5) == 3.0
+    assert lm_race.seconds_to(history, 6.0) == 1.0
+    assert lm_race.seconds_to(history, 1.9) is None
+    assert lm_race.seconds_to([[1.0, 10, None], *history[1:]], 4.0) == 2.0
+
+
+def recorded(method, loss, seed=0, lr=1.0):
+    return {
+        "method": method,
+        "judged_on": "test",
+        "seed": seed,
+        "lr": lr,
+        "loss": loss,
+        "history": [[5.0, 1, 4.0], [10.0, 2, loss]],
+    }
+
+
+def test_verdicts_of_equal_and_of_less_time():
+    arms = {
+        "dense": lm_race.Arm(models.DecoderConfig(), lm_race.plain, is_sparse=False),
+        "rigl": lm_race.Arm(models.DecoderConfig(), lm_race.plain),
+    }
+    less = lm_race.shorter("rigl")
+    rows = [recorded("dense", 3.0), recorded("rigl", 2.0), recorded(less, 3.5)]
+    lines = lm_race.table(rows, arms, ())
+    assert [line["reaches_dense_s"] for line in lines] == [10.0, 7.5, None]
+    notes = lm_race.conclusions(rows, arms, 10.0)
+    assert any(
+        note.startswith("rigl better than dense") and note.endswith("holds")
+        for note in notes
+    )
+    assert any(
+        note.startswith(f"{less} better than dense")
+        and note.endswith("-0.5000 nats (one seed): DOES NOT HOLD")
+        for note in notes
+    )
+    assert any("after 7.5 s, 0.75 of the time" in note for note in notes)
+
+
+def test_installed_text_has_each_file_once_and_folders_in_one_part(
+    tmp_path, monkeypatch
+):
+    for name, content in {
+        "stdlib/a.py": "a = 1",
+        "stdlib/again.py": "b = 2",
+        "site/b/b.py": "b = 2",
+        "site/b/long.py": "#" * 2**18 + "#",
+        "site/b/empty.py": "",
+    }.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    folders = {"purelib": "site", "platlib": "site", "stdlib": "stdlib"}
+    paths = {name: str(tmp_path / folder) for name, folder in folders.items()}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(jax, "__file__", str(tmp_path / "site" / "jax" / "__init__.py"))
+    found = [(name.as_posix(), content) for name, content in installed_text.files()]
+    assert found == [("b/b.py", b"b = 2"), ("a.py", b"a = 1")]
+    of_folders = [
+        {installed_text.part_of(pathlib.PurePath(f"{folder}/{file}")) for file in "ab"}
+        for folder in range(400)
+    ]
+    assert all(len(parts) == 1 for parts in of_folders)
+    assert 5 < sum(parts == {"test"} for parts in of_folders) < 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", [time_to_loss, long_context_training])
+def test_the_quick_race_goes_on_where_it_stopped(study, tmp_path, capsys):
+    path = tmp_path / "race.json"
+    study.main(["--quick", "--json", str(path)])
+    printed = capsys.readouterr().out
+    assert printed.startswith(study.__doc__.split("\n")[0])
+    assert "8 runs: all runs are done" in printed
+    whole = json.loads(path.read_text())
+    assert whole["notes"] and all(note in printed for note in whole["notes"])
+    assert {row["method"] for row in whole["rows"]} == {
+        *(arms := study.quick_arms()),
+        lm_race.shorter(next(name for name in arms if arms[name].is_sparse)),
+    }
+    assert path.with_suffix(".png").exists()
+    study.main(["--quick", "--json", str(path)])  # and compiles nothing
+    assert json.loads(path.read_text())["rows"] == whole["rows"]

@@ -1,0 +1,335 @@
+"""Models raced by the clock: held-out loss against seconds of training.
+
+An arm is a decoder, from nothing, and a way to train it. Each is tuned over the same
+learning rates by short runs judged on one part of the text, then trained for equal
+seconds and judged on another; compiling and judging do not count. The first arm is the
+dense one, others that are not sparse are controls. Dense, controls and the best sparse
+arm are repeated for other seeds. Schedules follow the clock (`lm_study.Seconds`), so a
+loss on the way is one at a high learning rate: what a shorter run comes to is measured
+by runs of `LESS` of the time, of the best sparse arm.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import (
+    common,
+    installed_text,
+    lm_methods,
+    lm_report,
+    lm_study,
+    lm_text,
+    lm_tuning,
+    scanned_decoder,
+)
+from benchmarks.scanned_decoder import ScannedDecoder
+from sparsejax import models
+from sparsejax.typing import Params
+
+LESS = 0.8  # of the time
+LOOKS = 12  # at the loss, during a run
+
+Losses = lm_methods.Losses
+Tell = Callable[[Params, jax.Array], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the runs."""
+
+    batch_size: int
+    seq_len: int
+    num_judged: int  # windows of a part
+    steps_per_call: int
+    seconds: float
+    tuning_seconds: float
+    learning_rates: tuple[float, ...]
+
+
+class Arm(NamedTuple):
+    """A model and a way to train it.
+
+    `make` takes the decoder, its losses and a plan. `tell` takes the decoder and gives
+    a function of weights and a batch that gives columns; it raises if the weights are
+    not as they should be.
+    """
+
+    config: models.DecoderConfig
+    make: Callable[[ScannedDecoder, Losses, lm_study.Plan], lm_study.Method]
+    tell: Callable[[ScannedDecoder], Tell] = lambda decoder: lambda *given: {}
+    is_sparse: bool = True
+
+
+def plain(decoder: ScannedDecoder, losses: Losses, plan: lm_study.Plan):
+    """Adam; the `make` of arms that are no method of sparse weights."""
+    del decoder
+    return lm_methods.plain(losses, plan)
+
+
+def shorter(name: str) -> str:
+    """What runs of less time are called."""
+    return f"{name}, {LESS:g} of the time"
+
+
+class Race:
+    """All runs of some arms.
+
+    Args:
+      arms: by name, the dense one first.
+      sizes: of the runs.
+      text: of `lm_text` or `installed_text`.
+      ledger: keeps the rows.
+    """
+
+    def __init__(
+        self,
+        arms: Mapping[str, Arm],
+        sizes: Sizes,
+        text: Mapping[str, Any],
+        ledger: lm_study.Ledger,
+    ):
+        self._arms, self._sizes, self._ledger = arms, sizes, ledger
+        self._train = jnp.asarray(text["train"])
+        self._examples = {
+            part: jnp.asarray(spread_windows(text[part], sizes))
+            for part in ("tune", "test")
+        }
+        self._study = functools.cache(self._make_study)
+
+    def run(self, num_seeds: int) -> None:
+        """Does them, best first where it matters.
+
+        Raises:
+          OutOfTime: the next run would not fit; those before it are in the ledger.
+        """
+        sizes, chosen, found = self._sizes, {}, {}
+        length = lm_study.Seconds(sizes.seconds)
+        tuning = lm_study.Seconds(sizes.tuning_seconds)
+        self._compile(self._arms, 1)
+        for name in self._arms:
+            study = self._study(name)
+            chosen |= study.run(tuning_steps=tuning, steps=length, num_seeds=1)
+            row = study.row(name, "test", chosen[name], steps=length)
+            found[name] = lm_report.loss_of(row, "loss")
+        sparse = [name for name, arm in self._arms.items() if arm.is_sparse]
+        best = min(sparse, key=found.__getitem__)
+        repeated = [name for name in self._arms if name not in sparse or name == best]
+        self._compile(repeated, num_seeds)
+        self._compile([best], num_seeds, called=shorter(best))
+        less = lm_study.Seconds(LESS * sizes.seconds)
+        for seed in range(num_seeds):
+            for name in repeated:
+                study = self._study(name)
+                study.row(name, "test", chosen[name], steps=length, seed=seed)
+            self._study(best).row(
+                best, "test", chosen[best], steps=less, seed=seed, name=shorter(best)
+            )
+
+    def _compile(self, names, num_seeds: int, called: str | None = None) -> None:
+        """Side by side, for arms whose runs are not all there."""
+        left = [
+            name
+            for name in names
+            if len(lm_report.tested(self._ledger.rows, called or name)) < num_seeds
+        ]
+        studies = [(self._study(name), name) for name in left]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda found: found[0].compile([found[1]]), studies))
+
+    def _make_study(self, name: str) -> lm_tuning.Study:
+        arm, sizes = self._arms[name], self._sizes
+        decoder, first = scanned_decoder.create(arm.config)
+        losses = functools.partial(scanned_decoder.token_loss, decoder, rows=1)
+        tell = arm.tell(decoder)
+        mean_loss = lm_study.evaluator(losses(), batch_size=sizes.batch_size)
+
+        def judge(trained, part):
+            examples = self._examples[part]
+            return {
+                "loss": float(mean_loss(trained.after, examples)),
+                **tell(trained.after, examples[: sizes.batch_size]),
+                "weights_million": sum(
+                    weight.size for weight in jax.tree.leaves(trained.after["blocks"])
+                )
+                / 1e6,
+                "history": [
+                    [entry["seconds"], entry["step"], entry["loss"]]
+                    for entry in trained.history
+                    if "loss" in entry
+                ],
+            }
+
+        def watch(before, after):
+            del before
+            return {"loss": float(mean_loss(after, self._examples["test"]))}
+
+        grid = lm_tuning.grid(lr=sizes.learning_rates)
+        make = functools.partial(arm.make, decoder, losses)
+        return lm_tuning.Study(
+            {name: lm_tuning.Entry(make, grid, judged_by="loss")},
+            self._ledger,
+            first=first,
+            data=self._train,
+            draw=scanned_decoder.window_draw(sizes.batch_size, sizes.seq_len),
+            judge=judge,
+            steps_per_call=sizes.steps_per_call,
+            watch=watch,
+            looks=LOOKS,
+        )
+
+
+def spread_windows(tokens: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """As many windows as are judged, from all over the part."""
+    found = scanned_decoder.windows(tokens, sizes.seq_len, multiple=sizes.num_judged)
+    return found[:: len(found) // sizes.num_judged]
+
+
+# --- What is told of it ---
+
+
+def table(
+    rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A line an arm; `reaches_dense_s` is where its first seed passes the dense loss.
+
+    That is the mean of the dense runs' last losses.
+    """
+    names = [name for arm in arms for name in (arm, shorter(arm))]
+    columns = ("lr", "steps", "ms_step", "weights_million", *columns, "device")
+    lines = lm_report.table(rows, names, columns, losses=("loss",))
+    for line in lines:
+        if lines[0]["method"] == next(iter(arms)):
+            history = lm_report.tested(rows, line["method"])[0]["history"]
+            line["reaches_dense_s"] = seconds_to(history, lines[0]["loss"])
+    return lines
+
+
+def seconds_to(history: Sequence[Sequence[float]], loss: float) -> float | None:
+    """When a run first has that loss, by straight lines between what was seen."""
+    last = None
+    for seconds, _, found in history:
+        if found is None or not math.isfinite(found):
+            last = None
+            continue
+        if found <= loss:
+            if last is None:
+                return seconds
+            share = (last[1] - loss) / (last[1] - found)
+            return last[0] + share * (seconds - last[0])
+        last = seconds, found
+    return None
+
+
+def conclusions(
+    rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm], seconds: float
+) -> list[str]:
+    """What the table says, in its own numbers."""
+    notes = [
+        "losses are means over the seeds, nats a byte; what else is in the table is of "
+        "seed 0; weights_million is of the blocks, zeros included"
+    ]
+    dense, *others = arms
+    lines = {line["method"]: line for line in table(rows, arms, ())}
+    for name in others:
+        notes += lm_report.compare(rows, name, dense, "loss")
+        reached = lines.get(name, {}).get("reaches_dense_s")
+        if reached is not None:
+            notes.append(
+                f"{name}: on its way it has the dense loss after {reached:.3g} s, "
+                f"{reached / seconds:.2f} of the time"
+            )
+    for name in others:
+        less = shorter(name)
+        notes += lm_report.compare(rows, less, dense, "loss")
+        if less in lines:
+            for control in others:
+                if not arms[control].is_sparse:
+                    notes += lm_report.compare(rows, name, control, "loss")
+    return notes + lm_report.ends_of_grids(rows, arms)
+
+
+def picture(
+    path: pathlib.Path,
+    rows: Sequence[Mapping[str, Any]],
+    arms: Mapping[str, Arm],
+    title: str,
+) -> None:
+    """The loss of each arm's first seed over the seconds of its training."""
+    from matplotlib.figure import Figure  # of the extra `examples`
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, arm) in enumerate(arms.items()):
+        for called, style in (
+            (name, "-" if arm.is_sparse else "--"),
+            (shorter(name), ":"),
+        ):
+            for row in lm_report.tested(rows, called)[:1]:
+                seconds, _, losses = zip(*row["history"], strict=True)
+                label = f"{called}: {row['loss']:.4f}" if row["loss"] else called
+                axes.plot(seconds, losses, style, color=f"C{index}", label=label)
+                if index == 0:
+                    axes.axhline(losses[-1], color="black", lw=0.5, zorder=0)
+    axes.set(
+        xlabel="seconds of training",
+        ylabel="loss on unseen text, nats a byte",
+        title=title,
+    )
+    axes.set_yscale("log")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+# --- The command line ---
+
+
+def main(
+    doc: str | None,
+    argv: Sequence[str] | None,
+    *,
+    full: tuple[Callable[[], Mapping[str, Arm]], Sizes],
+    quick: tuple[Callable[[], Mapping[str, Arm]], Sizes],
+    columns: Sequence[str],
+    title: str,
+) -> None:
+    """That of a study: `columns` are those that its arms tell."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--seconds", type=float, help="of a run, and a sixth to tune")
+    options, given = parser.parse_known_args(argv)
+    args = common.parse_args(doc, repeats=3, quick_repeats=2, argv=given)
+    make_arms, sizes = quick if args.quick else full
+    arms = make_arms()
+    text = lm_text.load() if args.quick else installed_text.load()
+    if options.seconds is not None:
+        lengths = {"seconds": options.seconds, "tuning_seconds": options.seconds / 6}
+        sizes = dataclasses.replace(sizes, **lengths)
+    settings = {
+        "repeats": args.repeats,
+        **dataclasses.asdict(sizes),
+        "arms": list(arms),
+        "text": f"{text['about']} {text['digest']}",
+        "device_kind": jax.devices()[0].device_kind,  # another has another clock
+    }
+    try:
+        ledger = lm_study.Ledger(args.json, settings, minutes=options.minutes)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    race = Race(arms, sizes, text, ledger)
+    lm_report.run_and_tell(
+        ledger,
+        functools.partial(race.run, args.repeats),
+        table=functools.partial(table, arms=arms, columns=columns),
+        conclusions=functools.partial(conclusions, arms=arms, seconds=sizes.seconds),
+        draw=lambda path, lines: picture(path, ledger.rows, arms, title),
+    )
