@@ -38,6 +38,7 @@ Paper: https://arxiv.org/abs/2506.06644.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -321,8 +322,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def runs():
         kinds = spark_kinds.kinds(sizes.models)
-        for name in sizes.names:
-            study = make_study(kinds[name], name, text, sizes, ledger)
+        studies = {
+            name: make_study(kinds[name], name, text, sizes, ledger)
+            for name in sizes.names
+            if len(lm_report.tested(ledger.rows, name)) < shared.repeats
+        }
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # compiles side by side
+            list(pool.map(lambda name: studies[name].compile([name]), studies))
+        for study in studies.values():
             study.run(
                 tuning_steps=sizes.tuning_steps,
                 steps=sizes.steps,
