@@ -273,7 +273,7 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
                 return row + warpgroup * tiles.rows, column
             return row, column + warpgroup * DEPTH
 
-        def finish(tile, sums, warpgroup):
+        def finish(tile, sums, number, warpgroup):
             if bias is not None:
                 of_tile = _compat.mosaic_gpu_load(
                     plgpu,

@@ -39,11 +39,11 @@ class Task:
         they arrive at the barrier `full`.
       multiply: `(sums, slot, warpgroup)` starts the products of a slot, one for each
         of the sums.
-      finish: `(tile, sums, warpgroup)` gives what is stored of float32 sums; called for
-        each.
+      finish: `(tile, sums, number, warpgroup)` gives what is stored of float32 sums;
+        called for each, by number.
       store: `(tile, values, part, warpgroup)` stores a part of it; its copies read
         shared memory that no other warpgroup uses. `values` are of all sums.
-      parts: of a tile.
+      parts: of a tile; 0 if `finish` stores, and gives nothing.
       aside: what the warpgroup that loads does besides; or None.
     """
 
@@ -52,7 +52,7 @@ class Task:
     source: Callable[[Tile, jax.Array], Source]
     load: Callable[[Tile, Source, jax.Array, jax.Array, Any], None]
     multiply: Callable[[tuple[Any, ...], jax.Array, jax.Array], None]
-    finish: Callable[[Tile, jax.Array, jax.Array], jax.Array]
+    finish: Callable[[Tile, jax.Array, int, jax.Array], jax.Array | None]
     store: Callable[[Tile, tuple[jax.Array, ...], int, jax.Array], None]
     parts: int
     aside: "Aside | None" = None
@@ -108,11 +108,16 @@ def run(
         _load_all(make_task(refs), refs["full"], refs["empty"], stages)
 
     def computing(refs, warpgroup):
-        zeros = jnp.zeros(sums_shape, out_type.dtype)
-        zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-        nothing = tuple(jnp.int32(n) for n in no_tile), (zeros,) * num_sums
         task = make_task(refs)
-        _multiply_all(task, refs["full"], refs["empty"], stages, nothing, warpgroup)
+        zeros = None
+        if task.parts:
+            zeros = jnp.zeros(sums_shape, out_type.dtype)
+            zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        nothing = tuple(jnp.int32(n) for n in no_tile), (zeros,) * num_sums
+        accumulators = [plgpu.WGMMAAccumulatorRef(sums_shape, jnp.float32)] * num_sums
+        _multiply_all(
+            task, refs["full"], refs["empty"], stages, nothing, accumulators, warpgroup
+        )
 
     barriers = {
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -158,11 +163,9 @@ def _load_all(task: Task, full, empty, stages: int) -> None:
         aside.end()
 
 
-def _multiply_all(task: Task, full, empty, stages, nothing, warpgroup) -> None:
-    accumulators = [
-        plgpu.WGMMAAccumulatorRef(zeros.shape, jnp.float32) for zeros in nothing[1]
-    ]
-
+def _multiply_all(
+    task: Task, full, empty, stages, nothing, accumulators, warpgroup
+) -> None:
     def visit(tile, carry):
         done, previous, values = carry
         num_steps = task.num_steps(tile)
@@ -200,7 +203,10 @@ def _multiply_all(task: Task, full, empty, stages, nothing, warpgroup) -> None:
             def _():
                 free(num_steps - 1)
 
-            return tuple(task.finish(tile, of_one, warpgroup) for of_one in found)
+            return tuple(
+                task.finish(tile, of_one, number, warpgroup)
+                for number, of_one in enumerate(found)
+            )
 
         return done + num_steps, tile, pl.run_scoped(add_up, *accumulators)
 

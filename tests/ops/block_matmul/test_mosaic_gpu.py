@@ -1,7 +1,9 @@
 """The Hopper kernels of block_matmul: values in interpret mode, lowering, limits."""
 
+import contextlib
 import functools
 import importlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,9 @@ from sparsejax.ops import block_matmul
 from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
 # by name: the function hides the package of that name
-_mosaic_gpu, _dw, _reference = (
+_mosaic_gpu, _dw, _reference, _split = (
     importlib.import_module(f"sparsejax.ops.block_matmul.{name}")
-    for name in ("_mosaic_gpu", "_mosaic_gpu_dw", "_reference")
+    for name in ("_mosaic_gpu", "_mosaic_gpu_dw", "_reference", "_split")
 )
 Tiles = _mosaic_gpu.Tiles
 
@@ -96,6 +98,23 @@ class InterpretTest(parameterized.TestCase):
             dw = jax.jit(functools.partial(_dw.grad_w, tiles=tiles_dw))(x, dy, mask, w)
         assert_equal((y, dx, dw), reference(x, w, dy, mask))
 
+    @parameterized.parameters(
+        # four programs: four whole tiles, and one whose rows are cut into pieces
+        ([[1, 1, 0], [0, 0, 1], [1, 1, 1], [1, 0, 0]], (128, 128), jnp.bfloat16, 4),
+        # three: both tiles are cut, the piece of one program lies in both
+        ([[1, 1], [0, 1]], (64, 64), jnp.float16, 3, True),
+    )
+    def test_dw_of_pieces(self, kept, block_shape, dtype, programs, compact=False):
+        x, w, dy, mask = operands(kept, block_shape, 192, dtype, compact)
+        tiles = _dw.Tiles(stages=2, num_sms=programs)
+        with contextlib.ExitStack() as stack:
+            # cuts that pay for so few rows
+            for name, value in {"_COST": 1, "_SHORTEST": 1}.items():
+                stack.enter_context(mock.patch.object(_split, name, value))
+            stack.enter_context(gpu_interpreted())
+            dw = jax.jit(functools.partial(_dw.grad_w, tiles=tiles))(x, dy, mask, w)
+        assert_equal([dw], reference(x, w, dy, mask)[2:])
+
     def test_public_function(self):
         x, w, dy, mask = operands([[0, 1], [1, 0]], (64, 64), 8, jnp.bfloat16)
         bias = jnp.arange(128, dtype=jnp.bfloat16) - 64
@@ -144,8 +163,9 @@ class LoweringTest(parameterized.TestCase):
             return y, jax.grad(loss, (0, 1))(x, w)
 
         exported = jax.export.export(jax.jit(fn), platforms=["cuda"])(x, w, mask, bias)
-        # y once with the activation; dx; dw
-        self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 3)
+        # y once with the activation; dx; dw, of many rows by two kernels
+        many = num_rows >= 2048
+        self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 3 + many)
 
     def test_layers_of_equal_shapes_share_a_kernel(self):
         mask = jax.eval_shape(
@@ -196,7 +216,7 @@ class LimitsTest(parameterized.TestCase):
 class DeviceTest(parameterized.TestCase):
     @parameterized.product(
         block_shape=[(128, 128), (64, 64), (64, 128), (128, 256)],
-        num_rows=[3, 1000],
+        num_rows=[3, 1000, 4000],
         compact=[False, True],
     )
     def test_products(self, block_shape, num_rows, compact):
