@@ -63,7 +63,7 @@ def keep_highest(
     ranked = jnp.where(always, jnp.inf, scores)
     return count_if_few(
         ranked,
-        ranked.size * ranked.shape[-1],
+        4 * ranked.size * ranked.shape[-1],
         count=functools.partial(_keep_by_counting, num_kept=num_kept),
         otherwise=functools.partial(_keep_by_sorting, num_kept=num_kept),
     )

@@ -96,9 +96,12 @@ class BlockMask:
         if height < 1 or width < 1:
             raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
         row_room, column_room = _rooms(capacity, kept.shape[-2:])
-        fitting = _first(_first(kept, row_room).mT, column_room).mT
-        num, indices = _lists(fitting, row_room)
-        num_t, indices_t = _lists(fitting.mT, column_room)
+        # a forward reads the lists by row alone: they take nothing from what follows,
+        # so that a compiler can leave that out
+        num, indices, fitting = _lists(kept, row_room)
+        num_t, indices_t, fitting_t = _lists(fitting.mT, column_room)
+        if column_room < kept.shape[-2]:
+            num, indices, fitting = _lists(fitting_t.mT, row_room)
         overflowed = jnp.any(kept != fitting, axis=(-2, -1))
         return cls(num, indices, num_t, indices_t, overflowed, (height, width))
 
@@ -273,41 +276,46 @@ def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
     return int(min(row_room, columns)), int(min(column_room, rows))
 
 
-def _first(kept: jax.Array, room: int) -> jax.Array:
-    """The first `room` True entries along the last axis."""
-    if room >= kept.shape[-1]:
-        return kept
-    return kept & (jnp.cumsum(kept, axis=-1, dtype=jnp.int32) <= room)
-
-
-def _lists(kept: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
-    """Counts and ascending indices of the True entries along the last axis."""
+def _lists(kept: jax.Array, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the first `room` True entries of each row: counts, indices, which they are."""
     *lead, size = kept.shape
     rows = kept.reshape(math.prod(lead), size)
-    lists = count_if_few(
+    upto = count_if_few(  # entries up to each, itself included
         rows,
-        len(rows) * size * max(size, room),
+        rows.size * size,
+        count=_upto_by_counting,
+        otherwise=functools.partial(jnp.cumsum, axis=-1, dtype=jnp.int32),
+    )
+    lists = count_if_few(
+        (rows, upto),
+        rows.size * room,
         count=functools.partial(_lists_by_counting, room=room),
         otherwise=functools.partial(_lists_by_scatter, room=room),
     )
-    num = jnp.sum(rows, axis=-1, dtype=jnp.int32)
-    return num.reshape(lead), lists.reshape(*lead, room)
+    num = jnp.minimum(upto[:, -1], room)
+    first = rows if room >= size else rows & (upto <= room)
+    return num.reshape(lead), lists.reshape(*lead, room), first.reshape(kept.shape)
 
 
-def _lists_by_scatter(rows: jax.Array, room: int) -> jax.Array:
+def _upto_by_counting(rows: jax.Array) -> jax.Array:
+    index = jnp.arange(rows.shape[-1])
+    before = rows[:, None, :] & (index <= index[:, None])
+    return jnp.sum(before, axis=-1, dtype=jnp.int32)
+
+
+def _lists_by_counting(rows_and_upto: tuple[jax.Array, jax.Array], room: int):
+    """Before the entry of a slot are the indices up to which it is not yet reached."""
+    _, upto = rows_and_upto
+    slot = jnp.arange(room, dtype=jnp.int32)
+    slot = jnp.minimum(slot, upto[:, -1:] - 1)  # the rest repeats the last
+    return jnp.sum(upto[:, None, :] <= slot[..., None], axis=-1, dtype=jnp.int32)
+
+
+def _lists_by_scatter(rows_and_upto: tuple[jax.Array, jax.Array], room: int):
     """O(blocks), by about ten programs, half of them for the cumulative maximum."""
-    slot = jnp.cumsum(rows, axis=-1, dtype=jnp.int32) - 1
-    slot = jnp.where(rows, slot, room)  # beyond the list: dropped
+    rows, upto = rows_and_upto
+    slot = jnp.where(rows, upto - 1, room)  # beyond the list: dropped
     index = jnp.broadcast_to(jnp.arange(rows.shape[-1], dtype=jnp.int32), rows.shape)
     lists = jnp.zeros((len(rows), room), jnp.int32)
     lists = lists.at[jnp.arange(len(rows))[:, None], slot].set(index, mode="drop")
     return jax.lax.cummax(lists, axis=1)  # ascending, so the rest repeats the last
-
-
-def _lists_by_counting(rows: jax.Array, room: int) -> jax.Array:
-    """Two reductions over pairs, which a GPU does as fast as it starts programs."""
-    index = jnp.arange(rows.shape[-1], dtype=jnp.int32)
-    upto = rows[:, None, :] & (index <= index[:, None])
-    slot = jnp.sum(upto, axis=-1, dtype=jnp.int32) - 1
-    here = rows[:, None, :] & (slot[:, None, :] <= jnp.arange(room)[:, None])
-    return jnp.max(jnp.where(here, index, 0), axis=-1)

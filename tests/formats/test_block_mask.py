@@ -315,11 +315,13 @@ class ErrorsTest(parameterized.TestCase):
 
 
 @pytest.mark.parametrize("size", [1, 5, 40])
-def test_lists_by_counting_pairs_are_those_by_scatter(size):
+def test_lists_by_counting_are_those_by_scatter(size):
     rng = np.random.default_rng(size)
+    kept = jnp.asarray(rng.random((7, size)) < 0.4)
+    upto = jnp.cumsum(kept, axis=-1, dtype=jnp.int32)
+    np.testing.assert_array_equal(_block_mask._upto_by_counting(kept), upto)
     for room in {1, size // 2 or 1, size}:
-        kept = _block_mask._first(jnp.asarray(rng.random((7, size)) < 0.4), room)
         np.testing.assert_array_equal(
-            _block_mask._lists_by_counting(kept, room),
-            _block_mask._lists_by_scatter(kept, room),
+            _block_mask._lists_by_counting((kept, upto), room),
+            _block_mask._lists_by_scatter((kept, upto), room),
         )
