@@ -94,7 +94,6 @@ class Decoder(nnx.Module):
                 use_bias=False,
                 dtype=config.dtype,
                 param_dtype=config.param_dtype,
-                preferred_element_type=jnp.float32,
                 rngs=rngs,
             )
 
@@ -136,9 +135,38 @@ class Decoder(nnx.Module):
         """Reads the float32 logits off the last layer's output."""
         x = self.norm(x)
         if self.config.tie_embeddings:
-            embedding = self.embed.embedding[...].astype(x.dtype)
-            return jnp.dot(x, embedding.T, preferred_element_type=jnp.float32)
-        return self.head(x)
+            kernel = self.embed.embedding[...].T
+        else:
+            kernel = self.head.kernel[...]
+        product = _product_16 if x.dtype.itemsize < 4 else _product
+        return product(x, kernel.astype(x.dtype))
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _product_16(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`_product` of 16-bit operands, whose gradient is a product of such too.
+
+    The gradient of float32 logits is float32: autodiff would multiply in float32, which
+    took a sixth of the time of a training step.
+    """
+    return _product(x, kernel)
+
+
+def _product_16_fwd(x, kernel):
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_16_bwd(operands, grad):
+    x, kernel = operands
+    grad = grad.astype(x.dtype)
+    return jnp.dot(grad, kernel.T), jnp.einsum("...d,...v->dv", x, grad)
+
+
+_product_16.defvjp(_product_16_fwd, _product_16_bwd)
 
 
 def _rms_norm(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

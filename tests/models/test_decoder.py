@@ -144,6 +144,24 @@ class DecoderTest(parameterized.TestCase):
             self.assertTrue(jnp.isfinite(grad).all(), path)
             self.assertTrue(grad.any(), path)
 
+    @parameterized.parameters(True, False)
+    def test_products_of_16_bit_logits_are_of_16_bits(self, tie_embeddings):
+        config = dataclasses.replace(
+            SMALL, dtype=jnp.bfloat16, tie_embeddings=tie_embeddings
+        )
+        model = make(config)
+        graph, params = nnx.split(model, nnx.Param)
+        x = jnp.ones((2, SMALL.d_model), jnp.bfloat16)
+
+        def loss(params, x):
+            return jax.nn.logsumexp(nnx.merge(graph, params).logits(x), axis=-1).sum()
+
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, x))
+        products = [line for line in jaxpr.splitlines() if "dot_general" in line]
+        self.assertLen(products, 3)  # forward, and two of the gradient
+        kinds = [line.split("=")[0].split(":")[-1].split("[")[0] for line in products]
+        self.assertSequenceEqual(kinds, ["f32", "bf16", "bf16"])
+
     def test_leaves_have_the_names_that_the_methods_know(self):
         config = dataclasses.replace(SMALL, tie_embeddings=False)
         for name, value in weights_of(make(config)).items():
