@@ -344,7 +344,7 @@ def _tiles(work: _Work, dtype) -> Task:
         return refs["out"].at[pl.ds(row * height, height), pl.ds(column * width, width)]
 
     def store(tile, values, number, warpgroup):
-        row, group, part, *_ = tile
+        row, group, part = tile[:3]
         down, right = work.corner(part)
         i, piece = divmod(number, grid.columns // DEPTH)
         entry = group * grid.in_tile + i
@@ -354,10 +354,8 @@ def _tiles(work: _Work, dtype) -> Task:
             entry += warpgroup * _SUMS
         exists = entry < work.length(row)
         entry = jnp.minimum(entry, work.length(row) - 1)
-        place = None
-        if grid.compact:
-            place = refs["slots"][row, entry]
-            exists &= place < grid.num_places
+        place = refs["slots"][row, entry] if grid.compact else jnp.int32(0)
+        exists &= place < grid.num_places
         staging = refs["staging"].at[warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         staging[...] = values[i][:, piece * DEPTH : (piece + 1) * DEPTH]
