@@ -19,6 +19,8 @@ Capacity: TypeAlias = int | tuple[int | None, int | None] | None
 """Room for kept blocks: `(in a block row, in a block column)`, one number for a block
 row alone, None for all."""
 
+_BITS = 32  # of a word
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,8 @@ class BlockMask:
     segments) are arguments of the operation and never stored here.
 
     Built by `from_dense`, `from_blocks` or `from_scores`: on the device, inside `jit`,
-    in O(blocks) without a sort. Lists have a static length, so a new topology needs no
-    new trace. Entries beyond a count repeat the last index (0 in an empty list).
+    in O(blocks). Lists have a static length, so a new topology needs no new trace.
+    Entries beyond a count repeat the last index (0 in an empty list).
 
     Attributes:
       num: int32 `[..., block_rows]`, kept blocks of each block row.
@@ -96,12 +98,14 @@ class BlockMask:
         if height < 1 or width < 1:
             raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
         row_room, column_room = _rooms(capacity, kept.shape[-2:])
-        # a forward reads the lists by row alone: they take nothing from what follows,
-        # so that a compiler can leave that out
-        num, indices, fitting = _lists(kept, row_room)
-        num_t, indices_t, fitting_t = _lists(fitting.mT, column_room)
+        # the lists by row take nothing from the rest, which is compiled to nothing in a
+        # forward, as that reads no more
+        num, indices = _lists(kept, row_room)
+        fitting = _first(kept, row_room)
         if column_room < kept.shape[-2]:
-            num, indices, fitting = _lists(fitting_t.mT, row_room)
+            fitting = _first(fitting.mT, column_room).mT
+            num, indices = _lists(fitting, row_room)
+        num_t, indices_t = _lists(fitting.mT, column_room)
         overflowed = jnp.any(kept != fitting, axis=(-2, -1))
         return cls(num, indices, num_t, indices_t, overflowed, (height, width))
 
@@ -276,46 +280,62 @@ def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
     return int(min(row_room, columns)), int(min(column_room, rows))
 
 
-def _lists(kept: jax.Array, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the first `room` True entries of each row: counts, indices, which they are."""
+def _first(kept: jax.Array, room: int) -> jax.Array:
+    """The first `room` True entries along the last axis."""
+    if room >= kept.shape[-1]:
+        return kept
+    return kept & (jnp.cumsum(kept, axis=-1, dtype=jnp.int32) <= room)
+
+
+def _lists(kept: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
+    """Counts and ascending indices of the first `room` True entries of each row."""
     *lead, size = kept.shape
     rows = kept.reshape(math.prod(lead), size)
-    upto = count_if_few(  # entries up to each, itself included
-        rows,
-        rows.size * size,
-        count=_upto_by_counting,
-        otherwise=functools.partial(jnp.cumsum, axis=-1, dtype=jnp.int32),
-    )
     lists = count_if_few(
-        (rows, upto),
-        rows.size * room,
-        count=functools.partial(_lists_by_counting, room=room),
+        rows,
+        len(rows) * room * -(-size // _BITS),
+        count=functools.partial(_lists_by_bits, room=room),
         otherwise=functools.partial(_lists_by_scatter, room=room),
     )
-    num = jnp.minimum(upto[:, -1], room)
-    first = rows if room >= size else rows & (upto <= room)
-    return num.reshape(lead), lists.reshape(*lead, room), first.reshape(kept.shape)
+    num = jnp.minimum(jnp.sum(rows, axis=-1, dtype=jnp.int32), room)
+    return num.reshape(lead), lists.reshape(*lead, room)
 
 
-def _upto_by_counting(rows: jax.Array) -> jax.Array:
-    index = jnp.arange(rows.shape[-1])
-    before = rows[:, None, :] & (index <= index[:, None])
-    return jnp.sum(before, axis=-1, dtype=jnp.int32)
-
-
-def _lists_by_counting(rows_and_upto: tuple[jax.Array, jax.Array], room: int):
-    """Before the entry of a slot are the indices up to which it is not yet reached."""
-    _, upto = rows_and_upto
-    slot = jnp.arange(room, dtype=jnp.int32)
-    slot = jnp.minimum(slot, upto[:, -1:] - 1)  # the rest repeats the last
-    return jnp.sum(upto[:, None, :] <= slot[..., None], axis=-1, dtype=jnp.int32)
-
-
-def _lists_by_scatter(rows_and_upto: tuple[jax.Array, jax.Array], room: int):
+def _lists_by_scatter(rows: jax.Array, room: int) -> jax.Array:
     """O(blocks), by about ten programs, half of them for the cumulative maximum."""
-    rows, upto = rows_and_upto
-    slot = jnp.where(rows, upto - 1, room)  # beyond the list: dropped
+    slot = jnp.cumsum(rows, axis=-1, dtype=jnp.int32) - 1
+    slot = jnp.where(rows, slot, room)  # beyond the list: dropped
     index = jnp.broadcast_to(jnp.arange(rows.shape[-1], dtype=jnp.int32), rows.shape)
     lists = jnp.zeros((len(rows), room), jnp.int32)
     lists = lists.at[jnp.arange(len(rows))[:, None], slot].set(index, mode="drop")
     return jax.lax.cummax(lists, axis=1)  # ascending, so the rest repeats the last
+
+
+def _lists_by_bits(rows: jax.Array, room: int) -> jax.Array:
+    """Each entry by a search, first for the word of 32 bits that has it, then there."""
+    padded = jnp.pad(rows, ((0, 0), (0, -rows.shape[-1] % _BITS)))
+    bits = padded.reshape(len(rows), -1, _BITS)
+    values = jnp.uint32(1) << jnp.arange(_BITS, dtype=jnp.uint32)
+    words = jnp.sum(jnp.where(bits, values, 0), axis=-1, dtype=jnp.uint32)
+    num_bits = jax.lax.population_count(words).astype(jnp.int32)
+    upto = jnp.cumsum(num_bits, axis=-1)
+    before = upto - num_bits
+    # which of the row's True entries; the rest repeats the last
+    rank = jnp.minimum(jnp.arange(room, dtype=jnp.int32), upto[:, -1:] - 1)
+    words, before, upto = (a[:, None, :] for a in (words, before, upto))
+    passed = upto <= rank[..., None]
+    here = ~passed & (before <= rank[..., None])
+    # sums, not a gather: one program for all three
+    index = _BITS * jnp.sum(passed, axis=-1, dtype=jnp.int32)
+    word = jnp.sum(jnp.where(here, words, 0), axis=-1, dtype=jnp.uint32)
+    rank -= jnp.sum(jnp.where(here, before, 0), axis=-1, dtype=jnp.int32)
+    half = _BITS // 2
+    while half:
+        lower = jax.lax.population_count(word & jnp.uint32(2**half - 1))
+        lower = lower.astype(jnp.int32)
+        higher = rank >= lower
+        index += jnp.where(higher, half, 0)
+        rank -= jnp.where(higher, lower, 0)
+        word = jnp.where(higher, word >> half, word)
+        half //= 2
+    return index
