@@ -27,12 +27,13 @@ Finished runs are read back from the JSON file. A picture is written beside it i
 matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a folder, saves the next call the
 compiling. No file is needed, but one and the same version of Python.
 
-A step has 16 x 1024 tokens and 3.7 TFLOP of products, in bfloat16; a run 1200 steps, so
-that it reads the text twice. Expected of an H100, not yet measured: 25 ms dense, 30 ms
-with Spark FFNs, 60 ms with Spark attention, whose scores are in memory, and with exact
-top-k; 50 s a run on average and 12 s a rate that is tuned; 20 minutes for all 36 runs,
-with compiling; up to 35 GB of memory. At exactly 8 % and 64 keys Spark FFNs take 2.1
-times fewer FLOPs than dense ones, with attention 2.45 times.
+A step has 16 x 1024 tokens and 3.7 TFLOP of products, in bfloat16; the selectors are
+plain XLA, as widths are no multiples of the kernel's 512. A run has 1200 steps, which
+is the text twice. Expected of an H100, not yet measured: 25 ms dense, 30 ms with Spark
+FFNs, 60 ms with Spark attention, whose scores are in memory, and with exact top-k; 50 s
+a run on average and 12 s a rate that is tuned; 20 minutes for all 36 runs, with
+compiling; up to 35 GB of memory. At exactly 8 % and 64 keys Spark FFNs take 2.1 times
+fewer FLOPs than dense ones, with attention 2.45 times.
 
 Paper: https://arxiv.org/abs/2506.06644.
 """
