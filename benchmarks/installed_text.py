@@ -36,8 +36,8 @@ def files() -> Iterator[tuple[pathlib.PurePath, bytes]]:
     seen = set()
     for root in [*dict.fromkeys(packages), pathlib.Path(paths["stdlib"])]:
         for path in sorted(root.rglob("*.py")):
-            if path.stat().st_size > LARGEST:
-                continue
+            if not path.is_file() or path.stat().st_size > LARGEST:
+                continue  # a link may lead nowhere
             content = path.read_bytes()
             digest = hashlib.sha256(content).digest()
             if content and digest not in seen:

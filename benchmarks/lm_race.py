@@ -251,10 +251,17 @@ def conclusions(
     for name in others:
         less = shorter(name)
         notes += lm_report.compare(rows, less, dense, "loss")
-        if less in lines:
-            for control in others:
-                if not arms[control].is_sparse:
-                    notes += lm_report.compare(rows, name, control, "loss")
+        if less not in lines:
+            continue
+        for control in others:
+            if not arms[control].is_sparse:
+                notes += lm_report.compare(rows, name, control, "loss")
+        gains = [lm_report.gain(rows, of, dense, "loss") for of in (name, less)]
+        holds = any(found is not None and found[0] > 0 for found in gains)
+        notes.append(
+            f"the aim, a loss below the dense one in equal time or in {LESS:g} of it: "
+            + ("holds" if holds else "DOES NOT HOLD")
+        )
     return notes + lm_report.ends_of_grids(rows, arms)
 
 

@@ -21,9 +21,9 @@ written beside it if matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a folde
 the next call the compiling.
 
 A dense step is 37 TFLOP; at 10 %, 10. From that, not yet measured, 95 and 35 ms are
-expected of an H100: 600 and 1700 steps in the 60 s of a run; 18 runs of 10 s to tune, 6
-of 60 s, 6 more for two seeds of dense, window and best, 3 of 48 s of the best: 18
-minutes with compiling, and 10 GB of memory.
+expected of an H100: 500 and 1400 steps in the 48 s of a run. 18 runs of 8 s to tune, 6
+of 48 s, 6 more for two seeds of dense, window and best, and 3 of 38 s of the best: 18
+minutes with compiling and judging. 10 GB of memory.
 
 Papers: https://arxiv.org/abs/2506.06644 (statistical top-k of single keys),
 https://arxiv.org/abs/2410.13276 (SeerAttention; not shown from scratch there).
@@ -55,8 +55,8 @@ FULL = Sizes(
     32768,
     num_judged=16,
     steps_per_call=10,
-    seconds=60.0,
-    tuning_seconds=10.0,
+    seconds=48.0,
+    tuning_seconds=8.0,
     learning_rates=(6e-4, 1.5e-3, 4e-3),
 )
 QUICK = Sizes(

@@ -23,9 +23,9 @@ written beside it if matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a folde
 the next call the compiling. `--seconds 600 --repeats 1` gives runs of ten minutes.
 
 A step has 16 x 1024 bytes: 13 TFLOP dense, 5 at 75 %. From that, not yet measured, 40
-and 20 ms are expected of an H100, 1500 and 3000 steps in the 60 s of a run; 24 runs of
-10 s to tune, 8 of 60 s, 6 more for two seeds of dense, control and best, 3 of 48 s of
-the best: 22 minutes with compiling. 15 GB of memory, the widest 45.
+and 20 ms are expected of an H100, 1200 and 2400 steps in the 48 s of a run. 24 runs of
+8 s to tune, 8 of 48 s, 6 more for two seeds of dense, control and best, and 3 of 38 s
+of the best: 21 minutes with compiling and judging. 15 GB of memory, the widest 40.
 
 Papers: https://arxiv.org/abs/1911.11134 (RigL), https://arxiv.org/abs/1710.01878
 (gradual), https://arxiv.org/abs/2303.11525 (wider at equal FLOPs).
@@ -54,9 +54,9 @@ FULL = Sizes(
     16,
     1024,
     num_judged=512,
-    steps_per_call=20,
-    seconds=60.0,
-    tuning_seconds=10.0,
+    steps_per_call=10,
+    seconds=48.0,
+    tuning_seconds=8.0,
     learning_rates=(4e-4, 1e-3, 2.5e-3),
 )
 QUICK = Sizes(

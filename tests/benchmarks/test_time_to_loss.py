@@ -196,6 +196,7 @@ def test_verdicts_of_equal_and_of_less_time():
         for note in notes
     )
     assert any("after 7.5 s, 0.75 of the time" in note for note in notes)
+    assert any("the aim" in note and note.endswith("of it: holds") for note in notes)
 
 
 def test_installed_text_has_each_file_once_and_folders_in_one_part(
