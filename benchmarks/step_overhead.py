@@ -1,12 +1,15 @@
 """What does a method add to a step of its optimizer, in time and in state?
 
 One jitted `update` and `apply_updates` with donated params and state, on random params
-and gradients, against plain `optax.adamw`, period by period in turn. `step` is one
-between refreshes of the masks, `refresh` one that chooses them anew, and the mean over
-a period holds both.
+and gradients, against plain `optax.adamw`, period by period in turn. `refresh` is a
+step that chooses the masks anew; `step` is one of those between, which are taken in a
+row and awaited together, as a training loop takes them; the mean over a period holds
+both.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,7 +23,7 @@ from benchmarks import common
 from sparsejax.transforms import SparseState
 
 KEY = jax.random.key(0)
-PERIOD = 10  # steps between refreshes; the timed steps between lie inside one period
+PERIOD = 10  # steps between refreshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,6 @@ class Case:
 
     method: str
     make: Callable[[bool], optax.GradientTransformation]
-    every_step: bool = False  # refreshes on each step: no step is without
 
 
 def _inner() -> optax.GradientTransformation:
@@ -60,7 +62,6 @@ CASES = [
     Case(
         "sr_ste 2:4",
         lambda p: sj.sr_ste(_inner(), pattern=sj.NM(2, 4), pack_masks=p),
-        every_step=True,
     ),
     Case(
         "adams 2:4",
@@ -85,35 +86,45 @@ def make_params(leaves: int, width: int) -> dict:
     return make()
 
 
-class Run:
-    """A training run of an optimizer on random gradients, one step at a time."""
+class Programs:
+    """What a run of an optimizer needs, compiled from shapes alone."""
 
     def __init__(self, tx: optax.GradientTransformation, leaves: int, width: int):
-        self.grads = make_params(leaves, width)
-        params = make_params(leaves, width)
-        state = jax.jit(tx.init)(params)
-        ours = lambda node: isinstance(node, SparseState)  # noqa: E731
-        found = [node for node in jax.tree.leaves(state, is_leaf=ours) if ours(node)]
-        sizes = jax.tree.leaves([node.masks for node in found])
-        self.mask_bytes = sum(leaf.nbytes for leaf in sizes)
-
         def step(params, state, grads):
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
+        self.make_params = functools.partial(make_params, leaves, width)
+        params = jax.eval_shape(self.make_params)
+        state = jax.eval_shape(tx.init, params)
+        self.init = jax.jit(tx.init).lower(params).compile()
         jitted = jax.jit(step, donate_argnums=(0, 1))
-        self.step = jitted.lower(params, state, self.grads).compile()
+        self.step = jitted.lower(params, state, params).compile()
+
+
+class Run:
+    """A training run of an optimizer on random gradients, one step at a time."""
+
+    def __init__(self, programs: Programs):
+        self.step, self.grads = programs.step, programs.make_params()
+        params = programs.make_params()
+        state = programs.init(params)
+        ours = lambda node: isinstance(node, SparseState)  # noqa: E731
+        found = [node for node in jax.tree.leaves(state, is_leaf=ours) if ours(node)]
+        sizes = jax.tree.leaves([node.masks for node in found])
+        self.mask_bytes = sum(leaf.nbytes for leaf in sizes)
         self.now = params, state
 
-    def period_ms(self) -> list[float]:
-        """The times of the steps of one period, each awaited; a refresh is first."""
-        times = []
-        for _ in range(PERIOD):
-            begin = time.perf_counter()
+    def period_ms(self) -> tuple[float, float]:
+        """The times of a period's first step, the refresh, and of one after it."""
+        return self._steps_ms(1), self._steps_ms(PERIOD - 1) / (PERIOD - 1)
+
+    def _steps_ms(self, steps: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(steps):
             self.now = self.step(*self.now, self.grads)
-            jax.block_until_ready(self.now)
-            times.append((time.perf_counter() - begin) * 1e3)
-        return times
+        jax.block_until_ready(self.now)
+        return (time.perf_counter() - begin) * 1e3
 
     def check(self) -> None:
         """No step may have made the params infinite."""
@@ -126,32 +137,38 @@ def run(leaves: int, width: int, periods: int) -> Iterator[dict]:
 
     They take periods by turns, so that a busy or a hot machine slows both alike.
     """
-    weights, plain = leaves * width * width, Run(_inner(), leaves, width)
-    for case in CASES:
-        for packed in (False, True):
-            pair = plain, Run(case.make(packed), leaves, width)
-            for one in pair:
-                one.period_ms()  # warms up
-            ms = np.array([[r.period_ms() for r in pair] for _ in range(periods)])
-            for one in pair:
-                one.check()
-            adamw_ms, method_ms = ms[:, 0], ms[:, 1]
-            between = method_ms if case.every_step else method_ms[:, 1:]
-            base_ms, step_ms = float(np.median(adamw_ms)), float(np.median(between))
-            yield {
-                "method": case.method,
-                "packed": packed,
-                "weights": weights,
-                "adamw_ms": base_ms,
-                "adamw_iqr_ms": _iqr(adamw_ms),
-                "step_ms": step_ms,
-                "step_iqr_ms": _iqr(between),
-                "times_adamw": step_ms / base_ms,
-                "refresh_ms": float(np.median(method_ms[:, 0])),
-                "period_mean_times_adamw": float(np.median(method_ms, 0).mean())
-                / base_ms,
-                "mask_bits_per_weight": 8 * pair[1].mask_bytes / weights,
-            }
+    methods = {
+        (case.method, packed): case.make(packed)
+        for case in CASES
+        for packed in (False, True)
+    }
+    make = functools.partial(Programs, leaves=leaves, width=width)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # compiles side by side
+        plain, *compiled = pool.map(make, (_inner(), *methods.values()))
+    weights, plain = leaves * width * width, Run(plain)
+    for (method, packed), programs in zip(methods, compiled, strict=True):
+        pair = plain, Run(programs)
+        for one in pair:
+            one.period_ms()  # warms up
+        ms = np.array([[r.period_ms() for r in pair] for _ in range(periods)])
+        for one in pair:
+            one.check()
+        adamw, (refresh, between) = ms[:, 0, 1], ms[:, 1].T
+        period = (refresh + (PERIOD - 1) * between) / PERIOD
+        base_ms, step_ms = float(np.median(adamw)), float(np.median(between))
+        yield {
+            "method": method,
+            "packed": packed,
+            "weights": weights,
+            "adamw_ms": base_ms,
+            "adamw_iqr_ms": _iqr(adamw),
+            "step_ms": step_ms,
+            "step_iqr_ms": _iqr(between),
+            "times_adamw": step_ms / base_ms,
+            "refresh_ms": float(np.median(refresh)),
+            "period_mean_times_adamw": float(np.median(period)) / base_ms,
+            "mask_bits_per_weight": 8 * pair[1].mask_bytes / weights,
+        }
 
 
 def _iqr(values: np.ndarray) -> float:
