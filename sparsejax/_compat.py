@@ -66,10 +66,11 @@ def without_custom_rules(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The same function of arrays without the derivative rules that it carries.
 
     A Mosaic GPU kernel of jax 0.10 cannot hold a function with a rule of its own, as
-    `jax.nn.relu` is one. Inside a kernel nothing is differentiated.
+    `jax.nn.relu` is one. Inside a kernel nothing is differentiated. Nor can a kernel of
+    any version hold the `add_any` by which derivatives add up; it becomes `add`.
 
     Args:
-      fn: takes arrays, gives one array.
+      fn: takes trees of arrays and gives one.
 
     Returns:
       The function.
@@ -91,7 +92,9 @@ def without_custom_rules(fn: Callable[..., Any]) -> Callable[..., Any]:
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
             inner = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
-            if inner is None:
+            if eqn.primitive.name == "add_any":
+                out = jax.lax.add(*operands)
+            elif inner is None:
                 out = eqn.primitive.bind(*operands, **eqn.params)
             else:
                 out = evaluate(inner.jaxpr, inner.consts, *operands)
@@ -100,7 +103,8 @@ def without_custom_rules(fn: Callable[..., Any]) -> Callable[..., Any]:
         return [read(atom) for atom in jaxpr.outvars]
 
     def without_rules(*args):
-        closed = jax.make_jaxpr(fn)(*args)
-        return evaluate(closed.jaxpr, closed.consts, *args)[0]
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        out = evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), out)
 
     return without_rules

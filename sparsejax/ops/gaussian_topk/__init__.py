@@ -1,4 +1,4 @@
-"""What exceeds a Gaussian threshold of its row; the core of the statistical top-k."""
+"""What exceeds a Gaussian threshold of its row, also activated and multiplied."""
 
 from sparsejax.ops.gaussian_topk._api import gaussian_topk as gaussian_topk
 from sparsejax.ops.gaussian_topk._reference import AxisName as AxisName

@@ -10,30 +10,36 @@ from jaxtyping import Array, Bool, Float
 
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.gaussian_topk import _reference
-from sparsejax.ops.gaussian_topk._reference import AxisName
+from sparsejax.ops.gaussian_topk._reference import Activation, AxisName
 
 
 def gaussian_topk(
     x: Float[Array, "*batch d"],
     z: ArrayLike,
+    up: Float[Array, "*batch d"] | None = None,
     *,
+    activation: Activation | None = None,
     huber_delta: float = 0.0,
     where: Bool[Array, "..."] | None = None,
     axis_name: AxisName = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*batch d"]:
-    """What exceeds `mean + z * std` of its row: `max(x - theta, 0)`.
+    """What exceeds `mean + z * std` of its row, activated: `f(max(x - theta, 0)) * up`.
 
     Rows lie along the last axis. Mean and population std are float32, in two passes;
-    theta is cast to `x.dtype`. Gradients run through mean, std and z: with h the
-    derivative of the output and G the sum of `g * h` over the row,
+    theta is cast to `x.dtype`; all that follows is float32, and the result is rounded
+    once. Gradients run through mean, std and z: with h the derivative of the output
+    with respect to `x - theta` and G the sum of `g * h` over the row,
     `dx = g * h - G * (1 / d + z * (x - mean) / (d * std))` and `dz = -G * std`.
 
     Args:
       x: any floating dtype, at least one axis.
       z: standard normal quantile of the share that is dropped; a Python float, a
         (traced) scalar, or one value a row, broadcastable to `[*batch, 1]`. A row with
-        -inf is returned unchanged. A `ddof` other than 0 is a factor of z.
+        -inf survives unchanged. A `ddof` other than 0 is a factor of z.
+      up: of the shape and dtype of `x`; multiplies the result. None for no product.
+      activation: f, elementwise, of what survives; None for none. A kernel needs one
+        whose operations its language has, and that closes over no array.
       huber_delta: 0 for `max(u, 0)` of u = x - theta; above 0 the result is
         `u**2 / (2 * huber_delta)` up to that u and `u - huber_delta / 2` beyond, which
         is continuously differentiable.
@@ -42,7 +48,8 @@ def gaussian_topk(
       axis_name: mesh axis or axes over which the last axis is sharded, in `shard_map`;
         the sums then run over all shards. Only the reference takes it.
       implementation: "reference", "pallas_tpu", "mosaic_gpu", or None for the fastest
-        that serves. Kernels read x once and write the result once.
+        that serves. Kernels read x and `up` once and write the result once; in the
+        backward they read the gradient too, and write theirs once.
 
     Returns:
       As `x`.
@@ -50,7 +57,8 @@ def gaussian_topk(
     Raises:
       TypeError: if `x` is not floating, or `where` is not bool.
       ValueError: if `x` has no axis, `huber_delta` is negative or not finite, `z` or
-        `where` does not broadcast, or the implementation is unknown.
+        `where` does not broadcast, `up` is not like `x`, or the implementation is
+        unknown.
       NotImplementedError: if the named implementation cannot take these operands.
 
     Example:
@@ -62,46 +70,44 @@ def gaussian_topk(
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3 (statistical top-k).
       The form of the Huber variant is ours.
     """
-    x = jnp.asarray(x)
-    _check(x, z, huber_delta, where)
+    x, up = jnp.asarray(x), None if up is None else jnp.asarray(up)
+    _check(x, z, up, huber_delta, where)
+    elementwise = {"activation": activation, "huber_delta": huber_delta}
     reference = functools.partial(
-        _reference.gaussian_topk,
-        huber_delta=huber_delta,
-        where=where,
-        axis_name=axis_name,
+        _reference.gaussian_topk, where=where, axis_name=axis_name, **elementwise
     )
     kernels = {
-        name: functools.partial(get, huber_delta, where, axis_name)
+        name: functools.partial(get, elementwise, where, axis_name)
         for name, get in {"pallas_tpu": _tpu, "mosaic_gpu": _gpu}.items()
     }
-    return dispatch((x, z), implementation, reference=reference, kernels=kernels)
+    return dispatch((x, z, up), implementation, reference=reference, kernels=kernels)
 
 
-def _tpu(huber_delta, where, axis_name) -> Kernel:
+def _tpu(elementwise, where, axis_name) -> Kernel:
     from sparsejax.ops.gaussian_topk import _pallas_tpu
 
-    return _kernel(_pallas_tpu, huber_delta, where, axis_name)
+    return _kernel(_pallas_tpu, elementwise, where, axis_name)
 
 
-def _gpu(huber_delta, where, axis_name) -> Kernel:
+def _gpu(elementwise, where, axis_name) -> Kernel:
     from sparsejax.ops.gaussian_topk import _mosaic_gpu
 
-    return _kernel(_mosaic_gpu, huber_delta, where, axis_name)
+    return _kernel(_mosaic_gpu, elementwise, where, axis_name)
 
 
-def _kernel(module, huber_delta, where, axis_name) -> Kernel:
-    def unsupported_reason(x, z):
+def _kernel(module, elementwise, where, axis_name) -> Kernel:
+    def unsupported_reason(x, z, up):
         if where is not None:
             return "only the reference takes `where`"
         if axis_name is not None:
             return "only the reference takes `axis_name`; a kernel sees whole rows"
-        return module.unsupported_reason(x, z)
+        return module.unsupported_reason(x, z, up)
 
-    run = functools.partial(module.gaussian_topk, huber_delta=huber_delta)
+    run = functools.partial(module.gaussian_topk, **elementwise)
     return Kernel(run, unsupported_reason)
 
 
-def _check(x, z, huber_delta, where) -> None:
+def _check(x, z, up, huber_delta, where) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating; got {jax.typeof(x)}. Convert it.")
     if not x.ndim:
@@ -115,6 +121,11 @@ def _check(x, z, huber_delta, where) -> None:
         raise ValueError(
             f"`z` must be a scalar or broadcast to {rows}, one value a row of `x`; got "
             f"shape {jnp.shape(z)}."
+        )
+    if up is not None and (up.shape, up.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"`up` must be like `x`, {jax.typeof(x)}; got {jax.typeof(up)}. Cast it or "
+            "broadcast it."
         )
     if where is None:
         return

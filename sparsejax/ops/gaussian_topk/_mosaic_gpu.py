@@ -18,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from sparsejax import _compat
-from sparsejax.ops.gaussian_topk._slopes import passed_back, survivors
+from sparsejax.ops.gaussian_topk._reference import Activation, glu
+from sparsejax.ops.gaussian_topk._slopes import glu_back, passed_back, survivors
 
 _COLUMNS = 256  # the longest side of a piece that one bulk copy takes
 _SHARED_BYTES = 200 * 1024  # of a multiprocessor, less what reductions and barriers use
@@ -55,18 +56,21 @@ class Tiles:
           >>> Tiles.default(32 * 1024)
           Tiles(slots=3, blocks_per_sm=2, chunk=4096, num_sms=132)
         """
-        fitting = [b for b in (4, 2, 1) if 3 * b * slot_bytes <= _SHARED_BYTES]
+        fitting = [b for b in (4, 2, 1) if 2 * b * slot_bytes <= _SHARED_BYTES]
         blocks = fitting[0] if fitting else 1
         slots = min(8, _SHARED_BYTES // (blocks * slot_bytes))
         return cls(slots=slots, blocks_per_sm=blocks)
 
 
-def unsupported_reason(x: jax.Array, z: ArrayLike) -> str | None:
+def unsupported_reason(
+    x: jax.Array, z: ArrayLike, up: jax.Array | None = None
+) -> str | None:
     """Why this kernel cannot take these operands; None if it can.
 
     Args:
       x: rows along the last axis; its shape and dtype are read.
       z: a scalar, or one value a row.
+      up: as `x`, or None.
 
     Returns:
       The reason, or None.
@@ -77,10 +81,11 @@ def unsupported_reason(x: jax.Array, z: ArrayLike) -> str | None:
     d = x.shape[-1]
     if d == 0 or d % 512:
         return f"the last axis must be a multiple of 512; got {d}"
-    # a slot of the backward holds two rows, x and the gradient
-    longest = _SHARED_BYTES // (2 * x.dtype.itemsize) // 512 * 512
+    # a slot of the backward holds these rows: x, the gradient, and `up`
+    held, names = (2, "row") if up is None else (3, "row with `up`")
+    longest = _SHARED_BYTES // (held * x.dtype.itemsize) // 512 * 512
     if d > longest:
-        return f"a row of {x.dtype} must have at most {longest} entries; got {d}"
+        return f"a {names} of {x.dtype} must have at most {longest} entries; got {d}"
     if x.size == 0:
         return f"there must be a row; got shape {x.shape}"
     return None
@@ -89,17 +94,24 @@ def unsupported_reason(x: jax.Array, z: ArrayLike) -> str | None:
 def gaussian_topk(
     x: jax.Array,
     z: ArrayLike,
+    up: jax.Array | None = None,
     *,
+    activation: Activation | None = None,
     huber_delta: float = 0.0,
     tiles: Tiles | None = None,
     grad_tiles: Tiles | None = None,
 ) -> jax.Array:
-    """`max(x - (mean + std * z), 0)` over the last axis, as the reference gives it.
+    """`activation(max(x - (mean + std * z), 0)) * up`, as the reference gives it.
+
+    The backward rounds the gradient of what survives to `x.dtype` after it has added it
+    up over the row, and before it takes off what mean and std contribute.
 
     Args:
       x: rows along the last axis; see `unsupported_reason`.
       z: a scalar, or one value a row: broadcastable to `[*batch, 1]`; a row with -inf
-        is returned unchanged.
+        survives unchanged.
+      up: as `x`, or None for no product.
+      activation: elementwise, of what survives; None for none.
       huber_delta: width of the quadratic part; 0 for none.
       tiles: how the forward is cut; None for the default.
       grad_tiles: how the backward is cut; None for the default.
@@ -109,53 +121,73 @@ def gaussian_topk(
     """
     d = x.shape[-1]
     num_rows = math.prod(x.shape[:-1])
-    rows = x.reshape(num_rows, d // _COLUMNS, _COLUMNS)
+    rows, up = (
+        None if a is None else a.reshape(num_rows, d // _COLUMNS, _COLUMNS)
+        for a in (x, up)
+    )
     z = jnp.broadcast_to(jnp.asarray(z, jnp.float32), (*x.shape[:-1], 1))
     row_bytes = d * x.dtype.itemsize
-    tiles = tiles or Tiles.default(row_bytes)
-    grad_tiles = grad_tiles or Tiles.default(2 * row_bytes)
+    held = 1 if up is None else 2
+    tiles = tiles or Tiles.default(held * row_bytes)
+    grad_tiles = grad_tiles or Tiles.default((held + 1) * row_bytes)
+    elementwise = _Elementwise(activation, huber_delta)
     z = z.reshape(num_rows)
-    return jnp.reshape(_rows(rows, z, huber_delta, tiles, grad_tiles), x.shape)
+    return jnp.reshape(_rows(rows, z, up, elementwise, tiles, grad_tiles), x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _rows(x, z, huber_delta, tiles, grad_tiles):
+@dataclasses.dataclass(frozen=True)
+class _Elementwise:
+    """What is done with each entry; `activation` may be None."""
+
+    activation: Activation | None
+    huber_delta: float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _rows(x, z, up, elementwise, tiles, grad_tiles):
     del grad_tiles
-    return _forward(x, z, huber_delta, tiles, with_statistics=False)[0]
+    return _forward(x, z, up, elementwise, tiles, with_statistics=False)[0]
 
 
-def _rows_fwd(x, z, huber_delta, tiles, grad_tiles):
+def _rows_fwd(x, z, up, elementwise, tiles, grad_tiles):
     del grad_tiles
-    out, mean, std = _forward(x, z, huber_delta, tiles, with_statistics=True)
-    return out, (x, z, mean, std)
+    out, mean, std = _forward(x, z, up, elementwise, tiles, with_statistics=True)
+    return out, (x, z, up, mean, std)
 
 
-def _rows_bwd(huber_delta, tiles, grad_tiles, residuals, grad):
+def _rows_bwd(elementwise, tiles, grad_tiles, residuals, grad):
     del tiles
-    x, z, mean, std = residuals
-    dx, total = _backward(grad, x, z, mean, std, huber_delta, grad_tiles)
-    return dx, jnp.where(z == -jnp.inf, 0, -total * std)
+    x, z, up, mean, std = residuals
+    total, dx, *dup = _backward(grad, x, z, up, mean, std, elementwise, grad_tiles)
+    dz = jnp.where(z == -jnp.inf, 0, -total * std)
+    return dx, dz, dup[0] if dup else None
 
 
 _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 # jitted, as is the backward: layers of equal shapes share the lowered kernel
-@functools.partial(jax.jit, static_argnums=(2, 3), static_argnames="with_statistics")
-def _forward(x, z, huber_delta, tiles, *, with_statistics):
+@functools.partial(jax.jit, static_argnums=(3, 4), static_argnames="with_statistics")
+def _forward(x, z, up, elementwise, tiles, *, with_statistics):
     num_rows, length, _ = x.shape
     d = length * _COLUMNS
     chunks = _chunks(length, tiles.chunk)
+    sources = (x,) if up is None else (x, up)
+    activated = _compat.without_custom_rules(
+        functools.partial(glu, activation=elementwise.activation)
+    )
 
-    def body(x_gmem, z_gmem, out_gmem, *rest):
-        *statistics_gmem, ring, full = rest
+    def body(z_gmem, *refs):
+        sources_gmem, refs = refs[: len(sources)], refs[len(sources) :]
+        out_gmem, *statistics_gmem, ring, full = refs
 
         def load(row, slot):
-            plgpu.copy_gmem_to_smem(x_gmem.at[row], ring.at[slot], full.at[slot])
+            for i, gmem in enumerate(sources_gmem):
+                plgpu.copy_gmem_to_smem(gmem.at[row], ring.at[slot, i], full.at[slot])
 
         def compute(row, slot):
-            def piece(rows):
-                return ring[slot, rows].astype(jnp.float32)
+            def piece(rows, i=0):
+                return ring[slot, i, rows].astype(jnp.float32)
 
             mean = _total(piece(rows) for rows in chunks) * (1 / d)
             var = _total(_squared(piece(rows) - mean) for rows in chunks) * (1 / d)
@@ -165,10 +197,12 @@ def _forward(x, z, huber_delta, tiles, *, with_statistics):
             theta = _rounded(mean + std * z, x.dtype)
             for rows in chunks:
                 x_piece = piece(rows)
-                out = survivors(x_piece - theta, huber_delta)
-                ring[slot, rows] = jnp.where(unchanged, x_piece, out).astype(x.dtype)
+                out = survivors(x_piece - theta, elementwise.huber_delta)
+                out = jnp.where(unchanged, x_piece, out)
+                out = activated(out, None if up is None else piece(rows, 1))
+                ring[slot, 0, rows] = out.astype(x.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(ring.at[slot], out_gmem.at[row])
+            plgpu.copy_smem_to_gmem(ring.at[slot, 0], out_gmem.at[row])
             if with_statistics:
                 mean_gmem, std_gmem = statistics_gmem
                 mean_gmem[row] = mean
@@ -180,70 +214,92 @@ def _forward(x, z, huber_delta, tiles, *, with_statistics):
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return _kernel(
         body,
-        num_rows,
+        x,
         tiles,
         out_type=(out, per_row, per_row) if with_statistics else (out,),
-        slot=plgpu.SMEM((tiles.slots, length, _COLUMNS), x.dtype),
-        num_arrivals=1,
-    )(x, z)
+        held=len(sources),
+    )(z, *sources)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _backward(grad, x, z, mean, std, huber_delta, tiles):
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _backward(grad, x, z, up, mean, std, elementwise, tiles):
     num_rows, length, _ = x.shape
     d = length * _COLUMNS
     chunks = _chunks(length, tiles.chunk)
+    sources = (x, grad) if up is None else (x, grad, up)
+    huber_delta = elementwise.huber_delta
+    activated_back = _compat.without_custom_rules(
+        functools.partial(glu_back, activation=elementwise.activation)
+    )
 
-    def body(
-        grad_gmem, x_gmem, z_gmem, mean_gmem, std_gmem, dx_gmem, total_gmem, ring, full
-    ):
+    def body(z_gmem, mean_gmem, std_gmem, *refs):
+        sources_gmem, refs = refs[: len(sources)], refs[len(sources) :]
+        total_gmem, *grads_gmem, ring, full = refs
+
         def load(row, slot):
-            plgpu.copy_gmem_to_smem(x_gmem.at[row], ring.at[slot, 0], full.at[slot])
-            plgpu.copy_gmem_to_smem(grad_gmem.at[row], ring.at[slot, 1], full.at[slot])
+            for i, gmem in enumerate(sources_gmem):
+                plgpu.copy_gmem_to_smem(gmem.at[row], ring.at[slot, i], full.at[slot])
 
         def compute(row, slot):
             mean, std = mean_gmem[row], std_gmem[row]
             unchanged, z = _split(z_gmem[row])
             theta = _rounded(mean + std * z, x.dtype)
 
-            def piece(rows):
-                x_piece = ring[slot, 0, rows].astype(jnp.float32)
-                grad_piece = ring[slot, 1, rows].astype(jnp.float32)
-                passed = passed_back(grad_piece, x_piece - theta, huber_delta)
-                return x_piece, grad_piece, passed
+            def piece(rows, i):
+                return ring[slot, i, rows].astype(jnp.float32)
 
-            total = _total(piece(rows)[-1] for rows in chunks)
+            def passed_first(rows):
+                x_piece, grad_piece = piece(rows, 0), piece(rows, 1)
+                if elementwise.activation is not None or up is not None:
+                    # once, as it is dear: both gradients take the place of operands
+                    s = survivors(x_piece - theta, huber_delta)
+                    s = jnp.where(unchanged, x_piece, s)
+                    up_piece = None if up is None else piece(rows, 2)
+                    grad_piece, dup = activated_back(grad_piece, s, up_piece)
+                    ring[slot, 1, rows] = grad_piece.astype(x.dtype)
+                    if up is not None:
+                        ring[slot, 2, rows] = dup.astype(x.dtype)
+                return passed_back(grad_piece, x_piece - theta, huber_delta)
+
+            total = _total(passed_first(rows) for rows in chunks)
             shift = total * (1 / d)
             scale = jnp.where(std == 0.0, 0.0, shift * z / std)
             for rows in chunks:
-                x_piece, grad_piece, passed = piece(rows)
+                x_piece, grad_piece = piece(rows, 0), piece(rows, 1)
+                passed = passed_back(grad_piece, x_piece - theta, huber_delta)
                 dx = passed - (shift + scale * (x_piece - mean))
                 dx = jnp.where(unchanged, grad_piece, dx)
                 ring[slot, 0, rows] = dx.astype(x.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(ring.at[slot, 0], dx_gmem.at[row])
+            for i, gmem in zip((0, 2), grads_gmem, strict=False):
+                plgpu.copy_smem_to_gmem(
+                    ring.at[slot, i], gmem.at[row], commit_group=False
+                )
+            plgpu.commit_smem_to_gmem_group()
             total_gmem[row] = total
 
         _walk(num_rows, tiles, full, load, compute)
 
-    per_row = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+    total = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return _kernel(
         body,
-        num_rows,
+        x,
         tiles,
-        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype), per_row),
-        slot=plgpu.SMEM((tiles.slots, 2, length, _COLUMNS), x.dtype),
-        num_arrivals=2,
-    )(grad, x, z, mean, std)
+        out_type=(total, like_x) if up is None else (total, like_x, like_x),
+        held=len(sources),
+    )(z, mean, std, *sources)
 
 
-def _kernel(body, num_rows, tiles, *, out_type, slot, num_arrivals):
+def _kernel(body, x, tiles, *, out_type, held):
+    """The kernel of a body whose slots hold so many rows like those of `x`."""
     assert tiles.slots >= 1 and tiles.chunk >= 512, tiles
-    full = plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=tiles.slots)
+    num_rows, *row = x.shape
+    full = plgpu.Barrier(num_arrivals=held, num_barriers=tiles.slots)
     return plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=(slot, full),
+        scratch_types=(plgpu.SMEM((tiles.slots, held, *row), x.dtype), full),
         grid=(_num_blocks(num_rows, tiles),),
         grid_names=("block",),
         compiler_params=_compat.mosaic_gpu_params(plgpu),
@@ -262,7 +318,7 @@ def _walk(num_rows, tiles, full, load, compute) -> None:
       tiles: how the work is cut.
       full: the barriers of the slots, reached when a row is loaded.
       load: takes a row and a slot; starts the copy.
-      compute: takes a row and a slot; starts one copy back, from the slot.
+      compute: takes a row and a slot; starts one group of copies back, from the slot.
     """
     block, slots = jax.lax.axis_index("block"), tiles.slots
     num_blocks = _num_blocks(num_rows, tiles)

@@ -5,7 +5,7 @@ two passes: the mean, then the mean of squared distances to it.
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 AxisName = Hashable | tuple[Hashable, ...] | None
+Activation = Callable[[jax.Array], jax.Array]
 
 
 def gaussian_threshold(
@@ -49,34 +50,46 @@ def gaussian_threshold(
 def gaussian_topk(
     x: Float[Array, "*batch d"],
     z: ArrayLike,
+    up: Float[Array, "*batch d"] | None = None,
     *,
+    activation: Activation | None = None,
     huber_delta: float = 0.0,
     where: Bool[Array, "..."] | None = None,
     axis_name: AxisName = None,
 ) -> Float[Array, "*batch d"]:
-    """`max(x - theta, 0)` with theta = `gaussian_threshold(x, z)`.
+    """`activation(max(x - theta, 0)) * up` with theta = `gaussian_threshold(x, z)`.
 
     Args:
       x: rows along the last axis, any floating dtype.
       z: a scalar, or one value a row: broadcastable to `[*batch, 1]`; a row with -inf
-        is returned unchanged.
+        survives unchanged.
+      up: as `x`, or None for no product.
+      activation: elementwise, of what survives; None for none.
       huber_delta: width of the quadratic part; 0 for none.
       where: True = counts, broadcastable to `x`; False entries give 0.
       axis_name: mesh axis or axes over which the last axis is sharded, in `shard_map`.
 
     Returns:
-      As `x`. The difference is taken in float32 and rounded once.
+      As `x`. All is computed in float32 and rounded once.
     """
-    if where is not None:
-        x = jnp.where(where, x, 0)  # what is under False may be NaN
+    if where is not None:  # what is under False may be NaN
+        x = jnp.where(where, x, 0)
+        up = None if up is None else jnp.where(where, up, 0)
     # The forward uses theta as rounded to `x.dtype`, but its gradient, a sum over the
     # row, is not rounded.
     unchanged = jnp.asarray(z) == -jnp.inf
     finite, z = _without(unchanged, x, z)
     theta = _rounded(_threshold(finite, z, where, axis_name), x.dtype)
     out = soft_threshold(finite.astype(theta.dtype) - theta, huber_delta)
-    out = jnp.where(unchanged, x, out.astype(x.dtype))
+    out = jnp.where(unchanged, x.astype(theta.dtype), out)
+    out = glu(out, up, activation).astype(x.dtype)
     return out if where is None else jnp.where(where, out, 0)
+
+
+def glu(s: jax.Array, up: jax.Array | None, activation: Activation | None) -> jax.Array:
+    """`activation(s) * up` in the dtype of `s`, without what is None."""
+    s = s if activation is None else activation(s)
+    return s if up is None else s * up.astype(s.dtype)
 
 
 def _without(unchanged, x, z) -> tuple[jax.Array, jax.Array]:

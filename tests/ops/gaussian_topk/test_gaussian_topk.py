@@ -12,7 +12,8 @@ from sparsejax import ops
 from sparsejax.ops.gaussian_topk import _mosaic_gpu, _pallas_tpu, _reference
 from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
-ATOL = {jnp.float32: 2e-6, jnp.float16: 4e-3, jnp.bfloat16: 3e-2}
+ATOL = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
+RTOL = {"float32": 1e-4, "float16": 2**-10, "bfloat16": 2**-7}
 
 
 def operands(shape, dtype=jnp.float32, seed=0):
@@ -22,6 +23,15 @@ def operands(shape, dtype=jnp.float32, seed=0):
     x = x.at[..., -1, :].set(1.5)
     g = jax.random.normal(keys[1], shape)
     return x.astype(dtype), g.astype(dtype)
+
+
+def activated_operands(width, dtype, with_up):
+    """A gradient, rows, their z, maybe `up`: a NaN, an unchanged and a constant row."""
+    x, g = operands((5, width), dtype)
+    up, _ = operands((5, width), dtype, seed=1)
+    x = x.at[1, 3].set(jnp.nan)
+    z = jnp.array([[1.0], [0.5], [-np.inf], [0.0], [1.5]])
+    return (g, x, z, up) if with_up else (g, x, z)
 
 
 def row_oracle(row, grad, z, delta):
@@ -41,16 +51,33 @@ def row_oracle(row, grad, z, delta):
     return out, dx, -total * std
 
 
-def value_and_gradients(fn, x, z, g):
-    """Output and both gradients of <g, fn(x, z)>."""
+def gelu_oracle(x):
+    """GELU in its tanh form, and its derivative, in float64."""
+    c = np.sqrt(2 / np.pi)
+    tanh = np.tanh(c * (x + 0.044715 * x**3))
+    inner = c * (1 + 3 * 0.044715 * x**2)
+    return x * (1 + tanh) / 2, (1 + tanh + x * (1 - tanh**2) * inner) / 2
 
-    def loss(x, z):
-        out = fn(x, z)
+
+def activated_row_oracle(row, grad, z, delta, up):
+    """(out, dx, dz, dup) of one row under GELU and a product: the chain rule."""
+    survived = row_oracle(row, grad, z, delta)[0]
+    value, slope = gelu_oracle(survived)
+    _, dx, dz = row_oracle(row, grad * up * slope, z, delta)
+    return value * up, dx, dz, grad * value
+
+
+def value_and_gradients(fn, g, *operands):
+    """Output and all gradients of <g, fn(*operands)>."""
+
+    def loss(*operands):
+        out = fn(*operands)
         return jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32)), out
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (_, out), (dx, dz) = run(x, z)
-    return out, dx, dz
+    argnums = tuple(range(len(operands)))
+    run = jax.jit(jax.value_and_grad(loss, argnums=argnums, has_aux=True))
+    (_, out), grads = run(*operands)
+    return out, *grads
 
 
 @pytest.mark.usefixtures("compile_fast")
@@ -61,7 +88,7 @@ class ReferenceTest(parameterized.TestCase):
         z = jnp.array([[[1.0], [-0.5], [2.0]], [[-np.inf], [0.0], [0.3]]])
         z = z if per_row else jnp.float32(1.2)
         fn = functools.partial(ops.gaussian_topk, huber_delta=huber_delta)
-        out, dx, dz = value_and_gradients(fn, x, z, g)
+        out, dx, dz = value_and_gradients(fn, g, x, z)
         want = [np.zeros(x.shape), np.zeros(x.shape), np.zeros((2, 3, 1))]
         zs = np.broadcast_to(z, (2, 3, 1))
         for i in np.ndindex(2, 3):
@@ -75,6 +102,37 @@ class ReferenceTest(parameterized.TestCase):
         np.testing.assert_allclose(
             dz, want[2] if per_row else want[2].sum(), rtol=1e-5, atol=1e-5
         )
+
+    @parameterized.parameters(0.0, 0.4)
+    def test_activated_matches_oracle(self, huber_delta):
+        x, g = operands((4, 40))
+        up, _ = operands((4, 40), seed=1)
+        z = jnp.array([[1.0], [-0.5], [-np.inf], [0.3]])
+        fn = functools.partial(
+            ops.gaussian_topk, activation=jax.nn.gelu, huber_delta=huber_delta
+        )
+        got = value_and_gradients(fn, g, x, z, up)
+        for i in range(4):
+            row, grad, z_row, up_row = (
+                np.asarray(a[i], np.float64) for a in (x, g, z, up)
+            )
+            want = activated_row_oracle(row, grad, z_row[0], huber_delta, up_row)
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=2e-5)
+
+    def test_activated_is_rounded_once(self):
+        x, up = operands((3, 256), jnp.bfloat16)
+        theta = jax.jit(ops.gaussian_threshold)(x, 0.5)
+        x_wide, theta, up_wide = (np.asarray(a, np.float64) for a in (x, theta, up))
+        want = gelu_oracle(np.maximum(x_wide - theta, 0))[0] * up_wide
+        for fn in (
+            ops.gaussian_topk,
+            functools.partial(_pallas_tpu.gaussian_topk, interpret=True),
+        ):
+            fn = functools.partial(fn, activation=jax.nn.gelu)
+            got = np.asarray(jax.jit(fn)(x, 0.5, up), np.float64)
+            # half a unit in the last of 8 places
+            np.testing.assert_allclose(got, want, rtol=1.001 * 2**-8, atol=1e-7)
 
     def test_threshold(self):
         x, _ = operands((4, 32))
@@ -95,6 +153,10 @@ class ReferenceTest(parameterized.TestCase):
             fn(x, jnp.ones(8))
         with self.assertRaisesRegex(ValueError, "`huber_delta` must be.*got -1"):
             fn(x, 1.0, huber_delta=-1)
+        with self.assertRaisesRegex(ValueError, r"`up` must be like `x`.*got bfloat16"):
+            fn(x, 1.0, x.astype(jnp.bfloat16))
+        with self.assertRaisesRegex(ValueError, r"`up` must be like.*got float32\[8\]"):
+            fn(x, 1.0, x[0])
         with self.assertRaisesRegex(TypeError, "`where` must be bool; got float32"):
             fn(x, 1.0, where=x)
         with self.assertRaisesRegex(ValueError, r"`where` must broadcast.*got \(3,\)"):
@@ -107,15 +169,16 @@ class ReferenceTest(parameterized.TestCase):
 class KernelTest(parameterized.TestCase):
     """Values and gradients of both kernels, run on a CPU."""
 
-    def check(self, kernel, x, z, g, huber_delta=0.0):
-        reference = functools.partial(_reference.gaussian_topk, huber_delta=huber_delta)
-        got = value_and_gradients(kernel, x, z, g)
-        want = value_and_gradients(reference, x, z, g)
-        atol = ATOL[x.dtype.type if x.dtype != jnp.bfloat16 else jnp.bfloat16]
+    def check(self, kernel, g, *operands, **options):
+        reference = functools.partial(_reference.gaussian_topk, **options)
+        kernel = functools.partial(kernel, **options)
+        got = value_and_gradients(kernel, g, *operands)
+        want = value_and_gradients(reference, g, *operands)
+        tolerance = {"atol": ATOL[g.dtype.name], "rtol": RTOL[g.dtype.name]}
         for a, b in zip(got, want, strict=True):
             self.assertEqual(a.dtype, b.dtype)
             a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-            np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4)
+            np.testing.assert_allclose(a, b, **tolerance)
 
     @parameterized.parameters(
         ((5, 512), jnp.float32, 0.0),
@@ -123,22 +186,20 @@ class KernelTest(parameterized.TestCase):
     )
     def test_tpu(self, shape, dtype, huber_delta):
         x, g = operands(shape, dtype)
-        kernel = functools.partial(
-            _pallas_tpu.gaussian_topk, huber_delta=huber_delta, interpret=True
-        )
-        self.check(kernel, x, jnp.float32(1.2), g, huber_delta)
+        kernel = functools.partial(_pallas_tpu.gaussian_topk, interpret=True)
+        self.check(kernel, g, x, jnp.float32(1.2), huber_delta=huber_delta)
 
     def test_tpu_with_a_last_block_that_reaches_past_the_end(self):
         x, g = operands((37, 16384), jnp.bfloat16)
         kernel = functools.partial(_pallas_tpu.gaussian_topk, interpret=True)
-        self.check(kernel, x, jnp.float32(1.4), g)
+        self.check(kernel, g, x, jnp.float32(1.4))
 
     def test_tpu_rows_of_their_own_z(self):
         x, g = operands((4, 256))
         x = x.at[1, 3].set(jnp.nan).at[2, 3].set(jnp.inf)
         z = jnp.array([[1.0], [0.5], [-np.inf], [-np.inf]])
         kernel = functools.partial(_pallas_tpu.gaussian_topk, interpret=True)
-        self.check(kernel, x, z, g)
+        self.check(kernel, g, x, z)
         got = jax.jit(jax.vmap(kernel))(x[:, None], z)
         want = jax.jit(_reference.gaussian_topk)(x, z)
         np.testing.assert_allclose(got[:, 0], want, atol=2e-6)
@@ -153,18 +214,34 @@ class KernelTest(parameterized.TestCase):
     @pytest.mark.gpu
     def test_on_a_gpu(self, shape, dtype, huber_delta):
         x, g = operands(shape, dtype)
-        kernel = functools.partial(_mosaic_gpu.gaussian_topk, huber_delta=huber_delta)
-        self.check(kernel, x, jnp.float32(1.2), g, huber_delta)
+        self.check(
+            _mosaic_gpu.gaussian_topk, g, x, jnp.float32(1.2), huber_delta=huber_delta
+        )
 
-    def check_gpu(self, x, z, g, huber_delta, tiles):
-        kernel = functools.partial(
+    @parameterized.parameters(
+        ((1000, 6144), jnp.bfloat16, 0.0),
+        ((300, 33792), jnp.bfloat16, 0.1),
+        ((900, 1024), jnp.float32, 0.0),
+    )
+    @pytest.mark.gpu
+    def test_activated_on_a_gpu(self, shape, dtype, huber_delta):
+        (x, g), (up, _) = operands(shape, dtype), operands(shape, dtype, seed=1)
+        self.check(
             _mosaic_gpu.gaussian_topk,
+            g,
+            x,
+            jnp.float32(1.2),
+            up,
+            activation=jax.nn.gelu,
             huber_delta=huber_delta,
-            tiles=tiles,
-            grad_tiles=tiles,
+        )
+
+    def check_gpu(self, g, *operands, tiles, **options):
+        kernel = functools.partial(
+            _mosaic_gpu.gaussian_topk, tiles=tiles, grad_tiles=tiles
         )
         with gpu_interpreted():
-            self.check(kernel, x, z, g, huber_delta)
+            self.check(kernel, g, *operands, **options)
 
     # Few blocks, so that every one refills its ring; a ring longer than the rows.
     @parameterized.parameters(
@@ -176,7 +253,7 @@ class KernelTest(parameterized.TestCase):
     @needs_gpu_interpreter
     def test_gpu(self, shape, dtype, huber_delta, tiles):
         x, g = operands(shape, dtype)
-        self.check_gpu(x, jnp.float32(1.2), g, huber_delta, tiles)
+        self.check_gpu(g, x, jnp.float32(1.2), tiles=tiles, huber_delta=huber_delta)
 
     @parameterized.parameters(0.0, 0.4)
     @needs_gpu_interpreter
@@ -184,7 +261,35 @@ class KernelTest(parameterized.TestCase):
         x, g = operands((4, 512))
         x = x.at[1, 3].set(jnp.nan).at[2, 3].set(jnp.inf)
         z = jnp.array([[1.0], [0.5], [-np.inf], [-np.inf]])
-        self.check_gpu(x, z, g, huber_delta, None)
+        self.check_gpu(g, x, z, tiles=None, huber_delta=huber_delta)
+
+    # jax.nn.relu has a derivative rule of its own.
+    @parameterized.parameters(
+        (jnp.bfloat16, jax.nn.gelu, True, 0.4),
+        (jnp.float32, jax.nn.relu, False, 0.0),
+    )
+    @needs_gpu_interpreter
+    def test_gpu_activated(self, dtype, activation, with_up, huber_delta):
+        self.check_gpu(
+            *activated_operands(1024, dtype, with_up),
+            tiles=_mosaic_gpu.Tiles(2, 1, 512, 2),
+            activation=activation,
+            huber_delta=huber_delta,
+        )
+
+    @parameterized.parameters(
+        (jnp.float32, jax.nn.gelu, True, 0.4),
+        (jnp.bfloat16, jax.nn.gelu, True, 0.0),
+        (jnp.float32, jax.nn.relu, False, 0.0),
+        (jnp.float32, None, True, 0.0),
+    )
+    def test_tpu_activated(self, dtype, activation, with_up, huber_delta):
+        self.check(
+            functools.partial(_pallas_tpu.gaussian_topk, interpret=True),
+            *activated_operands(256, dtype, with_up),
+            activation=activation,
+            huber_delta=huber_delta,
+        )
 
     @needs_gpu_interpreter
     def test_gpu_under_vmap(self):
@@ -204,21 +309,32 @@ class LoweringTest(parameterized.TestCase):
         ("mosaic_gpu", "cuda", "mosaic_gpu", 13824, jnp.bfloat16, 0.1),
         ("mosaic_gpu", "cuda", "mosaic_gpu", 16384, jnp.float32, 0.0),
         ("mosaic_gpu", "cuda", "mosaic_gpu", 51200, jnp.float16, 0.0),
+        ("mosaic_gpu", "cuda", "mosaic_gpu", 6144, jnp.bfloat16, 0.0, jax.nn.gelu),
+        ("mosaic_gpu", "cuda", "mosaic_gpu", 16896, jnp.float32, 0.1, jax.nn.silu),
+        ("mosaic_gpu", "cuda", "mosaic_gpu", 512, jnp.float16, 0.0, jax.nn.relu),
         ("pallas_tpu", "tpu", "tpu_custom_call", 16384, jnp.bfloat16, 0.0),
         ("pallas_tpu", "tpu", "tpu_custom_call", 13824, jnp.float32, 0.1),
+        ("pallas_tpu", "tpu", "tpu_custom_call", 16384, jnp.bfloat16, 0.0, jax.nn.gelu),
     )
-    def test_exports(self, implementation, platform, call, width, dtype, huber_delta):
+    def test_exports(
+        self, implementation, platform, call, width, dtype, huber_delta, activation=None
+    ):
         fn = functools.partial(
-            ops.gaussian_topk, huber_delta=huber_delta, implementation=implementation
+            ops.gaussian_topk,
+            activation=activation,
+            huber_delta=huber_delta,
+            implementation=implementation,
         )
 
-        def step(x, z):
-            loss = lambda x, z: fn(x, z).astype(jnp.float32).sum()  # noqa: E731
-            return fn(x, z), jax.grad(loss, argnums=(0, 1))(x, z)
+        def step(*operands):
+            loss = lambda *operands: fn(*operands).astype(jnp.float32).sum()  # noqa: E731
+            argnums = tuple(range(len(operands)))
+            return fn(*operands), jax.grad(loss, argnums=argnums)(*operands)
 
         x = jax.ShapeDtypeStruct((64, width), dtype)
         z = jax.ShapeDtypeStruct((), jnp.float32)
-        exported = jax.export.export(jax.jit(step), platforms=[platform])(x, z)
+        arguments = (x, z) if activation is None else (x, z, x)
+        exported = jax.export.export(jax.jit(step), platforms=[platform])(*arguments)
         self.assertGreaterEqual(exported.mlir_module().count(f"@{call}"), 3)
 
     def test_scan_over_layers(self):
@@ -251,6 +367,13 @@ class LoweringTest(parameterized.TestCase):
         ):
             jax.eval_shape(fn, x, 1.0)
 
+    def test_rows_with_up_are_shorter(self):
+        x = jax.ShapeDtypeStruct((4, 34304), jnp.bfloat16)
+        fn = functools.partial(ops.gaussian_topk, implementation="mosaic_gpu")
+        self.assertEqual(jax.eval_shape(fn, x, 1.0).shape, x.shape)
+        with self.assertRaisesRegex(NotImplementedError, "with `up` .*33792 entries; "):
+            jax.eval_shape(fn, x, 1.0, x)
+
     @parameterized.parameters("mosaic_gpu", "pallas_tpu")
     def test_only_the_reference_takes_where_and_axis_name(self, implementation):
         fn = functools.partial(ops.gaussian_topk, implementation=implementation)
@@ -262,11 +385,11 @@ class LoweringTest(parameterized.TestCase):
 
 
 class TilesTest(parameterized.TestCase):
-    @parameterized.product(width=[512, 13824, 25600], rows=[1, 2])
+    @parameterized.product(width=[512, 13824, 25600], rows=[1, 2, 3])
     def test_default_fits_into_shared_memory(self, width, rows):
         slot = 2 * width * rows
         tiles = _mosaic_gpu.Tiles.default(slot)
-        self.assertGreaterEqual(tiles.slots, 2)
+        self.assertGreaterEqual(tiles.slots, min(2, 200 * 1024 // slot))
         self.assertEqual(_mosaic_gpu.Tiles.default(200 * 1024).slots, 1)
         used = tiles.blocks_per_sm * tiles.slots * slot
         self.assertLessEqual(used, 200 * 1024)
