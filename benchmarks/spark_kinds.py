@@ -56,6 +56,9 @@ class SelectedFFN(nn.SparkFFN):
         scores = self.gate(self.parts(x)[0])
         return self.activation(self.select(scores, self.k if k is None else k)[0])
 
+    def hidden(self, x, *, k=None):
+        return self.gate_values(x, k=k) * self.up(self.parts(x)[1])
+
     def __call__(self, x, *, k=None, with_density=False):
         hidden = self.hidden(x, k=k)
         y = self.down(hidden)
