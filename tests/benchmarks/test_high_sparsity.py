@@ -182,9 +182,11 @@ def test_images_are_moved_by_at_most_two_pixels():
 
 def test_images_are_in_one_part_and_classes_are_equal(tmp_path):
     noise = digit_vit.noise()
-    file = tmp_path / "digits.npz"
-    np.savez(file, images=noise["images"], labels=noise["labels"])
+    lines = np.column_stack([noise["images"].reshape(100, -1), noise["labels"]])
+    file = tmp_path / "digits.csv.gz"
+    np.savetxt(file, lines, fmt="%d", delimiter=",")
     parts = digit_vit.split(digit_vit.read(file))
+    assert parts["digest"] == digit_vit.split(noise)["digest"]
     images = [parts[part]["images"] for part in ("train", "tune", "test")]
     assert [len(part) for part in images] == [60, 20, 20]
     assert len(np.unique(np.concatenate(images), axis=0)) == 100
