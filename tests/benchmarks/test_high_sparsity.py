@@ -15,6 +15,7 @@ from benchmarks import (
     high_sparsity,
     lm_methods,
     lm_study,
+    lm_tuning,
     scanned_decoder,
     sparse_tasks,
     sparse_ways,
@@ -213,6 +214,35 @@ def test_too_many_weights_and_a_prune_that_is_due_are_refused():
         check(due, PATTERN)
     diverged = jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), weights)
     assert check(same._replace(before=diverged), PATTERN) == 0.75
+
+
+def test_methods_with_one_make_share_a_program_that_is_compiled_before():
+    made = []
+
+    def make(plan):
+        made.append(plan)
+        return lm_methods.plain(lambda: lambda w, batch, _: jnp.sum(w * batch), plan)
+
+    entries = {
+        name: lm_tuning.Entry(make, [{"lr": rate}], "loss")
+        for name, rate in (("slow", 0.1), ("fast", 0.2))
+    }
+    study = lm_tuning.Study(
+        entries,
+        lm_study.Ledger(None, {}),
+        first=lambda seed: jnp.ones(2),
+        data=jnp.ones(2),
+        draw=lambda data, key: data,
+        judge=lambda trained, part: {"loss": float(trained.after[0])},
+        steps_per_call=1,
+    )
+    study.compile(entries)
+    traced = len(made)
+    chosen = study.run(tuning_steps=2, steps=2, num_seeds=1)
+    assert len(made) == traced
+    assert chosen == {"slow": {"lr": 0.1}, "fast": {"lr": 0.2}}
+    slow, fast = (study.row(name, "test", chosen[name], steps=2) for name in entries)
+    assert 1 > slow["loss"] > fast["loss"]
 
 
 def told(way, pattern, losses):
