@@ -1,5 +1,6 @@
 """The study of high sparsity: ways, what they cost, tasks, and the whole of it."""
 
+import dataclasses
 import functools
 import json
 
@@ -21,6 +22,7 @@ from benchmarks import (
     sparse_ways,
 )
 from sparsejax import metrics
+from sparsejax.typing import plain_path
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("compile_fast")]
 
@@ -198,6 +200,26 @@ def test_images_are_in_one_part_and_classes_are_equal(tmp_path):
 
 
 # --- The study ---
+
+
+def test_the_kernels_of_ffns_are_sparse_and_the_products_of_blocks_count():
+    sizes = dataclasses.replace(sparse_tasks.QUICK["digits"], num_layers=3)
+    task = sparse_tasks.digits_task(sizes, digit_vit.noise())
+    shapes = jax.eval_shape(task.first, 0)
+    sparse = jax.tree_util.tree_map_with_path(high_sparsity.is_ffn_kernel, shapes)
+    chosen = [
+        plain_path(path)
+        for path, is_chosen in jax.tree_util.tree_leaves_with_path(sparse)
+        if is_chosen
+    ]
+    kernels = [("blocks", "ffn", name, "kernel") for name in ("down", "gate", "up")]
+    assert sorted(chosen) == kernels
+
+    found = {spec.name: spec.macs for spec in sparse_tasks.products(task, sizes)}
+    of_ffns = [macs for name, macs in found.items() if "ffn" in name]
+    assert of_ffns == 3 * [49 * 3 * 64 * 64]
+    assert found.pop("attention") == 2 * 49 * 49 * 3 * 2 * 8
+    assert sum(found.values()) - sum(of_ffns) == 4 * 49 * 3 * 64 * 16
 
 
 def test_too_many_weights_and_a_prune_that_is_due_are_refused():
