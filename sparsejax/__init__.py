@@ -18,6 +18,7 @@ from sparsejax import patterns as patterns
 from sparsejax import schedules as schedules
 from sparsejax import scores as scores
 from sparsejax.activations import block_statistical_topk as block_statistical_topk
+from sparsejax.activations import statistical_glu as statistical_glu
 from sparsejax.activations import statistical_threshold as statistical_threshold
 from sparsejax.activations import statistical_topk as statistical_topk
 from sparsejax.activations import topk_activation as topk_activation

@@ -6,6 +6,7 @@ from sparsejax.activations._block import (
 )
 from sparsejax.activations._exact import topk_activation as topk_activation
 from sparsejax.activations._magnitude import magnitude_threshold as magnitude_threshold
+from sparsejax.activations._statistical import statistical_glu as statistical_glu
 from sparsejax.activations._statistical import (
     statistical_threshold as statistical_threshold,
 )

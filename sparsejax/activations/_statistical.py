@@ -1,6 +1,7 @@
 """The statistical top-k: about k entries of a row survive, without a sort."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +70,86 @@ def statistical_topk(
       2025) for the population std and the gradient through it. Departures: float32
       statistics; the Huber form, of which the paper gives no formula here, is ours.
     """
-    x, k, where = _checked(x, k, axis, where, ddof)
-    rows = jnp.moveaxis(x, axis, -1)
-    if where is not None:
-        where = jnp.moveaxis(where, axis, -1)
-    num = ops.num_entries(rows, where=where, axis_name=axis_name)
-    z = _arguments.quantile(k, num, ddof)
+    x, z, where = _rows(x, k, axis, where, ddof, axis_name)
     if isinstance(z, float) and z == -math.inf:
-        return x
+        return jnp.moveaxis(x, -1, axis)
     out = ops.gaussian_topk(
-        rows,
+        x,
         z,
+        huber_delta=huber_delta,
+        where=where,
+        axis_name=axis_name,
+        implementation=implementation,
+    )
+    return jnp.moveaxis(out, -1, axis)
+
+
+def statistical_glu(
+    x: Float[Array, "*shape"],
+    up: Float[Array, "*shape"],
+    k: ArrayLike,
+    *,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
+    axis: int = -1,
+    where: Bool[Array, "..."] | None = None,
+    ddof: int = 0,
+    huber_delta: float = 0.0,
+    axis_name: ops.AxisName = None,
+    implementation: ops.Implementation | None = None,
+) -> Float[Array, "*shape"]:
+    """A gated linear unit of survivors: `activation(statistical_topk(x, k)) * up`.
+
+    It is all that a Spark FFN does between its products, in one pass over the operands
+    forward and one backward where a kernel serves. All is computed in float32 (float64
+    for float64) and rounded once: in a dtype of 16 bits the formula, written out,
+    rounds the survivors and their activation too. Kernels save `x`, `up` and two
+    float32 numbers a row for the backward.
+
+    Args:
+      x: what the gate gives before its activation; any floating dtype.
+      up: of the shape and dtype of `x`.
+      k: expected number of survivors of a row of `x`, as in `statistical_topk`; from
+        the number of entries on, all survive unchanged.
+      activation: elementwise; GELU in its tanh form, as in Gemma. In a kernel it must
+        consist of operations that the kernel's language has, and close over no array.
+      axis: the axis that a row lies along.
+      where: True = counts, broadcastable to `x`; False entries give 0, are never
+        read and get no gradient.
+      ddof: 0 for the population std, 1 for the sample std.
+      huber_delta: as in `statistical_topk`.
+      axis_name: mesh axis or axes over which `axis` is sharded, within `shard_map`.
+      implementation: as in `statistical_topk`.
+
+    Returns:
+      As `x`.
+
+    Raises:
+      TypeError: if `x` is not floating, `where` is not bool, or `k` is not a real
+        number.
+      ValueError: if `up` is not like `x`, `k` is less than 1 or NaN, or `axis`,
+        `where`, `ddof` or `huber_delta` is out of range.
+      NotImplementedError: if the named implementation cannot take these operands.
+
+    Example:
+      >>> hidden = statistical_glu(jnp.arange(8.0), jnp.full(8, 2.0), 2)
+      >>> print(np.asarray(hidden[-3:]).round(3))
+      [0.    1.584 3.81 ]
+
+    References:
+      You et al., 2025, https://arxiv.org/abs/2506.06644, section 3.
+    """
+    x, up = jnp.asarray(x), jnp.asarray(up)
+    if (up.shape, up.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"`up` must be like `x`, {jax.typeof(x)}; got {jax.typeof(up)}. Cast it or "
+            "broadcast it."
+        )
+    x, z, where = _rows(x, k, axis, where, ddof, axis_name)
+    out = ops.gaussian_topk(
+        x,
+        z,
+        jnp.moveaxis(up, axis, -1),
+        activation=activation,
         huber_delta=huber_delta,
         where=where,
         axis_name=axis_name,
@@ -126,19 +196,19 @@ def statistical_threshold(
     References:
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3.
     """
-    x, k, where = _checked(x, k, axis, where, ddof)
-    rows = jnp.moveaxis(x, axis, -1)
-    if where is not None:
-        where = jnp.moveaxis(where, axis, -1)
-    num = ops.num_entries(rows, where=where, axis_name=axis_name)
-    z = _arguments.quantile(k, num, ddof)
-    theta = ops.gaussian_threshold(rows, z, where=where, axis_name=axis_name)
+    x, z, where = _rows(x, k, axis, where, ddof, axis_name)
+    theta = ops.gaussian_threshold(x, z, where=where, axis_name=axis_name)
     return jnp.moveaxis(theta, -1, axis)
 
 
-def _checked(
-    x, k, axis, where, ddof
-) -> tuple[jax.Array, int | float | jax.Array, jax.Array | None]:
+def _rows(
+    x, k, axis, where, ddof, axis_name
+) -> tuple[jax.Array, float | ArrayLike, jax.Array | None]:
+    """`x` and `where`, checked, with rows along the last axis, and the z for `k`."""
     x = _arguments.check_values(x, axis)
     _arguments.check_ddof(ddof)
-    return x, _arguments.check_k(k), _arguments.check_where(where, x)
+    k, where = _arguments.check_k(k), _arguments.check_where(where, x)
+    x = jnp.moveaxis(x, axis, -1)
+    where = None if where is None else jnp.moveaxis(where, axis, -1)
+    num = ops.num_entries(x, where=where, axis_name=axis_name)
+    return x, _arguments.quantile(k, num, ddof), where

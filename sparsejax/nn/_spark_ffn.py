@@ -32,8 +32,8 @@ class SparkFFN(nnx.Module):
       k: expected number of active neurons of a token, see `sj.statistical_topk`: at
         least 1; `d_ff` and above keeps all (and the gate is not shifted).
       split: inputs that the gate sees, in `[1, d_model - 1]`, or None.
-      activation: of the gate, 0 at 0; GELU in its tanh form, as in Gemma.
-      implementation: of `sj.statistical_topk`.
+      activation: of the gate, elementwise, 0 at 0; GELU in its tanh form, as in Gemma.
+      implementation: of `sj.statistical_topk` and `sj.statistical_glu`.
       dtype: of the computation.
       param_dtype: of the kernels.
       rngs: draws the kernels.
@@ -104,7 +104,14 @@ class SparkFFN(nnx.Module):
         self, x: Float[Array, "*batch d_model"], *, k: ArrayLike | None = None
     ) -> Float[Array, "*batch d_ff"]:
         """Computes the activations of the neurons, the input of `down`."""
-        return self.gate_values(x, k=k) * self.up(self.parts(x)[1])
+        first, second = self.parts(x)
+        return activations.statistical_glu(
+            self.gate(first),
+            self.up(second),
+            self.k if k is None else k,
+            activation=self.activation,
+            implementation=self.implementation,
+        )
 
     def __call__(
         self,

@@ -313,6 +313,50 @@ class TransformationsTest(parameterized.TestCase):
         )
 
 
+@pytest.mark.usefixtures("compile_fast")
+class GluTest(parameterized.TestCase):
+    """`activation(statistical_topk(x, k)) * up` as one function."""
+
+    def test_matches_oracle(self):
+        x, up, where = normal((24, 6)), normal((24, 6), 1), normal((24, 6), 2) > -0.5
+        options = dict(ddof=1, huber_delta=0.3)
+        filled = (jnp.where(where, a, jnp.nan) for a in (x, up))  # is never read
+        fn = functools.partial(sj.statistical_glu, axis=0, **options)
+        fn = functools.partial(fn, activation=jnp.tanh, where=where)
+        got = jax.jit(fn)(*filled, 3)
+        survivors, _ = oracle.statistical(
+            rows_of(x, 0), 3, where=where.T, ddof=1, delta=0.3
+        )
+        want = np.where(where.T, np.tanh(survivors) * rows_of(up, 0), 0)
+        np.testing.assert_allclose(rows_of(got, 0), want, atol=2e-6)
+
+    def test_gradients_are_those_of_the_parts(self):
+        x, up, g = normal((4, 32)), normal((4, 32), 1), normal((4, 32), 2)
+
+        def parts(x, up, k):
+            return jax.nn.gelu(sj.statistical_topk(x, k)) * up
+
+        @jax.jit
+        def both(k):
+            fns = sj.statistical_glu, parts
+            losses = [lambda *a, fn=fn: jnp.vdot(g, fn(*a)) for fn in fns]
+            return [jax.value_and_grad(f, argnums=(0, 1, 2))(x, up, k) for f in losses]
+
+        for k in (5.0, 32.0):  # the last keeps all
+            chex.assert_trees_all_close(*both(k), rtol=1e-5, atol=1e-5)
+
+    def test_k_of_all_entries_keeps_all(self):
+        x, up = normal((2, 8)), normal((2, 8), 1)
+        got = jax.jit(lambda x, up: sj.statistical_glu(x, up, 8))(x, up)
+        np.testing.assert_allclose(got, jax.nn.gelu(x) * up, atol=1e-6)
+
+    def test_up_must_be_like_x(self):
+        x = jnp.ones((2, 8))
+        for up in (x[0], x.astype(jnp.bfloat16)):
+            with self.assertRaisesRegex(ValueError, "`up` must be like `x`, float32"):
+                sj.statistical_glu(x, up, 2)
+
+
 class ErrorsTest(parameterized.TestCase):
     @parameterized.parameters("statistical_topk", "statistical_threshold")
     def test_bad_arguments(self, name):
