@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax import ops
 from sparsejax.activations import _arguments
 
 
@@ -49,26 +50,9 @@ def topk_activation(
     if k >= x.shape[axis]:
         return x, jnp.ones(x.shape, jnp.bool_)
     rows = jax.lax.stop_gradient(jnp.moveaxis(x, axis, -1))
-    mask = jnp.moveaxis(_largest(rows, k), -1, axis)
+    mask = jnp.moveaxis(ops.keep_highest(rows, k), -1, axis)
     values = jnp.where(mask, x, 0)
     return (_straight_through(x, values) if straight_through else values), mask
-
-
-def _largest(rows: jax.Array, k: int) -> jax.Array:
-    """The mask of the `k` highest entries along the last axis."""
-    nan = jnp.isnan(rows)
-    keys = jnp.where(nan, -jnp.inf, rows)
-    bound = jax.lax.top_k(keys, k)[0][..., -1:]
-    above, tied = keys > bound, keys == bound
-
-    def count(mask):
-        return jnp.cumsum(mask, axis=-1, dtype=jnp.int32)
-
-    # NaN and -inf tie at -inf; there the numbers come first
-    numbers, nans = count(tied & ~nan), count(tied & nan)
-    place = jnp.where(nan, nans + numbers[..., -1:], numbers)
-    wanted = k - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
-    return above | (tied & (place <= wanted))
 
 
 @jax.custom_jvp

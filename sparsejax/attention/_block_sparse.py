@@ -60,7 +60,7 @@ def block_sparse(
     before = jnp.pad(own[:, 1:], [(0, 0), (0, 1)]) & ~own  # ends where its own begin
     first = jnp.arange(columns) == 0
     ranked = _blocks.ranked(scores, visible, own | before | first)
-    return BlockMask.from_scores(ranked, block_shape, num_kept)
+    return _blocks.highest_blocks(ranked, block_shape, num_kept)
 
 
 def blocks_for_density(density: float, num_blocks: int) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax import activations
+from sparsejax import activations, ops
 from sparsejax.attention._spark import spark_selection
 from sparsejax.formats import BlockMask
 
@@ -127,7 +127,7 @@ def topk_blocks(
     )
     visible, diagonal = in_sight(query, key, block_shape, causal)
     ranks = ranked(scores, visible, diagonal)
-    return BlockMask.from_scores(ranks, block_shape, min(num_kept, scores.shape[-1]))
+    return highest_blocks(ranks, block_shape, min(num_kept, scores.shape[-1]))
 
 
 def statistical_topk_blocks(
@@ -192,7 +192,7 @@ def statistical_topk_blocks(
     if capacity is None or capacity >= scores.shape[-1]:
         return BlockMask.from_blocks(kept, block_shape)
     ranks = ranked(scores, kept, diagonal)
-    mask = BlockMask.from_scores(ranks, block_shape, capacity)
+    mask = highest_blocks(ranks, block_shape, capacity)
     overflowed = jnp.any(kept.sum(axis=-1) > capacity, axis=-1)
     return dataclasses.replace(mask, overflowed=overflowed)
 
@@ -293,3 +293,11 @@ def most_diagonal(block_shape: tuple[int, int]) -> int:
 def ranked(scores: jax.Array, allowed: jax.Array, always: jax.Array) -> jax.Array:
     """Scores of which the highest are kept: inf for always, -inf for never."""
     return jnp.where(always, jnp.inf, jnp.where(allowed, scores, -jnp.inf))
+
+
+def highest_blocks(
+    ranks: jax.Array, block_shape: tuple[int, int], num_kept: int
+) -> BlockMask:
+    """As `BlockMask.from_scores`, by a kernel where there is one."""
+    kept = ops.keep_highest(ranks, num_kept) & (ranks > -jnp.inf)
+    return BlockMask.from_blocks(kept, block_shape, capacity=num_kept)

@@ -4,7 +4,6 @@ The last queries of a prompt attend to all of it; what they attend to stands for
 the others, or those to come, need.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -12,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparsejax import activations
+from sparsejax import ops
 from sparsejax.attention import _blocks
 from sparsejax.attention._spark import scaled_scores
-from sparsejax.formats import BlockMask, count_if_few
+from sparsejax.formats import BlockMask
 
 
 def window_weights(
@@ -57,35 +56,9 @@ def keep_highest(
 ) -> Bool[Array, "*lead keys"]:
     """Keeps the `num_kept` highest, `always` first; of equal ones those further left.
 
-    `num_kept` is one Python int, or int32 that broadcasts to `[*lead]` and may be
-    traced, which costs a sort where rows are long. A NaN ranks below every number.
+    For `num_kept` see `ops.keep_highest`. A NaN ranks below every number.
     """
-    ranked = jnp.where(always, jnp.inf, scores)
-    return count_if_few(
-        ranked,
-        4 * ranked.size * ranked.shape[-1],
-        count=functools.partial(_keep_by_counting, num_kept=num_kept),
-        otherwise=functools.partial(_keep_by_sorting, num_kept=num_kept),
-    )
-
-
-def _keep_by_sorting(ranked: jax.Array, num_kept: int | jax.Array) -> jax.Array:
-    if isinstance(num_kept, int):
-        return activations.topk_activation(ranked, num_kept)[1]
-    order = jnp.lexsort((-ranked, jnp.isnan(ranked)), axis=-1)
-    rank = jnp.argsort(order, axis=-1)
-    return rank < num_kept[..., None]
-
-
-def _keep_by_counting(ranked: jax.Array, num_kept: int | jax.Array) -> jax.Array:
-    """One reduction over pairs, where a sort takes many times as long to start."""
-    mine, other = ranked[..., :, None], ranked[..., None, :]
-    index = jnp.arange(ranked.shape[-1])
-    further_left = index < index[:, None]
-    before = (other > mine) | (jnp.isnan(mine) & ~jnp.isnan(other))
-    equal = (other == mine) | (jnp.isnan(mine) & jnp.isnan(other))
-    rank = jnp.sum(before | (equal & further_left), axis=-1, dtype=jnp.int32)
-    return rank < jnp.asarray(num_kept)[..., None]
+    return ops.keep_highest(jnp.where(always, jnp.inf, scores), num_kept)
 
 
 def lines_to_blocks(

@@ -5,4 +5,5 @@ from sparsejax.formats._block_sparse import BlockSparse as BlockSparse
 from sparsejax.formats._block_sparse import block_positions as block_positions
 from sparsejax.formats._block_sparse import block_slots as block_slots
 from sparsejax.formats._key_lists import KeyLists as KeyLists
+from sparsejax.formats._pairs import are_few as are_few
 from sparsejax.formats._pairs import count_if_few as count_if_few

@@ -24,6 +24,11 @@ def count_if_few(
       count: reductions over pairs.
       otherwise: gives the same, on other devices too.
     """
-    if num_comparisons > _FEW:
+    if not are_few(num_comparisons):
         return otherwise(rows)
     return jax.lax.platform_dependent(rows, cuda=count, default=otherwise)
+
+
+def are_few(num_comparisons: int) -> bool:
+    """Whether a GPU had better make so many comparisons than sort or scan."""
+    return num_comparisons <= _FEW
