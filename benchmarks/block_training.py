@@ -17,13 +17,19 @@ import optax
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks import common, spark_models
-from benchmarks.decoder_training import Training, random_tokens
+from benchmarks import common, kernel_times, spark_models
+from benchmarks.decoder_training import Training, compiled, random_tokens
 from benchmarks.spark_models import Size
 from sparsejax import models
 from sparsejax.typing import plain_path
 
 NEVER = 10**9
+# words in the names of kernels, by what they do
+GROUPS = {
+    "block_products": ("mosaic_gpu",),
+    "attention": ("cudnn", "sdpa", "fmha"),
+    "products": ("nvjet", "gemm", "cutlass"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Case:
 DENSE = Model("dense", block=False)
 MASKED = Model("static 75 %, masked dense", "static", 0.75, block=False)
 CASE = Case(
-    Size(1024, 8, 16, 8, 64, 32000),
+    Size(1024, 6, 16, 8, 64, 32000),
     batch=16,
     seq=1024,
     block_shape=(128, 128),
@@ -159,8 +165,8 @@ def ffn_alone(case: Case, model: Model):
         y, pullback = jax.vjp(lambda p, x: nnx.merge(graph, p, rest)(x), params, x)
         return pullback(y)
 
-    rest = masks(params) if model.block else rest
-    return lambda: gradients(params, rest, x)
+    operands = params, masks(params) if model.block else rest, x
+    return functools.partial(gradients.lower(*operands).compile(), *operands)
 
 
 def masks_alone(training: Training):
@@ -184,46 +190,58 @@ def first_loss(name: str, training: Training) -> float:
     return loss
 
 
-def measure(
-    case: Case, model: Model, training: Training, dense: Training, repeats: int
-) -> dict[str, Any]:
-    """A row; each model beside the dense one, as not all fit in memory at once."""
-    loss = first_loss(model.name, training)
-    fns: dict[str, Any] = {"dense": dense, "step": training}
-    if model.block or model is DENSE:
-        fns["ffn"] = ffn_alone(case, model)
+def profile(model: Model, training: Training) -> dict[str, float]:
+    """Columns with the kernels' time, by what they do; none but on a GPU."""
+    if jax.default_backend() != "gpu":
+        return {}
+    found = kernel_times.grouped(kernel_times.kernel_ms(training), GROUPS)
     if model.block:
-        fns["masks"] = masks_alone(training)
-    times = common.time_in_turn(fns, repeats=repeats, sample_ms=100.0)
-    step = times["step"]
-    row = {
-        "model": model.name,
-        "implementation": implementation() if model.block else "dense",
-        "params_million": training.num_params / 1e6,
-        "ms_per_step": step.ms,
-        "iqr_ms": step.iqr_ms,
-        "speedup": times["dense"].ms / step.ms,
-        "tokens_per_s": case.batch * case.seq / step.ms * 1e3,
-        "memory_gb": training.memory_gb,
-        "loss_after_3_steps": loss,
-    }
-    if "ffn" in times:
-        ffns = times["ffn"].ms * case.size.num_layers
-        masks = times["masks"].ms if model.block else 0.0
-        row |= {"ffns_ms": ffns, "masks_ms": masks, "rest_ms": step.ms - ffns - masks}
-    return row
+        masks = masks_alone(training)
+        jax.block_until_ready(masks())
+        found["masks"] = sum(kernel_times.kernel_ms(masks).values())
+        found["others"] -= found["masks"]
+    return {f"{name}_ms": ms for name, ms in found.items()}
 
 
 def run(case: Case, repeats: int) -> Iterator[dict]:
+    """A row for each; each model beside the dense one, as not all fit in memory."""
     tokens = random_tokens(case.batch, case.seq, case.size.vocab_size)
-    dense = make_training(case, DENSE, tokens)
+
+    def make(model):
+        alone = ffn_alone(case, model) if model.block or model is DENSE else None
+        return make_training(case, model, tokens), alone
+
+    every = (DENSE, *case.models)
+    programs = dict(zip(every, compiled(make, every), strict=True))
+    dense, dense_ffn = programs[DENSE]
+    dense.start()
     losses = {}
-    for model in (DENSE, *case.models):
-        training = None  # frees the memory of the last
-        training = dense if model is DENSE else make_training(case, model, tokens)
-        row = measure(case, model, training, dense, repeats)
-        losses[model.name] = row["loss_after_3_steps"]
-        yield row
+    for model, (training, ffn) in programs.items():
+        if training is not dense:
+            training.start()
+        losses[model.name] = first_loss(model.name, training)
+        fns: dict[str, Any] = {"dense": dense, "step": training}
+        if ffn is not None:
+            fns |= {"dense ffn": dense_ffn, "ffn": ffn}
+        times = common.time_in_turn(fns, repeats=repeats, sample_ms=100.0)
+        step = times["step"]
+        row = {
+            "model": model.name,
+            "implementation": implementation() if model.block else "dense",
+            "params_million": training.num_params / 1e6,
+            "ms_per_step": step.ms,
+            "iqr_ms": step.iqr_ms,
+            "speedup": times["dense"].ms / step.ms,
+            "tokens_per_s": case.batch * case.seq / step.ms * 1e3,
+            "memory_gb": training.memory_gb,
+            "loss_after_3_steps": losses[model.name],
+        }
+        if ffn is not None:
+            row["ffn_ms"] = times["ffn"].ms
+            row["ffn_speedup"] = times["dense ffn"].ms / times["ffn"].ms
+        yield row | profile(model, training)
+        if training is not dense:
+            training.stop()
     # equal weights, masks and data: another implementation gives another rounding
     masked, block = losses[MASKED.name], losses["static 75 %"]
     if abs(masked - block) > 1e-2 * abs(masked):
@@ -232,9 +250,10 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
 
 NOTES = [
     "Medians; `speedup` is the dense step, timed beside each model, over its step.",
-    "`ffns_ms`: all FFNs forward and backward, `masks_ms`: the block masks of all "
-    "layers, each timed alone; `rest_ms` is what is left of the step: attention, "
-    "embedding, logits and the optimizer.",
+    "`ffn_ms`: one FFN, forward and backward, on the tokens of a step.",
+    "Time of the kernels of one step, by JAX's profiler: block-sparse products, dense "
+    "products, attention, the lists of the block masks (`masks`, in a program of their "
+    "own), and all others: elementwise work, norms, loss, optimizer.",
     "RigL with an update every 100 steps costs 99 steps of the one kind and one of the "
     "other.",
 ]

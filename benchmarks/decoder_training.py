@@ -3,7 +3,8 @@
 Forward, backward and update in one program that donates its state.
 """
 
-from collections.abc import Callable
+import concurrent.futures
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,12 +14,15 @@ from flax import nnx
 
 from sparsejax import models
 
+_COMPILING = 6  # programs at a time, as each is tuned in memory of its own
+
 
 class Training:
-    """Takes a step at each call and gives its loss.
+    """Takes a step at each call and gives its loss; compiled from shapes alone.
 
-    `weights` says which weights the loss uses, from the optimizer's state and the
-    params; `prepare` may write into the model, from that state, before it is used.
+    `start` makes the state and `stop` frees it. `weights` says which weights the loss
+    uses, from the optimizer's state and the params; `prepare` may write into the model,
+    from that state, before it is used.
     """
 
     def __init__(
@@ -30,12 +34,15 @@ class Training:
         weights: Callable[[Any, Any], Any] = lambda opt_state, params: params,
         prepare: Callable[[nnx.Module, Any], None] = lambda model, opt_state: None,
     ):
-        model = models.Decoder(config, rngs=nnx.Rngs(0))
-        graph, params, rest = nnx.split(model, nnx.Param, ...)
-        self.graph, self.rest = graph, rest
-        self.num_params = sum(x.size for x in jax.tree.leaves(params))
+        def make():
+            return models.Decoder(config, rngs=nnx.Rngs(0))
 
-        def loss_fn(params, opt_state):
+        def split(model):
+            return nnx.split(model, nnx.Param, ...)
+
+        graph, params, rest = split(nnx.eval_shape(make))
+
+        def loss_fn(params, opt_state, rest):
             model = nnx.merge(graph, weights(opt_state, params), rest, copy=True)
             prepare(model, opt_state)
             losses = optax.losses.softmax_cross_entropy_with_integer_labels(
@@ -43,14 +50,29 @@ class Training:
             )
             return jnp.mean(losses)
 
-        def step(state):
+        def step(state, rest):
             params, opt_state = state
-            loss, grads = jax.value_and_grad(loss_fn)(params, opt_state)
+            loss, grads = jax.value_and_grad(loss_fn)(params, opt_state, rest)
             updates, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), loss
 
-        self.state = params, jax.jit(tx.init)(params)
-        self._step = jax.jit(step, donate_argnums=0).lower(self.state).compile()
+        def first():
+            _, params, rest = split(make())
+            return (params, tx.init(params)), rest
+
+        self.graph = graph
+        self.num_params = sum(x.size for x in jax.tree.leaves(params))
+        self.state: Any = None
+        self.rest: Any = None
+        self._first = jax.jit(first).lower().compile()
+        state = params, jax.eval_shape(tx.init, params)
+        self._step = jax.jit(step, donate_argnums=0).lower(state, rest).compile()
+
+    def start(self) -> None:
+        self.state, self.rest = self._first()
+
+    def stop(self) -> None:
+        self.state = self.rest = None
 
     @property
     def memory_gb(self) -> float:
@@ -60,8 +82,14 @@ class Training:
         return (held - found.alias_size_in_bytes + found.temp_size_in_bytes) / 1e9
 
     def __call__(self) -> jax.Array:
-        self.state, loss = self._step(self.state)
+        self.state, loss = self._step(self.state, self.rest)
         return loss
+
+
+def compiled(make: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
+    """`make(case)` for each, some at a time, as compiling is most of the time."""
+    with concurrent.futures.ThreadPoolExecutor(_COMPILING) as pool:
+        return list(pool.map(make, cases))
 
 
 def random_tokens(batch: int, seq: int, vocab_size: int) -> jax.Array:

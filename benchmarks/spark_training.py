@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from benchmarks import common, spark_models
-from benchmarks.decoder_training import Training, random_tokens
+from benchmarks.decoder_training import Training, compiled, random_tokens
 from benchmarks.spark_models import Size
 from sparsejax import models
 
@@ -48,26 +48,29 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
     tokens = random_tokens(case.batch, case.seq, case.size.vocab_size)
     make = functools.partial(Training, tokens=tokens, tx=optax.adamw(1e-4))
     configured = configs(case)
-    dense, losses = make(configured.pop("dense")), {}
-    for name, config in configured.items():
-        steps = {"dense": dense, name: make(config)}
+    found = dict(zip(configured, compiled(make, configured.values()), strict=True))
+    dense, losses = found.pop("dense"), {}
+    dense.start()
+    for name, training in found.items():
+        training.start()
+        steps = {"dense": dense, name: training}
         for kind, step in steps.items():
             losses[kind] = float([step() for _ in range(3)][-1])
             if not np.isfinite(losses[kind]):
                 raise AssertionError(f"{kind}: the loss is {losses[kind]}")
         times = common.time_in_turn(steps, repeats=repeats, sample_ms=100.0)
-        for kind, found in times.items():
+        for kind, time in times.items():
             yield {
                 "model": kind,
                 "params_million": steps[kind].num_params / 1e6,
-                "ms_per_step": found.ms,
-                "iqr_ms": found.iqr_ms,
-                "tokens_per_s": case.batch * case.seq / found.ms * 1e3,
-                "to_dense": found.ms / times["dense"].ms,
+                "ms_per_step": time.ms,
+                "iqr_ms": time.iqr_ms,
+                "tokens_per_s": case.batch * case.seq / time.ms * 1e3,
+                "to_dense": time.ms / times["dense"].ms,
                 "memory_gb": steps[kind].memory_gb,
                 "loss": losses[kind],
             }
-        del steps  # its memory
+        training.stop()
     # equal weights and data: another implementation gives another rounding, no more
     kernel, plain = losses["spark ffn"], losses["spark ffn, plain XLA"]
     if abs(kernel - plain) > 1e-2 * abs(plain):
