@@ -126,12 +126,11 @@ def torch_bsr(xs: list[jax.Array], w: jax.Array, mask: sj.BlockMask) -> Callable
     except ImportError:
         return None
 
-    def to_torch(a):
-        return torch.from_numpy(np.asarray(a, np.float32)).cuda().bfloat16()
-
     kept = jnp.where(mask.to_dense(), w, 0)
-    sparse = to_torch(kept.T).to_sparse_bsr(mask.block_shape[::-1])
-    operands = [to_torch(x).T for x in xs]
+    sparse = (
+        torch.from_dlpack(kept).T.contiguous().to_sparse_bsr(mask.block_shape[::-1])
+    )
+    operands = [torch.from_dlpack(x).T for x in xs]
     want = np.asarray(jnp.dot(xs[0][:64], kept, preferred_element_type=jnp.float32))
     got = (sparse @ operands[0]).T[:64].float().cpu().numpy()
     error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
