@@ -3,10 +3,11 @@
 An arm is a decoder, from nothing, and a way to train it. Each is tuned over the same
 learning rates by short runs judged on one part of the text, then trained for equal
 seconds and judged on another; compiling and judging do not count. The first arm is the
-dense one, others that are not sparse are controls. Dense, controls and the best sparse
-arm are repeated for other seeds. Schedules follow the clock (`lm_study.Seconds`), so a
-loss on the way is one at a high learning rate: what a shorter run comes to is measured
-by runs of `LESS` of the time, of the best sparse arm.
+dense one, others that are not sparse are controls. Dense, controls and the sparse arm
+whose first seed is best, which flatters that seed a little, are repeated for other
+seeds. Schedules follow the clock (`lm_study.Seconds`), so a loss on the way is one at a
+high learning rate: what a shorter run comes to is measured by runs of `LESS` of the
+time, of the best sparse arm.
 """
 
 import argparse

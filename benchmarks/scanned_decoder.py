@@ -124,17 +124,23 @@ def scan_blocks(model: models.Decoder) -> tuple[ScannedDecoder, Params]:
 def create(
     config: models.DecoderConfig, kind: Callable[..., models.Decoder] = models.Decoder
 ) -> tuple[ScannedDecoder, Callable[[int], Params]]:
-    """A decoder, and seed -> its first weights, one program for all seeds.
+    """A decoder, and seed -> its first weights, by one program.
 
     Raises:
       ValueError: as `scan_blocks`.
     """
+    graphs = []
 
+    @jax.jit
     def first(seed):
         rngs = nnx.Rngs(jax.random.key(seed))
-        return scan_blocks(kind(config, rngs=rngs))
+        decoder, weights = scan_blocks(kind(config, rngs=rngs))
+        graphs[:], others = zip(decoder.outer, decoder.block, strict=True)
+        return weights, others
 
-    return first(0)[0], jax.jit(lambda seed: first(seed)[1])
+    _, others = first(0)
+    outer, block = zip(graphs, others, strict=True)
+    return ScannedDecoder(outer, block), lambda seed: first(seed)[0]
 
 
 def token_loss(

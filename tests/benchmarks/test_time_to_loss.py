@@ -27,30 +27,35 @@ pytestmark = [pytest.mark.once, pytest.mark.usefixtures("compile_fast")]
 
 TINY = {"vocab_size": 32, "d_model": 8, "num_layers": 2, "num_heads": 1, "d_ff": 16}
 TINY |= {"num_kv_heads": 1, "head_dim": 8}
-FFN = functools.partial(sj.nn.BlockSparseFFN, block_shape=(2, 2))
+
+
+@functools.cache
+def block_sparse():
+    """A tiny decoder, and its first weights."""
+    ffn = functools.partial(sj.nn.BlockSparseFFN, block_shape=(2, 2))
+    decoder, first = scanned_decoder.create(models.DecoderConfig(**TINY, ffn=ffn))
+    return decoder, first(0)
 
 
 # --- Block-sparse FFNs ---
 
 
 def test_scanned_blocks_read_the_masks_of_the_optimizer():
-    decoder, first = scanned_decoder.create(models.DecoderConfig(**TINY, ffn=FFN))
-    dense, _ = scanned_decoder.create(models.DecoderConfig(**TINY))
+    decoder, weights = block_sparse()
     rule = time_to_loss.Sparse("rigl", 0.5, block=2).rule
     options = {"update_every": 2, "stop_step": 10, "key": jax.random.key(0)}
     tx = sj.rigl(optax.sgd(0.1), 0.5, **options, **rule)
     batch = jax.random.randint(jax.random.key(0), (2, 9), 0, 32)
-    weights = first(0)
 
     @functools.partial(jax.jit, static_argnums=0)
     def found(by_blocks, opt_state):
         def loss(weights):
             if by_blocks:
                 masks = decoder.block_masks(weights, opt_state)
-                weights, of = weights | {"masks": masks}, decoder
-            else:
-                weights, of = sj.forward_params(opt_state, weights), dense
-            return scanned_decoder.token_loss(of, rows=2)(weights, batch)
+                weights = weights | {"masks": masks}
+            else:  # all blocks, of masked weights
+                weights = sj.forward_params(opt_state, weights)
+            return scanned_decoder.token_loss(decoder, rows=2)(weights, batch)
 
         return jax.value_and_grad(loss)(weights)
 
@@ -71,7 +76,7 @@ def test_scanned_blocks_read_the_masks_of_the_optimizer():
 
 @pytest.mark.parametrize("kind", ["static", "rigl", "gradual"])
 def test_every_layer_ends_with_as_many_blocks_as_it_should_have(kind):
-    decoder, first = scanned_decoder.create(models.DecoderConfig(**TINY, ffn=FFN))
+    decoder, weights = block_sparse()
     how = time_to_loss.Sparse(kind, 0.75, block=2, update_every=2)
 
     def losses():
@@ -86,7 +91,6 @@ def test_every_layer_ends_with_as_many_blocks_as_it_should_have(kind):
         lambda data, key: data,
         steps_per_call=8,
     )
-    weights = first(0)
     options = {"seed": 0, "setting": {"lr": 0.01}}
     trained = trainer.run(weights, None, num_steps=16, **options)
     tell = time_to_loss.kept_blocks(how, decoder)
@@ -138,12 +142,17 @@ def test_gates_alone_learn_from_the_attention_and_only_when_it_is_their_turn():
 
 
 def test_the_window_keeps_the_last_blocks():
-    query = jnp.zeros((1, 20, 2, 4))
-    mask = long_context_training.last_blocks(
-        query, query, causal=True, num_kept=2, block=4
-    )
+    @jax.jit
+    def kept():
+        query = jnp.zeros((1, 20, 2, 4))
+        options = {"causal": True, "num_kept": 2, "block": 4}
+        mask = long_context_training.last_blocks(query, query, **options)
+        return mask.to_blocks(), mask.overflowed
+
+    blocks, overflowed = kept()
     wanted = np.tri(5, dtype=bool) & ~np.tri(5, k=-2, dtype=bool)
-    np.testing.assert_array_equal(mask.to_blocks()[0, 0], wanted)
+    np.testing.assert_array_equal(blocks[0, 0], wanted)
+    assert not overflowed.any()
 
 
 @pytest.mark.parametrize("study", [time_to_loss, long_context_training])
