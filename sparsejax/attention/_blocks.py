@@ -22,6 +22,10 @@ Pool: TypeAlias = Callable[..., jax.Array]
 """Reduces the tokens of a block to one, called as `pool(x, axis=1)`; `jnp.mean`,
 `jnp.max`."""
 
+# They give one of the tokens, so nothing is lost without a cast before; and a GPU then
+# reads the keys once for the three pools of SeerAttention.
+_CHOOSING = (jnp.max, jnp.min)
+
 
 def block_scores(
     query: Float[Array, "batch queries heads head_dim"],
@@ -64,11 +68,15 @@ def block_scores(
     query, key = jax.lax.stop_gradient((query, key))
     query = pooled(query, block_shape[0], pool)
     key = pooled(key, block_shape[1], pool)
-    query = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    batch, rows, _, dim = query.shape
+    columns, kv_heads = key.shape[1:3]
+    query = query.reshape(batch, rows, kv_heads, -1, dim)
     if not per_head:  # a mean of products with one key is a product of the mean
         query = query.mean(axis=3, keepdims=True)
-    scores = jnp.einsum("bqhgd,bkhd->bhgqk", query, key) * query.shape[-1] ** -0.5
-    return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
+    # heads and rows as one axis, which the product leaves as they are wanted
+    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    scores = jnp.einsum("bhnd,bkhd->bhnk", query, key) * dim**-0.5
+    return scores.reshape(batch, -1, rows, columns)
 
 
 def topk_blocks(
@@ -257,7 +265,8 @@ def check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
 def pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
     """One float32 token for every `size`, and for those that are left at the end."""
     batch, length, *rest = x.shape
-    x = x.astype(jnp.float32)
+    if pool not in _CHOOSING:
+        x = x.astype(jnp.float32)
     whole = length // size * size
     parts = []
     if whole:
@@ -265,7 +274,7 @@ def pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
         parts.append(pool(tiled, axis=1).reshape(batch, -1, *rest))
     if whole < length:
         parts.append(pool(x[:, whole:], axis=1)[:, None])
-    return jnp.concatenate(parts, axis=1)
+    return jnp.concatenate(parts, axis=1).astype(jnp.float32)
 
 
 def in_sight(

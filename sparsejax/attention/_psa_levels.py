@@ -13,6 +13,10 @@ from sparsejax.attention._blocks import check_heads
 Bounds: TypeAlias = Sequence[tuple[int, float]]
 """Pairs of a level and a share in [0, 1], both ascending."""
 
+# Of the rows of causal attention: earlier ones see fewer columns, and no others are
+# computed.
+_CAUSAL_PARTS = 4
+
 
 def antidiagonal_importance(
     q: Float[Array, "batch seq heads head_dim"],
@@ -56,21 +60,43 @@ def antidiagonal_importance(
     q, k = jax.lax.stop_gradient((q, k))
     (num_queries, heads, dim), num_keys = q.shape[1:], k.shape[1]
     rows, columns = _blocks(num_queries, num_keys, block_shape)
-    q = _squares(q, rows * block_shape[0], stride)[:, :, ::-1]
-    k = _to_heads(_squares(k, columns * block_shape[1], stride), heads)
-    sums = jnp.einsum("bnshd,bmshd->bhnm", q, k, preferred_element_type=jnp.float32)
-    sums /= stride * dim**0.5
-    starts = stride * jnp.arange(k.shape[1])
-    counted = jnp.broadcast_to(starts < num_keys, sums.shape[-2:])
-    if causal:
-        counted &= jnp.tri(*counted.shape, dtype=jnp.bool_)
-    weights = jax.nn.softmax(jnp.where(counted, sums, -jnp.inf), axis=-1)
-    real = stride * jnp.arange(q.shape[1]) < num_queries
-    weights = jnp.where(real[:, None], weights, 0)
-    batch = len(weights)
+    q = _squares(q, rows * block_shape[0], stride)
+    # the squares of a head as rows of a matrix; keys are reversed, being fewer
+    k = _squares(k, columns * block_shape[1], stride)[:, :, ::-1]
+    batch, num_squares, _, kv_heads, _ = k.shape
+    k = jnp.moveaxis(k, 3, 1).reshape(batch, kv_heads, num_squares, -1)
     height, width = (side // stride for side in block_shape)
-    cells = weights.reshape(batch, heads, rows, height, columns, width)
-    return _hidden(cells.sum(axis=(3, 5)), num_queries, block_shape, causal)
+
+    def of_rows(first: int, last: int) -> jax.Array:
+        """Of these block rows, and of the columns up to their last."""
+        stop = columns
+        if causal:
+            stop = min(columns, -(-last * block_shape[0] // block_shape[1]))
+        some = q[:, first * height : last * height]
+        some = some.reshape(*some.shape[:3], kv_heads, -1, dim)
+        some = some.transpose(0, 3, 4, 1, 2, 5).reshape(batch, kv_heads, -1, k.shape[3])
+        sums = jnp.einsum(
+            "bkni,bkmi->bknm",
+            some,
+            k[:, :, : stop * width],
+            preferred_element_type=jnp.float32,
+        )
+        sums /= stride * dim**0.5
+        row = jnp.tile(jnp.arange(first * height, last * height), heads // kv_heads)
+        row, column = row[:, None], jnp.arange(stop * width)
+        counted = stride * column < num_keys
+        if causal:
+            counted &= column <= row
+        weights = jax.nn.softmax(jnp.where(counted, sums, -jnp.inf), axis=-1)
+        weights = jnp.where(stride * row < num_queries, weights, 0)
+        cells = weights.reshape(batch, kv_heads, -1, height, stop, width)
+        cells = cells.sum(axis=(3, 5)).reshape(batch, heads, last - first, stop)
+        return jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (0, columns - stop)))
+
+    size = -(-rows // (_CAUSAL_PARTS if causal else 1))
+    parts = [of_rows(i, min(i + size, rows)) for i in range(0, rows, size)]
+    importance = jnp.concatenate(parts, axis=2)
+    return _hidden(importance, num_queries, block_shape, causal)
 
 
 def sampled_importance(
