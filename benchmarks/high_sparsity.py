@@ -75,6 +75,7 @@ from benchmarks.sparse_ways import (
     RIVALS,
     SR_STE,
     WAYS,
+    equal_steps,
     flops_to_dense,
 )
 from sparsejax import metrics
@@ -203,46 +204,50 @@ def run_all(
     make = functools.partial(lm_methods.plain, task.losses)
     entries = {DENSE: lm_tuning.Entry(make, DENSE_GRID[:num_settings], "loss")}
     study = make_study(None, entries, task, sizes, ledger)
+    compile_s = compile_waiting(study, [DENSE], ledger, num_seeds)
     study.run(**lengths, num_seeds=num_seeds)
-    specs, compile_s = products(task, sizes), 0.0
+    specs = products(task, sizes)
+    whole = {"steps": sizes.steps, "multiple": sizes.steps_per_call}
     for pattern in patterns:
         entries = entries_of(pattern, task, ways, num_settings)
         study = make_study(pattern, entries, task, sizes, ledger)
         again = [way for way in ways if way in PROGRESSIVE]
         if pattern.sparsity < CLAIMED:
             again = []
-        waiting = {
-            name.removesuffix(EQUAL)
-            for name in [*entries, *(full_name(pattern, way) + EQUAL for way in again)]
-            if len(lm_report.tested(ledger.rows, name)) < num_seeds
-        }
-        ledger.require(compile_s if waiting else 0.0)
-        began = time.monotonic()
-        study.compile(waiting)
-        compile_s = max(compile_s, time.monotonic() - began)
+        names = [*entries, *(full_name(pattern, way) + EQUAL for way in again)]
+        took = compile_waiting(study, names, ledger, num_seeds, least=compile_s)
+        compile_s = max(compile_s, took)
         chosen = study.run(**lengths, num_seeds=num_seeds)
         for way in again:
             name = full_name(pattern, way)
-            length = equal_steps(specs, way, pattern, chosen[name], sizes)
+            length = equal_steps(specs, way, pattern, chosen[name], **whole)
             case = {"steps": length, "name": name + EQUAL}
             for seed in range(num_seeds):
                 study.row(name, "test", chosen[name], seed=seed, **case)
 
 
-def equal_steps(
-    specs: Sequence[metrics.LayerSpec],
-    way: str,
-    pattern: sj.NM,
-    setting: Mapping[str, float],
-    sizes: Sizes,
-) -> int:
-    """As many as do not take more FLOPs than SR-STE; whole programs, at least one."""
-    of_way, of_rival = (
-        flops_to_dense(specs, name, pattern, setting, sizes.steps)
-        for name in (way, SR_STE)
-    )
-    calls = sizes.steps * of_rival / of_way / sizes.steps_per_call
-    return max(int(calls), 1) * sizes.steps_per_call
+def compile_waiting(
+    study: lm_tuning.Study,
+    names: Iterable[str],
+    ledger: lm_study.Ledger,
+    num_seeds: int,
+    *,
+    least: float = 0.0,
+) -> float:
+    """Compiles what has runs left, if at least so many seconds are; those it took.
+
+    So no row has the time of compiling, by which the ledger judges what is left.
+    """
+    waiting = {
+        name.removesuffix(EQUAL)
+        for name in names
+        if len(lm_report.tested(ledger.rows, name)) < num_seeds
+    }
+    if waiting:
+        ledger.require(least)
+    began = time.monotonic()
+    study.compile(waiting)
+    return time.monotonic() - began
 
 
 # --- What is told of it ---

@@ -115,3 +115,19 @@ def flops_to_dense(
     densities = [density if "ffn" in spec.name else 1.0 for spec in specs]
     sparse = metrics.training_flops(specs, densities, cost=way.cost)
     return sparse / metrics.training_flops(specs)
+
+
+def equal_steps(
+    specs: Sequence[metrics.LayerSpec],
+    name: str,
+    pattern: sj.NM,
+    setting: Mapping[str, float],
+    *,
+    steps: int,
+    multiple: int,
+) -> int:
+    """As many steps as take no more FLOPs than so many of SR-STE; a whole multiple."""
+    of_way, of_rival = (
+        flops_to_dense(specs, way, pattern, setting, steps) for way in (name, SR_STE)
+    )
+    return max(int(steps * of_rival / of_way / multiple), 1) * multiple
