@@ -95,6 +95,15 @@ def cases() -> list[Case]:
         ),
         *(
             Case(
+                f"gaussian_topk, gelu and up, {width}",
+                ("forward", "backward"),
+                with_gradients(functools.partial(topk, activation=jax.nn.gelu)),
+                (array(SIDE, width), scalar, array(SIDE, width)),
+            )
+            for width in (6144, 16384)
+        ),
+        *(
+            Case(
                 f"active_ffn, batch {batch}",
                 ("forward",),
                 ffn,

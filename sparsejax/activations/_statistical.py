@@ -110,8 +110,8 @@ def statistical_glu(
       up: of the shape and dtype of `x`.
       k: expected number of survivors of a row of `x`, as in `statistical_topk`; from
         the number of entries on, all survive unchanged.
-      activation: elementwise; GELU in its tanh form, as in Gemma. In a kernel it must
-        consist of operations that the kernel's language has, and close over no array.
+      activation: elementwise; GELU in its tanh form, as in Gemma. Which ones kernels
+        take is in `sj.ops.gaussian_topk`.
       axis: the axis that a row lies along.
       where: True = counts, broadcastable to `x`; False entries give 0, are never
         read and get no gradient.

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
-from sparsejax.ops.gaussian_topk import _reference
+from sparsejax.ops.gaussian_topk import _reference, _slopes
 from sparsejax.ops.gaussian_topk._reference import Activation, AxisName
 
 
@@ -38,8 +38,9 @@ def gaussian_topk(
         (traced) scalar, or one value a row, broadcastable to `[*batch, 1]`. A row with
         -inf survives unchanged. A `ddof` other than 0 is a factor of z.
       up: of the shape and dtype of `x`; multiplies the result. None for no product.
-      activation: f, elementwise, of what survives; None for none. A kernel needs one
-        whose operations its language has, and that closes over no array.
+      activation: f, elementwise, of what survives; None for none. Kernels take one that
+        closes over no array, of the operations that they have: GELU in its tanh form,
+        SiLU and ReLU, but neither GELU in its erf form nor softplus.
       huber_delta: 0 for `max(u, 0)` of u = x - theta; above 0 the result is
         `u**2 / (2 * huber_delta)` up to that u and `u - huber_delta / 2` beyond, which
         is continuously differentiable.
@@ -101,7 +102,8 @@ def _kernel(module, elementwise, where, axis_name) -> Kernel:
             return "only the reference takes `where`"
         if axis_name is not None:
             return "only the reference takes `axis_name`; a kernel sees whole rows"
-        return module.unsupported_reason(x, z, up)
+        unsupported = _slopes.unsupported_activation(elementwise["activation"])
+        return unsupported or module.unsupported_reason(x, z, up)
 
     run = functools.partial(module.gaussian_topk, **elementwise)
     return Kernel(run, unsupported_reason)

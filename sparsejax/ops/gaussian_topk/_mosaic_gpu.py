@@ -43,11 +43,12 @@ class Tiles:
     num_sms: int = 132
 
     @classmethod
-    def default(cls, slot_bytes: int) -> "Tiles":
+    def default(cls, slot_bytes: int, *, heavy: bool = False) -> "Tiles":
         """The tiles for slots of this size.
 
         Args:
           slot_bytes: bytes of all rows that one slot holds.
+          heavy: much is computed with an entry, and takes registers.
 
         Returns:
           The tiles.
@@ -56,10 +57,11 @@ class Tiles:
           >>> Tiles.default(32 * 1024)
           Tiles(slots=3, blocks_per_sm=2, chunk=4096, num_sms=132)
         """
+        most, chunk = (2, 2048) if heavy else (4, 4096)
         fitting = [b for b in (4, 2, 1) if 2 * b * slot_bytes <= _SHARED_BYTES]
-        blocks = fitting[0] if fitting else 1
+        blocks = min(most, fitting[0] if fitting else 1)
         slots = min(8, _SHARED_BYTES // (blocks * slot_bytes))
-        return cls(slots=slots, blocks_per_sm=blocks)
+        return cls(slots=slots, blocks_per_sm=blocks, chunk=chunk)
 
 
 def unsupported_reason(
@@ -129,7 +131,8 @@ def gaussian_topk(
     row_bytes = d * x.dtype.itemsize
     held = 1 if up is None else 2
     tiles = tiles or Tiles.default(held * row_bytes)
-    grad_tiles = grad_tiles or Tiles.default((held + 1) * row_bytes)
+    heavy = up is not None or activation is not None
+    grad_tiles = grad_tiles or Tiles.default((held + 1) * row_bytes, heavy=heavy)
     elementwise = _Elementwise(activation, huber_delta)
     z = z.reshape(num_rows)
     return jnp.reshape(_rows(rows, z, up, elementwise, tiles, grad_tiles), x.shape)

@@ -367,6 +367,36 @@ class LoweringTest(parameterized.TestCase):
         ):
             jax.eval_shape(fn, x, 1.0)
 
+    @parameterized.parameters(("mosaic_gpu", "cuda"), ("pallas_tpu", "tpu"))
+    def test_exports_every_operation_of_activations(self, implementation, platform):
+        def activation(x):
+            y = jnp.log(jnp.exp(x) + 1) * jax.lax.rsqrt(jnp.square(x) + 1) / 3
+            y = y + jax.nn.silu(x) * jnp.tanh(x) - abs(-x)
+            kept = (x > 0) | (x >= 1) | (x < 2) | (x <= 3) | (x == 4) | (x != 5)
+            return jnp.where(kept, jnp.clip(y, -6, 6), jax.nn.relu(x**3))
+
+        def loss(x):
+            fn = functools.partial(ops.gaussian_topk, implementation=implementation)
+            return fn(x, 1.0, x, activation=activation).sum()
+
+        x = jax.ShapeDtypeStruct((8, 512), jnp.float32)
+        jax.export.export(jax.jit(jax.grad(loss)), platforms=[platform])(x)
+
+    def test_other_activations_take_the_reference(self):
+        x = jax.ShapeDtypeStruct((4, 512), jnp.float32)
+        slope = jnp.arange(512.0)
+        gelu = functools.partial(jax.nn.gelu, approximate=False)
+        for activation, reason in (
+            (gelu, "none but operations of kernels; got .*erfc"),
+            (lambda x: 1 / (1 + x), "got integer_pow of -2"),
+            (lambda x: jax.lax.fori_loop(0, 2, lambda _, y: y * y, x), "got .*scan"),
+            (lambda x: x * slope[:8], "must not close over arrays"),
+        ):
+            fn = functools.partial(ops.gaussian_topk, activation=activation)
+            for name in ("mosaic_gpu", "pallas_tpu"):
+                with self.assertRaisesRegex(NotImplementedError, reason):
+                    jax.eval_shape(functools.partial(fn, implementation=name), x, 1.0)
+
     def test_rows_with_up_are_shorter(self):
         x = jax.ShapeDtypeStruct((4, 34304), jnp.bfloat16)
         fn = functools.partial(ops.gaussian_topk, implementation="mosaic_gpu")
