@@ -20,12 +20,9 @@ _kernel, _walk = (
 
 
 def operands(batch, queries, slots, heads, kv_heads, dim, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
+    rng = np.random.default_rng(0)
     shapes = [(batch, queries, heads, dim)] + 2 * [(batch, slots, kv_heads, dim)]
-    return [
-        jax.random.normal(key, shape).astype(dtype)
-        for key, shape in zip(keys, shapes, strict=True)
-    ]
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 def make_lists(lead, pages, page_size, capacity=None):
@@ -33,7 +30,8 @@ def make_lists(lead, pages, page_size, capacity=None):
     kept = np.random.default_rng(0).random((*lead, pages)) < 0.5
     if lead != (1, 1):
         kept[-1, -1] = False
-    return KeyLists.from_mask(jnp.asarray(kept), page_size=page_size, capacity=capacity)
+    options = {"page_size": page_size, "capacity": capacity}
+    return jax.jit(functools.partial(KeyLists.from_mask, **options))(kept)
 
 
 def by_loops(q, k, v, lists, lengths, scale):
@@ -126,7 +124,8 @@ class ListedAttentionTest(parameterized.TestCase):
         q, k, v = operands(2, 1, 512, 4, 2, 64, jnp.bfloat16)
         lists = make_lists((2, 2), 4, 128, capacity=3)
         length = jnp.array([450, 512])
-        want = listed_attention(q, k, v, lists, length, implementation="reference")
+        reference = functools.partial(listed_attention, implementation="reference")
+        want = jax.jit(reference)(q, k, v, lists, length)
         tiles = _walk.Tiles(128, stages=2, in_registers=False)
         call = functools.partial(
             _kernel.listed_attention, scale=64**-0.5, num_parts=2, tiles=tiles

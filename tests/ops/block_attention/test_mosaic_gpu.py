@@ -38,7 +38,7 @@ def operands(batch, queries, keys, heads, kv_heads, dim, mask_shape, *, seed=0):
     kept = rng.random(mask_shape) < 0.7
     if kept.shape[-1] > 2:
         kept[..., 1, :] = kept[..., :, 2] = False
-    mask = BlockMask.from_blocks(jnp.asarray(kept), BLOCK)
+    mask = jax.jit(BlockMask.from_blocks, static_argnums=1)(kept, BLOCK)
     return *(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v, do)), mask
 
 
@@ -89,32 +89,36 @@ class InterpretTest(parameterized.TestCase):
         )
         bias = jnp.linspace(-2, 2, 4).reshape(1, 1, 2, 2) if with_bias else None
 
-        wide = [a.astype(jnp.float32) for a in (q, k, v)]
-        call = functools.partial(_reference.block_attention, scale=SCALE)
-        (want, want_lse), vjp = jax.vjp(
-            lambda q, k, v: call(q, k, v, mask, rule, bias), *wide
-        )
-        seen = jnp.isfinite(want_lse)
+        @jax.jit
+        def reference(q, k, v, do):
+            call = functools.partial(_reference.block_attention, scale=SCALE)
+            (out, lse), vjp = jax.vjp(
+                lambda q, k, v: call(q, k, v, mask, rule, bias), q, k, v
+            )
+            seen = jnp.isfinite(lse)
+            dlse = jnp.where(seen, jnp.cos(jnp.arange(lse.size)).reshape(lse.shape), 0)
+            delta = jnp.sum(out * do, axis=-1).swapaxes(1, 2) - dlse
+            return out, lse, seen, delta, vjp((do, dlse))
+
+        wide = [a.astype(jnp.float32) for a in (q, k, v, do)]
+        want, want_lse, seen, delta, want_grads = reference(*wide)
         self.assertFalse(seen.all())
-        dlse = jnp.where(
-            seen, jnp.cos(jnp.arange(want_lse.size)).reshape(seen.shape), 0
-        )
-        want_grads = vjp((do.astype(jnp.float32), dlse))
         if sizes[-1][-1] > 2:  # the column that no query sees
             k, v = (poisoned(a, [False, False, True]) for a in (k, v))
 
         # what `_gradients` does, with tiles that the interpreter can run
-        rule = _rules.lengthened(rule, mask)
-        lists = _gradients.Lists(*_rules.split(mask, rule), rule, bias)
+        @jax.jit
+        def make_lists():
+            longer = _rules.lengthened(rule, mask)
+            return _gradients.Lists(*_rules.split(mask, longer), longer, bias)
+
+        lists = make_lists()
         tiles = _walk.Tiles(columns, stages=2, in_registers=False)
         forward = functools.partial(_mosaic_gpu.forward, scale=SCALE, tiles=tiles)
         tiles = _walk.Tiles(64, stages=2, in_registers=False)
         backward = functools.partial(_backward.backward, scale=SCALE, tiles=tiles)
         with gpu_interpreted():
             out, lse = jax.jit(forward)(q, k, v, lists)
-            delta = (
-                jnp.sum(want * do.astype(jnp.float32), axis=-1).swapaxes(1, 2) - dlse
-            )
             inverse = jnp.where(seen, want_lse, jnp.inf)
             grads = jax.jit(backward)(q, k, v, do, inverse, delta, lists)
         assert_close(out, want)

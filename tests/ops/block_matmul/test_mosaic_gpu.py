@@ -33,19 +33,26 @@ def integers(rng, shape, dtype):
 def operands(kept, block_shape, num_rows, dtype, compact=False):
     """x, w, dy and the mask; blocks of w that are not kept are NaN."""
     rng = np.random.default_rng([num_rows, *block_shape])
-    mask = BlockMask.from_blocks(jnp.asarray(kept, bool), block_shape)
-    d_in, d_out = mask.shape
+    d_in, d_out = np.multiply(np.shape(kept), block_shape)
     x, dy = (
         integers(rng, (num_rows, d_in), dtype),
         integers(rng, (num_rows, d_out), dtype),
     )
     w = integers(rng, (d_in, d_out), dtype)
-    w = jnp.where(mask.to_dense(), w, jnp.nan)
-    if compact:
-        w = BlockSparse.from_dense(w, mask, capacity=int(np.sum(kept)) + 1).values
+
+    @jax.jit
+    def stored(kept_blocks, w):
+        mask = BlockMask.from_blocks(kept_blocks, block_shape)
+        w = jnp.where(mask.to_dense(), w, jnp.nan)
+        if compact:
+            w = BlockSparse.from_dense(w, mask, capacity=int(np.sum(kept)) + 1).values
+        return w, mask
+
+    w, mask = stored(np.asarray(kept, bool), w)
     return x, w, dy, mask
 
 
+@jax.jit
 def reference(x, w, dy, mask):
     """y, dx and dw."""
     y, vjp = jax.vjp(lambda x, w: _reference.block_matmul(x, w, mask), x, w)
