@@ -33,9 +33,10 @@ clean:
 	rm -rf .venv .venv-newest build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
-# One stamp per extra: installed again only when pyproject.toml changes.
+# One stamp per extra: installed again only when pyproject.toml changes. Of the modules
+# installed few are imported, and only those need to be compiled.
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.created
-	$(pip) install --quiet -e ".[$*]"
+	$(pip) install --quiet --no-compile -e ".[$*]"
 	@touch $@
 
 # Some systems ship Python without ensurepip; there pip itself fills the environment.
