@@ -4,8 +4,13 @@ A ReLU reads each activation once and writes it once, which is the least that an
 selector can do. Timed: the fused kernel with several ways to cut the work, the same
 operator in plain XLA, `lax.top_k` and `lax.approx_max_k` (the k values alone, no mask),
 and forward with backward where there is one. Results are checked before they are timed.
+The gated cases do the same for what a Spark FFN does between its products,
+`gelu(statistical_topk(x)) * up`, against `gelu(relu(x)) * up`, and time it with the
+top-k alone in a kernel too.
+
 Bytes a second count two arrays forward, and five forward and backward: x and the
-result, then x and both gradients. A ReLU moves four, since one pass can do both.
+result, then x and both gradients; with `up` three, and eight. A ReLU moves four, or
+six, since one pass can do both.
 """
 
 import dataclasses
@@ -28,10 +33,20 @@ class Case:
     width: int
     k: int
     dtype: str = "bfloat16"
+    gated: bool = False
 
 
-CASES = [Case(8192, 16384, 1311), Case(8192, 13824, 1106)]  # 8%
-QUICK = [Case(64, 1024, 82), Case(64, 1024, 82, "float32")]
+CASES = [
+    Case(8192, 16384, 1311),  # 8%
+    Case(8192, 13824, 1106),
+    Case(8192, 6144, 492, gated=True),
+    Case(8192, 16384, 1311, gated=True),
+]
+QUICK = [
+    Case(64, 1024, 82),
+    Case(64, 1024, 82, "float32"),
+    Case(64, 1024, 82, gated=True),
+]
 # (slots, blocks on a multiprocessor, chunk) of the kernel for Hopper
 TILES = [
     *((slots, 1, 4096) for slots in (2, 3, 6)),
@@ -40,6 +55,21 @@ TILES = [
     *((slots, 3, 4096) for slots in (1, 2)),
     (1, 6, 4096),
 ]
+GATED_TILES = [
+    *((slots, 1, 2048) for slots in (2, 3, 5)),
+    *((slots, 2, 2048) for slots in (1, 2, 3)),
+    *((2, 2, chunk) for chunk in (512, 1024, 4096)),
+    *((slots, 3, 2048) for slots in (1, 2)),
+    *((slots, 4, 2048) for slots in (1, 2)),
+]
+
+
+def gelu_product(x: jax.Array, *up: jax.Array) -> jax.Array:
+    """`gelu(x) * up`, rounded once; `x` itself without `up`."""
+    if not up:
+        return x
+    wide = jax.nn.gelu(x.astype(jnp.float32)) * up[0].astype(jnp.float32)
+    return wide.astype(x.dtype)
 
 
 def kernels(case: Case) -> Iterator[tuple[str, Callable]]:
@@ -47,58 +77,72 @@ def kernels(case: Case) -> Iterator[tuple[str, Callable]]:
     name = common.KERNELS.get(jax.default_backend())
     if name is None:
         return
-    topk = functools.partial(sj.statistical_topk, k=case.k, implementation=name)
-    yield "kernel", topk
+    options = {"k": case.k, "implementation": name}
+    topk = functools.partial(sj.statistical_topk, **options)
+    if case.gated:
+        yield "kernel", functools.partial(sj.statistical_glu, **options)
+        yield "kernel, then XLA", lambda x, up: gelu_product(topk(x), up)
+    else:
+        yield "kernel", topk
     if name != "mosaic_gpu":
         return
     from sparsejax.ops.gaussian_topk import _mosaic_gpu
 
     z = -statistics.NormalDist().inv_cdf(case.k / case.width)
-    for slots, blocks, chunk in TILES:
-        tiles = _mosaic_gpu.Tiles(slots, blocks, chunk)
-        fn = functools.partial(
-            _mosaic_gpu.gaussian_topk, z=z, tiles=tiles, grad_tiles=tiles
+    activation = jax.nn.gelu if case.gated else None
+
+    def tiled(x, *up, tiles):
+        return _mosaic_gpu.gaussian_topk(
+            x, z, *up, activation=activation, tiles=tiles, grad_tiles=tiles
         )
+
+    for slots, blocks, chunk in GATED_TILES if case.gated else TILES:
+        fn = functools.partial(tiled, tiles=_mosaic_gpu.Tiles(slots, blocks, chunk))
         yield f"kernel, {slots} slots, {blocks} blocks, chunk {chunk}", fn
 
 
 def with_backward(fn: Callable) -> Callable:
-    """The value, and the gradient for a given gradient of the output."""
+    """The value, and the gradients for a given gradient of the output."""
 
     @jax.jit
-    def both(x, grad):
-        out, pull = jax.vjp(fn, x)
-        return out, pull(grad)[0]
+    def both(grad, *operands):
+        out, pull = jax.vjp(fn, *operands)
+        return out, pull(grad)
 
     return both
 
 
 def run(case: Case, repeats: int) -> list[dict]:
     """Checks, then times every operator; one row for each."""
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(jax.random.key(0), 3)
     shape = (case.rows, case.width)
-    x, grad = (jax.random.normal(key, shape).astype(case.dtype) for key in keys)
+    x, grad, up = (jax.random.normal(key, shape).astype(case.dtype) for key in keys)
+    operands = (x, up) if case.gated else (x,)
     array_bytes = x.size * x.dtype.itemsize
 
     reference = functools.partial(
-        sj.statistical_topk, k=case.k, implementation="reference"
+        sj.statistical_glu if case.gated else sj.statistical_topk,
+        k=case.k,
+        implementation="reference",
     )
-    want = jax.jit(reference)(x)
-    want_grad = with_backward(reference)(x, grad)[1]
-    kept_percent = 100 * float(jnp.mean(want > 0))
+    want = jax.jit(reference)(*operands)
+    want_grads = with_backward(reference)(grad, *operands)[1]
+    kept_percent = 100 * float(jnp.mean(want != 0))
     assert abs(kept_percent - 100 * case.k / case.width) < 0.5, kept_percent
 
     differentiable = {
-        "relu": jax.nn.relu,
+        "relu": lambda x, *up: gelu_product(jax.nn.relu(x), *up),
         "plain XLA": reference,
         **dict(kernels(case)),
     }
-    forward_only = {
-        "lax.top_k": lambda x: jax.lax.top_k(x, case.k)[0],
-        "lax.approx_max_k": lambda x: jax.lax.approx_max_k(x, case.k)[0],
-    }
-    exact = jax.jit(forward_only["lax.top_k"])(x)
-    assert bool(jnp.all(exact[:, 0] == x.max(-1)))
+    forward_only = {}
+    if not case.gated:
+        forward_only = {
+            "lax.top_k": lambda x: jax.lax.top_k(x, case.k)[0],
+            "lax.approx_max_k": lambda x: jax.lax.approx_max_k(x, case.k)[0],
+        }
+        exact = jax.jit(forward_only["lax.top_k"])(x)
+        assert bool(jnp.all(exact[:, 0] == x.max(-1)))
 
     def works(name: str, fn: Callable, *operands: jax.Array) -> bool:
         try:
@@ -114,23 +158,27 @@ def run(case: Case, repeats: int) -> list[dict]:
     forward, both, found = {}, {}, {}
     for name, fn in (differentiable | forward_only).items():
         only, pair = jax.jit(fn), with_backward(fn)
-        if not works(name, only, x):
+        if not works(name, only, *operands):
             continue
-        forward[name] = functools.partial(only, x)
+        forward[name] = functools.partial(only, *operands)
         found[name] = {}
         if name.startswith("kernel"):
-            found[name]["error"] = common.relative_error(only(x), want)
-        if name in differentiable and works(name, pair, x, grad):
-            both[name] = functools.partial(pair, x, grad)
+            found[name]["error"] = common.relative_error(only(*operands), want)
+        if name in differentiable and works(name, pair, grad, *operands):
+            both[name] = functools.partial(pair, grad, *operands)
             if name.startswith("kernel"):
-                error = common.relative_error(pair(x, grad)[1], want_grad)
-                found[name]["grad_error"] = error
+                found[name]["grad_error"] = max(
+                    map(common.relative_error, pair(grad, *operands)[1], want_grads)
+                )
         assert max(found[name].values(), default=0) < 0.02, (name, found[name])
+
+    least = 3 if case.gated else 2  # arrays of a forward
 
     def columns(which: str, fns: dict[str, Callable]) -> None:
         times = common.time_in_turn(fns, repeats=repeats)
         for name, time in times.items():
-            arrays = 2 if which == "forward" else 4 if name == "relu" else 5
+            arrays = 2 * least if name == "relu" else 3 * least - 1
+            arrays = least if which == "forward" else arrays
             found[name] |= {
                 f"{which}_ms": time.ms,
                 f"{which}_iqr_ms": time.iqr_ms,
