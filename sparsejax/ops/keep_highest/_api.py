@@ -21,7 +21,7 @@ def keep_highest(
     """Keeps the `num_kept` highest entries of each row.
 
     Exactly so many, also under ties: of equal entries those further left are kept. NaN
-    ranks below every number.
+    ranks below every number; subnormal numbers may count as 0.
 
     Args:
       x: rows along the last axis, at least one entry.

@@ -2,7 +2,8 @@
 
 A program is one warpgroup with 64 rows. The number that splits a row is found bit by
 bit, a count over the row for each; then, in the same way, the index that splits those
-that are equal to it. What is kept follows from the two, wherever it is used.
+that are equal to it. What is kept follows from the two, wherever it is used. Counts
+compare floats, for which the device has one instruction where integers take two.
 """
 
 import functools
@@ -17,7 +18,8 @@ from sparsejax import _compat
 _ROWS = 64  # of a program
 _COLUMNS = 64  # rows are padded to a multiple
 _MOST_COLUMNS = 256  # more would not fit into the registers
-_LOWEST = -(2**31)
+_BELOW = -(2**31)  # all keys
+_TINY = 2**23  # the key of the least normal number
 
 
 def unsupported_reason(x: jax.Array) -> str | None:
@@ -35,30 +37,35 @@ def unsupported_reason(x: jax.Array) -> str | None:
 def keep_highest(x: jax.Array, num_kept: int | jax.Array) -> jax.Array:
     """As the reference."""
     columns = x.shape[-1]
-    keys = _ordered(x.astype(jnp.float32)).reshape(-1, columns)
+    values = x.astype(jnp.float32).reshape(-1, columns)
+    # subnormals, which not every device compares, count as 0
+    values = jnp.where(jnp.abs(values) < jnp.finfo(jnp.float32).tiny, 0, values)
     wanted = jnp.broadcast_to(jnp.int32(num_kept), x.shape[:-1]).reshape(-1)
-    rows = len(keys)
+    rows = len(values)
     # what is added at the right is below every number, and last among its equals
     pads = (0, -rows % _ROWS), (0, -columns % _COLUMNS)
-    padded = jnp.pad(keys, pads, constant_values=_LOWEST)
+    padded = jnp.pad(values, pads, constant_values=jnp.nan)
     split, last = _search(padded, jnp.pad(wanted, pads[:1]))
-    split, last = split[:rows, None], last[:rows, None]
+    keys, split, last = _keys(values), split[:rows, None], last[:rows, None]
     kept = (keys > split) | ((keys == split) & (jnp.arange(columns) <= last))
     return kept.reshape(x.shape)
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-    """Integers that compare as the numbers do; equal zeros, NaN below all."""
+def _keys(x: jax.Array) -> jax.Array:
+    """Integers that compare as the numbers do; equal zeros, one for NaN below all."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    # those of negative numbers count down; -0.0, of which all others are 0, becomes 0
-    keys = jnp.where(bits < 0, _LOWEST - bits, bits)
-    return jnp.where(jnp.isnan(x), _LOWEST, keys)
+    return jnp.where(x != x, _BELOW + 1, _mirrored(bits))
+
+
+def _mirrored(keys_or_bits: jax.Array) -> jax.Array:
+    """Bits of floats as integers of their order, and back: negative ones count down."""
+    return jnp.where(keys_or_bits < 0, _BELOW - keys_or_bits, keys_or_bits)
 
 
 @jax.jit  # layers of equal shapes share the lowered kernel
-def _search(keys: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _search(x: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The key that splits each row, and the last index at which it is kept."""
-    num_rows, columns = keys.shape
+    num_rows, columns = x.shape
     shape = (_ROWS, columns)
     of_row = plgpu.Layout.WGMMA.reduce(1)
 
@@ -82,24 +89,28 @@ def _search(keys: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
         bits = highest_bit.bit_length()
         return jax.lax.fori_loop(0, bits, step, (start, jnp.int32(highest_bit)))[0]
 
-    def body(keys_gmem, wanted_gmem, split_gmem, last_gmem):
+    def body(x_gmem, wanted_gmem, split_gmem, last_gmem):
         here = pl.ds(jax.lax.axis_index("program") * _ROWS, _ROWS)
         load = functools.partial(_compat.mosaic_gpu_load, plgpu)
-        keys = load(keys_gmem.at[here], plgpu.Layout.WGMMA)
+        x = load(x_gmem.at[here], plgpu.Layout.WGMMA)
         wanted = load(wanted_gmem.at[here], of_row).astype(jnp.float32)
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 
-        def enough(value):
-            return count(keys >= spread(value)) >= wanted
+        def enough(key):  # a key beyond the infinities is a NaN, and nothing reaches it
+            key = jnp.where((key > 0) & (key < _TINY), _TINY, key)
+            bound = jax.lax.bitcast_convert_type(_mirrored(key), jnp.float32)
+            return count(x >= spread(bound)) >= wanted
 
         zero = constant(0)
-        start = jnp.where(enough(zero), zero, constant(_LOWEST))
-        split = bisect(start, 2**30, enough)
+        split = bisect(jnp.where(enough(zero), zero, constant(_BELOW)), 2**30, enough)
+        # too few numbers: NaN are kept too
+        split = jnp.where(split == _BELOW, _BELOW + 1, split)
+        keys = _keys(x)
         left = wanted - count(keys > spread(split))
-        tied = keys == spread(split)
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        tied = jnp.where(keys == spread(split), column.astype(jnp.float32), columns)
 
         def too_few(index):  # to the left of it
-            return count(tied & (column < spread(index))) < left
+            return count(tied < spread(index.astype(jnp.float32))) < left
 
         last = bisect(zero, 2 ** ((columns - 1).bit_length() - 1), too_few)
         split_gmem[here] = split
@@ -111,4 +122,4 @@ def _search(keys: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
         grid=(num_rows // _ROWS,),
         grid_names=("program",),
         compiler_params=_compat.mosaic_gpu_params(plgpu),
-    )(keys, wanted)
+    )(x, wanted)
