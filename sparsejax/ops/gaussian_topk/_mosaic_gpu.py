@@ -1,10 +1,10 @@
 """The kernel for Hopper: each row is read once, kept on chip, and written once.
 
 Every block of threads walks over its share of the rows. A ring of slots in shared
-memory holds rows that are being loaded, the row at work, and the one being stored; the
-result overwrites its row. A block is a single warpgroup, since a reduction over a whole
-row is not to be had across several; several blocks share a multiprocessor instead, so
-that one computes while another waits.
+memory holds rows that are being loaded, the row at work, and the one being stored;
+results overwrite their operands. A block is a single warpgroup, since a reduction over
+a whole row is not to be had across several; several blocks share a multiprocessor
+instead, so that one computes while another waits.
 """
 
 import dataclasses
@@ -184,10 +184,6 @@ def _forward(x, z, up, elementwise, tiles, *, with_statistics):
         sources_gmem, refs = refs[: len(sources)], refs[len(sources) :]
         out_gmem, *statistics_gmem, ring, full = refs
 
-        def load(row, slot):
-            for i, gmem in enumerate(sources_gmem):
-                plgpu.copy_gmem_to_smem(gmem.at[row], ring.at[slot, i], full.at[slot])
-
         def compute(row, slot):
             def piece(rows, i=0):
                 return ring[slot, i, rows].astype(jnp.float32)
@@ -211,7 +207,7 @@ def _forward(x, z, up, elementwise, tiles, *, with_statistics):
                 mean_gmem[row] = mean
                 std_gmem[row] = std
 
-        _walk(num_rows, tiles, full, load, compute)
+        _walk(num_rows, tiles, sources_gmem, ring, full, compute)
 
     per_row = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -239,10 +235,6 @@ def _backward(grad, x, z, up, mean, std, elementwise, tiles):
         sources_gmem, refs = refs[: len(sources)], refs[len(sources) :]
         total_gmem, *grads_gmem, ring, full = refs
 
-        def load(row, slot):
-            for i, gmem in enumerate(sources_gmem):
-                plgpu.copy_gmem_to_smem(gmem.at[row], ring.at[slot, i], full.at[slot])
-
         def compute(row, slot):
             mean, std = mean_gmem[row], std_gmem[row]
             unchanged, z = _split(z_gmem[row])
@@ -254,7 +246,8 @@ def _backward(grad, x, z, up, mean, std, elementwise, tiles):
             def passed_first(rows):
                 x_piece, grad_piece = piece(rows, 0), piece(rows, 1)
                 if elementwise.activation is not None or up is not None:
-                    # once, as it is dear: both gradients take the place of operands
+                    # computed once, as it takes long: the gradients of s and `up` take
+                    # the places of the gradient given and of `up`
                     s = survivors(x_piece - theta, huber_delta)
                     s = jnp.where(unchanged, x_piece, s)
                     up_piece = None if up is None else piece(rows, 2)
@@ -281,7 +274,7 @@ def _backward(grad, x, z, up, mean, std, elementwise, tiles):
             plgpu.commit_smem_to_gmem_group()
             total_gmem[row] = total
 
-        _walk(num_rows, tiles, full, load, compute)
+        _walk(num_rows, tiles, sources_gmem, ring, full, compute)
 
     total = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -313,14 +306,15 @@ def _num_blocks(num_rows: int, tiles: Tiles) -> int:
     return min(num_rows, tiles.num_sms * tiles.blocks_per_sm)
 
 
-def _walk(num_rows, tiles, full, load, compute) -> None:
+def _walk(num_rows, tiles, sources, ring, full, compute) -> None:
     """Takes the rows `block`, `block + num_blocks`, ... through the ring.
 
     Args:
       num_rows: rows of all blocks.
       tiles: how the work is cut.
-      full: the barriers of the slots, reached when a row is loaded.
-      load: takes a row and a slot; starts the copy.
+      sources: arrays in device memory, of whose rows a slot holds one each.
+      ring: the slots.
+      full: the barriers of the slots, reached when the rows are loaded.
       compute: takes a row and a slot; starts one group of copies back, from the slot.
     """
     block, slots = jax.lax.axis_index("block"), tiles.slots
@@ -330,11 +324,17 @@ def _walk(num_rows, tiles, full, load, compute) -> None:
     def row(i):
         return block + i * num_blocks
 
+    def load(i, slot):
+        for place, source in enumerate(sources):
+            plgpu.copy_gmem_to_smem(
+                source.at[row(i)], ring.at[slot, place], full.at[slot]
+            )
+
     for i in range(slots):
 
         @pl.when(i < mine)
         def _(i=i):
-            load(row(i), i)
+            load(i, i)
 
     def step(i, _):
         slot = jax.lax.rem(i, slots)
@@ -348,7 +348,7 @@ def _walk(num_rows, tiles, full, load, compute) -> None:
         @pl.when((i >= lag) & (upcoming < mine))
         def _():
             plgpu.wait_smem_to_gmem(lag, wait_read_only=True)
-            load(row(upcoming), jax.lax.rem(upcoming, slots))
+            load(upcoming, jax.lax.rem(upcoming, slots))
 
         return _
 
