@@ -37,7 +37,8 @@ def _by_sorting(x: jax.Array, num_kept: int | jax.Array) -> jax.Array:
     else:
         num_kept = jnp.broadcast_to(num_kept, x.shape[:-1])[..., None]
         at = jnp.clip(size - num_kept, 0, size - 1)
-        bound = jnp.take_along_axis(jnp.sort(keys, axis=-1), at, axis=-1)
+        ordered = jnp.sort(keys, axis=-1, stable=False)
+        bound = jnp.take_along_axis(ordered, at, axis=-1)
     above, tied = keys > bound, keys == bound
 
     def count(mask):
