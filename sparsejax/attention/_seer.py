@@ -16,7 +16,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from sparsejax.attention import _blocks, _window
+from sparsejax import ops
+from sparsejax.attention import _blocks
 from sparsejax.formats import BlockMask
 
 Rotate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -274,8 +275,8 @@ def topk_kept(scores: jax.Array, own: jax.Array, num_kept: ArrayLike) -> jax.Arr
     is_own = jnp.arange(columns) == own[:, None]
     if not isinstance(num_kept, int):
         num_kept = jnp.reshape(jnp.asarray(num_kept), (-1, 1))  # of each head's rows
-    kept = _window.keep_highest(scores, num_kept, always=is_own)
-    return kept & (is_own | (scores > -jnp.inf))  # NaN too is never kept
+    ranks = jnp.where(is_own, jnp.inf, scores)
+    return ops.keep_highest(ranks, num_kept) & (ranks > -jnp.inf)  # NaN is never kept
 
 
 def threshold_kept(scores: jax.Array, own: jax.Array, threshold: ArrayLike):

@@ -291,27 +291,28 @@ def _lists(kept: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
     """Counts and ascending indices of the first `room` True entries of each row."""
     *lead, size = kept.shape
     rows = kept.reshape(math.prod(lead), size)
-    lists = count_if_few(
+    total, lists = count_if_few(
         rows,
         len(rows) * room * -(-size // _BITS),
         count=functools.partial(_lists_by_bits, room=room),
         otherwise=functools.partial(_lists_by_scatter, room=room),
     )
-    num = jnp.minimum(jnp.sum(rows, axis=-1, dtype=jnp.int32), room)
+    num = jnp.minimum(total, room)
     return num.reshape(lead), lists.reshape(*lead, room)
 
 
-def _lists_by_scatter(rows: jax.Array, room: int) -> jax.Array:
+def _lists_by_scatter(rows: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
     """O(blocks), by about ten programs, half of them for the cumulative maximum."""
     slot = jnp.cumsum(rows, axis=-1, dtype=jnp.int32) - 1
     slot = jnp.where(rows, slot, room)  # beyond the list: dropped
     index = jnp.broadcast_to(jnp.arange(rows.shape[-1], dtype=jnp.int32), rows.shape)
     lists = jnp.zeros((len(rows), room), jnp.int32)
     lists = lists.at[jnp.arange(len(rows))[:, None], slot].set(index, mode="drop")
-    return jax.lax.cummax(lists, axis=1)  # ascending, so the rest repeats the last
+    lists = jax.lax.cummax(lists, axis=1)  # ascending, so the rest repeats the last
+    return jnp.sum(rows, axis=-1, dtype=jnp.int32), lists
 
 
-def _lists_by_bits(rows: jax.Array, room: int) -> jax.Array:
+def _lists_by_bits(rows: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
     """Each entry by a search, first for the word of 32 bits that has it, then there."""
     padded = jnp.pad(rows, ((0, 0), (0, -rows.shape[-1] % _BITS)))
     bits = padded.reshape(len(rows), -1, _BITS)
@@ -319,9 +320,9 @@ def _lists_by_bits(rows: jax.Array, room: int) -> jax.Array:
     words = jnp.sum(jnp.where(bits, values, 0), axis=-1, dtype=jnp.uint32)
     num_bits = jax.lax.population_count(words).astype(jnp.int32)
     upto = jnp.cumsum(num_bits, axis=-1)
-    before = upto - num_bits
+    before, total = upto - num_bits, upto[:, -1]
     # which of the row's True entries; the rest repeats the last
-    rank = jnp.minimum(jnp.arange(room, dtype=jnp.int32), upto[:, -1:] - 1)
+    rank = jnp.minimum(jnp.arange(room, dtype=jnp.int32), total[:, None] - 1)
     words, before, upto = (a[:, None, :] for a in (words, before, upto))
     passed = upto <= rank[..., None]
     here = ~passed & (before <= rank[..., None])
@@ -338,4 +339,4 @@ def _lists_by_bits(rows: jax.Array, room: int) -> jax.Array:
         rank -= jnp.where(higher, lower, 0)
         word = jnp.where(higher, word >> half, word)
         half //= 2
-    return index
+    return total, index

@@ -10,16 +10,16 @@ _FEW = 2**26
 
 
 def count_if_few(
-    rows: Any,
+    rows: jax.Array,
     num_comparisons: int,
     *,
-    count: Callable[[Any], jax.Array],
-    otherwise: Callable[[Any], jax.Array],
-) -> jax.Array:
+    count: Callable[[jax.Array], Any],
+    otherwise: Callable[[jax.Array], Any],
+) -> Any:
     """Counts over pairs on a GPU if they are few, where a sort takes ten programs.
 
     Args:
-      rows: what both functions take, an array or several.
+      rows: what both functions take.
       num_comparisons: how many counting makes.
       count: reductions over pairs.
       otherwise: gives the same, on other devices too.
