@@ -159,6 +159,14 @@ def cases() -> list[Case]:
             ),
             (array(1, SIDE, 16, 128), array(1, SIDE, 16, 128)),
         ),
+        Case(
+            "keep_highest",
+            ("search",),
+            functools.partial(
+                sj.ops.keep_highest, num_kept=13, implementation="mosaic_gpu"
+            ),
+            (array(SIDE, 256, dtype=jnp.float32),),
+        ),
     ]
 
 
