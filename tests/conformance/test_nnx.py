@@ -29,7 +29,11 @@ class Model(nnx.Module):
 
 
 def make_model(dtype=jnp.float32):
-    return Model(nnx.Rngs(0), dtype)
+    """Its kernels are those of `suite.make_params`."""
+    model, params = Model(nnx.Rngs(0), dtype), suite.make_params(dtype=dtype)
+    model.first.kernel[...] = params["first"]["kernel"]
+    model.second.kernel[...] = params["second"]["kernel"]
+    return model
 
 
 def label(params):

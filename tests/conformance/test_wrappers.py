@@ -134,9 +134,9 @@ WRAPPERS = {
 # ---------------------------------------------------------------- ways to run a loop
 
 
-def run_jit(init, step, seeds):
+def run_jit(init, step, starts):
     """Returns the carries before the first and after each step, and the records."""
-    carry = suite.fast_jit(init)(seeds[0])
+    carry = suite.fast_jit(init)(*starts[0])
     step = suite.fast_jit(step)
     carries, seen = [carry], []
     for i in range(STEPS):
@@ -146,8 +146,8 @@ def run_jit(init, step, seeds):
     return [(carries, seen)]
 
 
-def run_donated(init, step, seeds):
-    carry = suite.fast_jit(init)(seeds[0])
+def run_donated(init, step, starts):
+    carry = suite.fast_jit(init)(*starts[0])
     step = suite.fast_jit(step, donate_argnums=0)
     carries, seen = [jax.tree.map(jnp.copy, carry)], []
     for i in range(STEPS):
@@ -159,29 +159,30 @@ def run_donated(init, step, seeds):
     return [(carries, seen)]
 
 
-def run_scan(init, step, seeds):
+def run_scan(init, step, starts):
     def body(carry, i):
         carry, new = step(carry, i)
         return carry, (carry, new)
 
-    def run(seed):
-        carry = init(seed)
+    def run(*start):
+        carry = init(*start)
         return carry, jax.lax.scan(body, carry, jnp.arange(STEPS))[1]
 
-    first, (carries, seen) = suite.fast_jit(run)(seeds[0])
+    first, (carries, seen) = suite.fast_jit(run)(*starts[0])
     return [([first, *unstack(carries)], unstack(seen))]
 
 
-def run_vmap(init, step, seeds):
-    """Seeds of the params and of the masks, side by side."""
-    carry = suite.fast_jit(jax.vmap(init))(jnp.asarray(seeds))
+def run_vmap(init, step, starts):
+    """Two params, and seeds of their masks, side by side."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    carry = suite.fast_jit(jax.vmap(init))(*stacked)
     step = suite.fast_jit(jax.vmap(step, in_axes=(0, None)))
     carries, seen = [carry], []
     for i in range(STEPS):
         carry, new = step(carry, i)
         carries.append(carry)
         seen.append(new)
-    pick = [lambda x, seed=seed: x[seed] for seed in range(len(seeds))]
+    pick = [lambda x, i=i: x[i] for i in range(len(starts))]
     return [(jax.tree.map(p, carries), jax.tree.map(p, seen)) for p in pick]
 
 
@@ -229,8 +230,7 @@ def test_method_in_wrapper(case):
         options = {"key": key, "pattern": suite.mixed}
         return wrapper.wrap(method, OPTIMIZERS[optimizer], options)
 
-    def init(seed):
-        params = suite.make_params(seed, DTYPES[dtype])
+    def init(params, seed):
         return params, make_tx(seed).init(params), seed
 
     @traces
@@ -245,7 +245,8 @@ def test_method_in_wrapper(case):
         params, state = suite.take_step(tx, params, state, wrapper.extra, loss)
         return (params, state, seed), suite.record(params, state)
 
-    for carries, seen in MODES[mode](init, step, [0, 1]):
+    starts = [(suite.make_params(seed, DTYPES[dtype]), seed) for seed in (0, 1)]
+    for carries, seen in MODES[mode](init, step, starts):
         regrown = 0
         for i, new in enumerate(seen):
             (before, old_state, _), (params, state, _) = carries[i : i + 2]
@@ -316,7 +317,7 @@ def test_two_methods_in_two_partitions(methods, labels):
             },
         )
 
-    state = tx.init(params)
+    state = suite.fast_jit(tx.init)(params)
     for num_updates in range(1, STEPS):
         before = params
         params, state, seen = step(params, state)
