@@ -29,7 +29,7 @@ NARROW = [
     {"rows": 256, "stages": 2},
     {"rows": 64, "stages": 6},
 ]
-WEIGHTS = [{"stages": n} for n in (5, 4, 3)]
+WEIGHTS = [*({"stages": n} for n in (5, 4, 3)), {"cut": True}]
 
 
 def run(shape: Shape, repeats: int) -> list[dict]:

@@ -74,15 +74,11 @@ def is_listed(
     def read(i):
         return entry(jnp.minimum(i, capacity - 1))
 
-    def halve(_, bounds):
+    def halve(bounds):
         low, high = bounds
         middle = jax.lax.div(low + high, 2)
         below = read(middle) < wanted
-        return (
-            jnp.where((low < high) & below, middle + 1, low),
-            jnp.where((low < high) & ~below, middle, high),
-        )
+        return jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
 
-    bounds = (jnp.int32(0), length)
-    at, _ = jax.lax.fori_loop(0, capacity.bit_length(), halve, bounds)
+    at, _ = jax.lax.while_loop(lambda b: b[0] < b[1], halve, (jnp.int32(0), length))
     return (at < length) & (read(at) == wanted)

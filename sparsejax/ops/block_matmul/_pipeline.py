@@ -85,7 +85,7 @@ def run(
     stages: int,
     copies: int,
     programs: int,
-    copying_registers: int = 24,
+    copying_registers: int = 56,
 ) -> jax.Array:
     """Runs the kernel of a task.
 

@@ -93,7 +93,7 @@ def nth_kept(
     equal part of each of their lists: with random blocks about as many columns.
 
     Args:
-      state: `(piece, its first n, its length)`, to begin with `(-1, 0, 0)`.
+      state: `(region, its first n, how many it has)`, to begin with `(-1, 0, 0)`.
       n: no smaller than in the call before.
       length: takes a row and gives the length of its list, int32.
       rows: of blocks.
@@ -104,26 +104,41 @@ def nth_kept(
     """
     strips = -(-columns // _REGION)
 
-    def place(piece):
-        row = jax.lax.rem(piece, _REGION)
-        rest = jax.lax.div(piece, _REGION)
-        row += jax.lax.div(rest, strips) * _REGION
-        return row, jax.lax.rem(rest, strips)
+    def num_in(region):
+        """Takes the number of a row of the region and gives what it has there."""
+        first, strip = corner(region)
 
-    def cut(row, strip):
-        return jax.lax.div(length(row) * strip, strips)
+        def cut(row):
+            num = length(jnp.minimum(first + row, rows - 1))
+            start = jax.lax.div(num * strip, strips)
+            num = jax.lax.div(num * (strip + 1), strips) - start
+            return start, jnp.where(first + row < rows, num, 0)
+
+        return cut
+
+    def corner(region):
+        """Its first row, and which part it has of each list."""
+        return jax.lax.div(region, strips) * _REGION, jax.lax.rem(region, strips)
 
     def advance(state):
-        piece, first, num = state
-        piece, first = piece + 1, first + num
-        row, strip = place(piece)
-        last_row = jnp.minimum(row, rows - 1)
-        num = cut(last_row, strip + 1) - cut(last_row, strip)
-        return piece, first, jnp.where(row < rows, num, 0)
+        region, first, num = state
+        region, first = region + 1, first + num
+        cut = num_in(region)
+        return region, first, add_up(lambda row: cut(row)[1], _REGION)
 
     state = jax.lax.while_loop(lambda s: n >= s[1] + s[2], advance, state)
-    row, strip = place(state[0])
-    return state, row, cut(row, strip) + n - state[1]
+    cut, within = num_in(state[0]), n - state[1]
+
+    def step(found, row, of_row):
+        (before, last, entry), (start, num) = found, of_row
+        here = before <= within  # the last for which this holds
+        last = jnp.where(here, row, last)
+        entry = jnp.where(here, start + within - before, entry)
+        return before + num, last, entry
+
+    zero = jnp.int32(0)
+    _, row, entry = _scan(step, (zero, zero, zero), cut, _REGION)
+    return state, corner(state[0])[0] + row, entry
 
 
 def _scan(step, carry, length, size):

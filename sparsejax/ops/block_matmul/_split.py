@@ -4,6 +4,10 @@ Tiles of equal length are taken in rounds, one by each program. Where few are le
 the last round, most programs would have nothing to do in it. So these tiles are cut:
 their steps stand in one row, each program adds up an equal run of them, and the pieces
 of a tile are added up afterwards, in the order of the programs.
+
+Programs that are at the same step of different tiles read the same rows, which the
+second level of cache then has. So all tiles are cut at the same steps if there are two
+programs or more for each, even if some have nothing to do then.
 """
 
 import dataclasses
@@ -55,7 +59,10 @@ class Split:
     def _runs(self) -> jax.Array:
         """Of how many programs there is a run: one is not too short, nor of 3 tiles."""
         long_enough = jax.lax.div(self._total, _SHORTEST)
-        return jnp.clip(long_enough, 1, self.programs)
+        most = jnp.clip(long_enough, 1, self.programs)
+        left = jnp.maximum(self.left, 1)
+        of_each = jax.lax.div(most, left)
+        return jnp.where(of_each > 1, of_each * left, most)
 
     def run(self, program: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where the run of a program begins and ends, in steps of all cut tiles.
