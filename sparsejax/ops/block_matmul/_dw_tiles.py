@@ -1,4 +1,4 @@
-"""The tiles of dw: which blocks and rows each takes, and how it is loaded and summed."""
+"""The tiles of dw: the blocks and rows of each, and how it is loaded and summed."""
 
 import dataclasses
 from typing import Any
