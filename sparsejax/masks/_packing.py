@@ -31,6 +31,8 @@ def pack(mask: Bool[Array, "*lead d"]) -> UInt8[Array, "*lead bytes"]:
 
 
 def _pack(mask: jax.Array) -> jax.Array:
+    # made once: fused into what follows, it would be made anew for each bit of a byte
+    mask = jax.lax.optimization_barrier(mask)
     mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 8)])
     # eight strided slices, not `jnp.packbits`: its reduction over a short last axis is
     # hundreds of times slower on a GPU
