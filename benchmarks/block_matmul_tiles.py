@@ -19,7 +19,9 @@ WIDE = [
     {},
     *({"window": n} for n in (2, 8, 16)),
     {"parts": 8},
+    {"parts": 8, "room": 4},
     {"stages": 3},
+    *({"stages": 3, "parts": n, "room": n} for n in (2, 4)),
     {"rows": 128, "stages": 6},
     {"columns": 64, "rows": 128},
 ]

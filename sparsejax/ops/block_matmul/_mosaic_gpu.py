@@ -39,7 +39,9 @@ class Tiles:
       rows: of x for one warpgroup, at most 256; a multiple of `8 * parts`.
       stages: slots of the ring.
       parts: in which the rows of a tile are stored, each during one step of the tile
-        after; 1 or an even number, of which shared memory has room for two.
+        after.
+      room: parts that shared memory has room for, so that the copies of as many may be
+        under way; divides `parts`, or is more.
       window: tiles of rows that are worked on at a time, side by side, so that what is
         read of `w` is read by as many programs. More where that occupies more of them.
       num_sms: multiprocessors of the device.
@@ -49,6 +51,7 @@ class Tiles:
     rows: int
     stages: int = 4
     parts: int = 4
+    room: int = 2
     window: int = 4
     num_sms: int = 132
 
@@ -63,9 +66,9 @@ class Tiles:
 
         Example:
           >>> Tiles.default(8192, 128, columns=8192)
-          Tiles(columns=128, rows=256, stages=4, parts=4, window=4, num_sms=132)
+          Tiles(columns=128, rows=256, stages=4, parts=4, room=2, window=4, num_sms=132)
           >>> Tiles.default(5, 128, columns=8192)
-          Tiles(columns=64, rows=16, stages=8, parts=1, window=4, num_sms=132)
+          Tiles(columns=64, rows=16, stages=8, parts=1, room=2, window=4, num_sms=132)
         """
         num_wide = -(-num_rows // _MAX_ROWS) * (columns // 128)
         if block_side % 128 or num_wide < cls.num_sms:  # narrow ones, to occupy all
@@ -197,8 +200,8 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     window = tiles.window_for(num_units, row_tiles)
     windows = -(-row_tiles // window)
     across = min(tiles.num_sms // window, num_units)
-    part_rows, room = tiles.rows // tiles.parts, min(tiles.parts, 2)
-    assert tiles.parts == 1 or tiles.parts % 2 == 0, tiles
+    part_rows, room = tiles.rows // tiles.parts, min(tiles.parts, tiles.room)
+    assert tiles.parts % room == 0, tiles
     fused = activation and _compat.without_custom_rules(activation)
 
     def make_task(refs):
