@@ -45,10 +45,10 @@ class Training:
         def loss_fn(params, opt_state, rest):
             model = nnx.merge(graph, weights(opt_state, params), rest, copy=True)
             prepare(model, opt_state)
-            losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-                model(tokens[:, :-1]), tokens[:, 1:]
-            )
-            return jnp.mean(losses)
+            # of one-hot labels, never in memory: its gradient needs no scatter
+            labels = jax.nn.one_hot(tokens[:, 1:], config.vocab_size)
+            logits = model(tokens[:, :-1])
+            return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels))
 
         def step(state, rest):
             params, opt_state = state

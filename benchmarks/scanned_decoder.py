@@ -168,10 +168,9 @@ def token_loss(
             labels, hidden, taught = chunk
             logits = decoder.logits(weights, hidden)
             if taught is None:
-                losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-                    logits, labels
-                )
-                return jnp.mean(losses)
+                # of one-hot labels, never in memory: its gradient needs no scatter
+                labels = jax.nn.one_hot(labels, logits.shape[-1])
+                return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels))
             return sj.distillation_loss(
                 logits,
                 decoder.logits(teacher, taught),

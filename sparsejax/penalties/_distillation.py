@@ -24,7 +24,7 @@ def distillation_loss(
     Args:
       student_logits: any floating dtype.
       teacher_logits: of the frozen dense model, same shape.
-      labels: class indices.
+      labels: class indices; the loss of one out of range is NaN.
       eta: weight of the KL term, in [0, 1]; the paper uses 1/3.
       temperature: positive; the paper has none, that is 1.
       where: which tokens count; None for all. With none True the loss is 0.
@@ -67,11 +67,20 @@ def distillation_loss(
     # a class of probability 0 adds 0, also where its log is -inf
     p = jnp.exp(log_p)
     kl = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0), axis=-1) * temperature**2
-    log_likelihood = jnp.take_along_axis(
-        jax.nn.log_softmax(student), labels[..., None], axis=-1
-    )[..., 0]
-    loss = eta * kl - (1 - eta) * log_likelihood
+    loss = eta * kl - (1 - eta) * _log_likelihood(student, labels)
     if where is None:
         return jnp.mean(loss)
     total = jnp.sum(jnp.where(where, loss, 0))
     return total / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
+
+
+def _log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """That of each label; NaN for one that is no class.
+
+    A comparison with all classes, not a gather: its gradient is one pass over the
+    logits, where that of a gather fills zeros and scatters into them.
+    """
+    of_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    found = jnp.sum(jnp.where(of_label, jax.nn.log_softmax(logits), 0), axis=-1)
+    is_class = (labels >= 0) & (labels < logits.shape[-1])
+    return jnp.where(is_class, found, jnp.nan)

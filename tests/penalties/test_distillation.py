@@ -68,6 +68,18 @@ class DistillationTest(parameterized.TestCase):
         want = oracle(np.asarray(student), np.asarray(teacher), labels, 0.5)
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
+    def test_no_class_is_no_silent_loss(self):
+        student, teacher, labels = operands()
+        for bad in (-1, student.shape[-1]):
+            wrong = labels.copy()
+            wrong.flat[0] = bad
+            self.assertTrue(np.isnan(loss(student, teacher, wrong, eta=0.5)))
+            counts = np.ones(labels.shape, bool)
+            counts.flat[0] = False
+            got = loss(student, teacher, wrong, eta=0.5, where=counts)
+            want = oracle(student, teacher, labels, 0.5, where=counts)
+            np.testing.assert_allclose(got, want, rtol=1e-5)
+
     def test_a_teacher_equal_to_the_student_adds_nothing(self):
         student, _, labels = operands()
         self.assertAlmostEqual(
