@@ -77,7 +77,8 @@ class DistillationTest(parameterized.TestCase):
             counts = np.ones(labels.shape, bool)
             counts.flat[0] = False
             got = loss(student, teacher, wrong, eta=0.5, where=counts)
-            want = oracle(student, teacher, labels, 0.5, where=counts)
+            logits = np.asarray(student), np.asarray(teacher)
+            want = oracle(*logits, labels, 0.5, where=counts)
             np.testing.assert_allclose(got, want, rtol=1e-5)
 
     def test_a_teacher_equal_to_the_student_adds_nothing(self):
