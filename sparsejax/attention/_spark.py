@@ -39,8 +39,7 @@ def spark_selection(
     """
     scores = jax.lax.stop_gradient(scores)
     threshold = activations.statistical_threshold(scores, k, where=valid)
-    top = jnp.max(scores, axis=-1, keepdims=True, where=valid, initial=-jnp.inf)
-    return valid & ((scores > threshold) | (scores == top))
+    return valid & ((scores > threshold) | (scores == highest(scores, valid)))
 
 
 def spark_attention(
@@ -83,13 +82,35 @@ def spark_attention(
     """
     batch, num_queries, heads, _ = query.shape
     valid = valid[:, :, None]
-    predicted = scaled_scores(query[..., :split], key[..., :split])
+    predicted, rest = _scores_of_parts(query, key, split)
     attended = spark_selection(predicted, valid, k=k)
-    weights = masked_softmax(predicted, attended, valid.any(axis=-1, keepdims=True))
-    weights *= jax.nn.softplus(scaled_scores(query[..., split:], key[..., split:]))
+    weights = masked_softmax(predicted, attended, highest(predicted, valid))
+    weights *= jax.nn.softplus(rest)
     out = jnp.einsum("bhgqk,bkhd->bqhgd", weights.astype(value.dtype), value)
     shape = (batch, heads, num_queries, key.shape[1])
     return out.reshape(batch, num_queries, heads, -1), attended.reshape(shape)
+
+
+def _scores_of_parts(query, key, split) -> tuple[jax.Array, jax.Array]:
+    """`scaled_scores` of the first `split` of the head, and of the others."""
+    if query.shape[1] > 1:
+        parts = (slice(split), slice(split, None))
+        return tuple(scaled_scores(query[..., p], key[..., p]) for p in parts)
+    # One query's time is that of reading the keys. A part of them would be copied for
+    # its product; so one product takes them whole, zeros in place of the other part.
+    batch, _, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    query = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    first = jnp.arange(dim) < split
+    both = [jnp.where(first, query, 0), jnp.where(first, 0, query)]
+    products = jax.lax.dot_general(
+        jnp.concatenate(both, axis=2),
+        key,
+        (((3,), (3,)), ((0, 1), (0, 2))),  # keys side by side, for sums over them
+        preferred_element_type=jnp.float32,
+    )
+    predicted, rest = jnp.split(products[..., None, :], 2, axis=2)
+    return predicted * split**-0.5, rest * (dim - split) ** -0.5
 
 
 def scaled_scores(
@@ -109,12 +130,19 @@ def scaled_scores(
     return products * dim**-0.5
 
 
-def masked_softmax(scores: jax.Array, kept: jax.Array, nonempty: jax.Array):
-    """Softmax over the kept; rows that are not `nonempty` give 0 and no NaN gradient.
+def highest(scores: jax.Array, valid: jax.Array) -> jax.Array:
+    """The highest valid score of each row, the axis kept as 1; -inf where none is."""
+    scores = jax.lax.stop_gradient(scores)
+    return jnp.max(scores, axis=-1, keepdims=True, where=valid, initial=-jnp.inf)
 
-    A row that is `nonempty` and keeps none had a NaN: it gives NaN.
+
+def masked_softmax(scores: jax.Array, kept: jax.Array, top: jax.Array) -> jax.Array:
+    """Softmax over the kept, of which `top` is the highest.
+
+    Where `top` is -inf there is none: the row gives 0 and no NaN gradient. Where it is
+    NaN, the row gives NaN.
     """
+    nonempty = top != -jnp.inf
     scores = jnp.where(kept, scores, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    powers = jnp.exp(scores - jnp.where(kept.any(axis=-1, keepdims=True), top, 0))
+    powers = jnp.exp(scores - jnp.where(nonempty, top, 0))
     return powers / jnp.where(nonempty, jnp.sum(powers, axis=-1, keepdims=True), 1)

@@ -102,7 +102,8 @@ def gathered_attention(
 
     def sparse():
         rest = query[:, 0, :, layer.split :].reshape(*scores.shape[:3], -1)
-        return _gathered(layer, scores, attended, rest, key, value, capacity)
+        top = attention.highest(scores, valid)
+        return _gathered(layer, scores, attended, top, rest, key, value, capacity)
 
     def dense():
         return layer.attend(query, key, value, valid)[0]
@@ -110,7 +111,7 @@ def gathered_attention(
     return jax.lax.cond(overflowed, dense, sparse), overflowed.astype(jnp.int32)
 
 
-def _gathered(layer, scores, attended, rest, key, value, capacity):
+def _gathered(layer, scores, attended, top, rest, key, value, capacity):
     """The softmax over `capacity` gathered keys of each head."""
     batch, kv_heads, group, slots = scores.shape
     indices, num, _ = jax.vmap(ops.active_indices, in_axes=(0, None))(
@@ -131,7 +132,7 @@ def _gathered(layer, scores, attended, rest, key, value, capacity):
         preferred_element_type=jnp.float32,
     )
     weights = attention.masked_softmax(
-        jnp.take_along_axis(scores, indices, axis=-1), kept, num > 0
+        jnp.take_along_axis(scores, indices, axis=-1), kept, top
     )
     weights *= jax.nn.softplus(products * rest.shape[-1] ** -0.5)
     out = jnp.einsum("bhgc,bhgcd->bhgd", weights.astype(value.dtype), value[rows])
