@@ -56,6 +56,7 @@ from sparsejax.attention._seer_decode import SeerDecodeGate as SeerDecodeGate
 from sparsejax.attention._seer_decode import (
     append_to_seer_cache as append_to_seer_cache,
 )
+from sparsejax.attention._seer_decode import fill_seer_cache as fill_seer_cache
 from sparsejax.attention._seer_decode import init_seer_cache as init_seer_cache
 from sparsejax.attention._seer_decode import (
     init_seer_decode_gate as init_seer_decode_gate,

@@ -164,6 +164,43 @@ def init_seer_cache(
     )
 
 
+def fill_seer_cache(
+    gate: SeerDecodeGate,
+    cache: SeerCache,
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    rotate: Rotate,
+) -> SeerCache:
+    """Takes in a prompt at once: equal to appending its keys to an empty cache.
+
+    Args:
+      gate: weights.
+      cache: empty; its contents are not read.
+      key: before rotation; at most as many as the cache has room for.
+      rotate: see `Rotate`.
+
+    Raises:
+      ValueError: if `key` does not fit the cache.
+    """
+    batch, block, kv_heads, head_dim = cache.tail.shape
+    most = block * cache.gated_keys.shape[1]
+    length = key.shape[1]
+    if key.shape != (batch, length, kv_heads, head_dim) or length > most:
+        raise ValueError(
+            f"`key` must be {(batch, 'seq', kv_heads, head_dim)} of at most {most} "
+            f"tokens, the room of the cache; got {key.shape}."
+        )
+    blocks = length // block
+    whole, rest = jnp.split(key.astype(cache.tail.dtype), [blocks * block], axis=1)
+    gated_keys = cache.gated_keys
+    if blocks:
+        starts = block * jnp.arange(blocks)[None]
+        gated = _gated_key(gate, key_features(whole, block), starts, rotate)
+        gated_keys = gated_keys.at[:, :blocks].set(gated)
+    tail = cache.tail.at[:, : rest.shape[1]].set(rest)
+    return SeerCache(gated_keys, tail, jnp.int32(length))
+
+
 def append_to_seer_cache(
     gate: SeerDecodeGate,
     cache: SeerCache,

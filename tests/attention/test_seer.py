@@ -383,11 +383,18 @@ class DecodeTest(parameterized.TestCase):
 
             cache = attention.init_seer_cache(gate, 2, 15, block=4)
             tokens = [jnp.moveaxis(x, 1, 0) for x in (query, key)]
+            fill = functools.partial(attention.fill_seer_cache, gate, cache)
+            filled = [fill(key[:, :num], rotate=rotate) for num in (3, 10)]
+            _, (later, _) = step(filled[1], [x[10] for x in tokens])
             cache, outputs = jax.lax.scan(step, cache, tokens)
-            return cache.length, *[jnp.moveaxis(x, 0, 2) for x in outputs]
+            outputs = [jnp.moveaxis(x, 0, 2) for x in outputs]
+            return cache.length, *outputs, filled, later
 
-        length, scores, kept = walk(query, key)
+        length, scores, kept, filled, later = walk(query, key)
         assert length == 15
+        assert [cache.length for cache in filled] == [3, 10]  # less than a block, more
+        np.testing.assert_array_equal(filled[0].tail[:, :3], key[:, :3])
+        np.testing.assert_allclose(later, want[:, :, 10], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-5)
         mask = jax.jit(select)(want)
         np.testing.assert_array_equal(kept, blocks_of(mask))
@@ -479,6 +486,12 @@ def test_bad_input_is_named():
         (top(1, dense_last_rows=-1), "`dense_last_rows` must .*got -1"),
         (lambda: attention.seer_num_kept(1.5, 4), r"\(0, 1\].*density=1.5"),
         (lambda: attention.init_seer_cache(decoding, 2, 8, block=9), "got 9"),
+        (
+            lambda: attention.fill_seer_cache(
+                decoding, cache, jnp.zeros((2, 9, 2, 8)), rotate=rotate
+            ),
+            r"at most 8 tokens, the room of the cache; got \(2, 9, 2, 8\)",
+        ),
         (
             lambda: attention.append_to_seer_cache(decoding, cache, key, rotate=rotate),
             r"one token, \(2, 1, 2, 8\); got \(2, 8, 2, 8\)",
