@@ -94,8 +94,8 @@ def spark_attention(
 def _scores_of_parts(query, key, split) -> tuple[jax.Array, jax.Array]:
     """`scaled_scores` of the first `split` of the head, and of the others."""
     if query.shape[1] > 1:
-        parts = (slice(split), slice(split, None))
-        return tuple(scaled_scores(query[..., p], key[..., p]) for p in parts)
+        predicted = scaled_scores(query[..., :split], key[..., :split])
+        return predicted, scaled_scores(query[..., split:], key[..., split:])
     # One query's time is that of reading the keys. A part of them would be copied for
     # its product; so one product takes them whole, zeros in place of the other part.
     batch, _, heads, dim = query.shape

@@ -112,7 +112,7 @@ def decode_step(
 
 def _append(cached: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
     """Writes `new[b, 0]` into slot `lengths[b]`."""
-    if len(lengths) == 1:  # in one program; a scatter first compares slots with the room
+    if len(lengths) == 1:  # one program, where a scatter checks the slot in another
         return jax.lax.dynamic_update_slice_in_dim(cached, new, lengths[0], axis=1)
     return cached.at[jnp.arange(len(lengths)), lengths].set(new[:, 0])
 
