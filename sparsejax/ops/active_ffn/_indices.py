@@ -1,8 +1,9 @@
 """From flags to a list of indices, without a sort and without a scatter.
 
-The flags are packed into words of 32. Counts of words, summed up, tell by bisection
+The flags are packed into words of 32. Counts of words, summed up, tell by a search
 which word holds the j-th active neuron; counts inside the word tell which bit it is.
-Everything is elementwise or a small reduction, which suits a CPU and a GPU.
+Everything is elementwise or a small reduction. On a GPU it is a matter of how many
+programs that takes, as each waits for the one before: here four.
 """
 
 import operator
@@ -11,7 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-_WORD = 32  # flags in a word, and words in a group
+from sparsejax.formats import count_if_few
+
+_WORD = 32  # flags in a word
+_ROUNDS = 3  # of the search for a word
 
 
 def active_indices(
@@ -51,7 +55,8 @@ def active_indices(
     bits = words[word]
     start = ends[word] - jax.lax.population_count(bits).astype(jnp.int32)
     indices = _WORD * word + _bit_of_rank(bits, slots - start)
-    return indices, jnp.minimum(total, capacity), total > capacity
+    listed = total if capacity >= active.size else jnp.minimum(total, capacity)
+    return indices, listed, total > capacity
 
 
 def _check(active, capacity) -> None:
@@ -76,32 +81,37 @@ def _check(active, capacity) -> None:
 
 def _pack(active: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Words of flags, lowest bit first, and the number set up to each word's end."""
-    flags = jnp.pad(active, (0, -active.size % _WORD**2)).reshape(-1, _WORD)
+    flags = jnp.pad(active, (0, -active.size % _WORD)).reshape(-1, _WORD)
     bit = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
     words = jnp.sum(jnp.where(flags, bit, 0), axis=1, dtype=jnp.uint32)
-
-    counts = jax.lax.population_count(words).astype(jnp.int32).reshape(-1, _WORD)
-    in_group = _sums(counts)
-    before = _sums(in_group[:, -1]) - in_group[:, -1]
-    return words, (in_group + before[:, None]).reshape(-1)
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    ends = count_if_few(counts, counts.size**2, count=_sums, otherwise=jnp.cumsum)
+    return words, ends
 
 
 def _sums(counts: jax.Array) -> jax.Array:
-    """Inclusive cumulative sums of a short last axis, as one reduction."""
-    n = counts.shape[-1]
-    upto = jnp.arange(n) <= jnp.arange(n)[:, None]
-    return jnp.sum(jnp.where(upto, counts[..., None, :], 0), axis=-1)
+    """Cumulative sums as one reduction."""
+    n = jnp.arange(counts.size)
+    return jnp.sum(jnp.where(n <= n[:, None], counts, 0), axis=1)
 
 
 def _first_above(ends: jax.Array, slots: jax.Array) -> jax.Array:
-    """For each slot the first position whose end exceeds it, by bisection."""
-    num_steps = (ends.size - 1).bit_length()
-    padding = (0, 2**num_steps - ends.size)
+    """For each slot the first position whose end exceeds it.
+
+    A round finds the part of the part before, of `radix` of them, by comparing with
+    the ends of all. The radix is odd: sums over as many numbers as divide a warp are
+    programs of their own on a GPU, others become loops within what surrounds them.
+    """
+    radix = 1
+    while radix**_ROUNDS < ends.size:
+        radix += 2
+    padding = (0, radix**_ROUNDS - ends.size)
     ends = jnp.pad(ends, padding, constant_values=jnp.iinfo(jnp.int32).max)
     position = jnp.zeros_like(slots)
-    for i in reversed(range(num_steps)):
-        further = ends[position + (2**i - 1)] <= slots
-        position = jnp.where(further, position + 2**i, position)
+    for i in reversed(range(_ROUNDS)):
+        of_parts = ends[radix**i - 1 :: radix**i].reshape(-1, radix)
+        passed = of_parts[position] <= slots[:, None]
+        position = radix * position + jnp.sum(passed, axis=1, dtype=jnp.int32)
     return position
 
 
