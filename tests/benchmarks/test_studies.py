@@ -22,7 +22,7 @@ from benchmarks import (
 @pytest.mark.parametrize(
     "study, columns, num_rows",
     [
-        (block_training, {"model", "speedup", "memory_gb", "ffns_ms"}, 4),
+        (block_training, {"model", "speedup", "memory_gb", "ffn_ms"}, 4),
         (cast_toy, {"method", "l1_decay", "mse_after_prune_se"}, 24),
         (dynamic_sparsity, {"method", "allocation", "lr", "test_loss"}, 2),
         (keep_highest, {"rows", "fast_ms", "top_k_ms", "speedup"}, 1),
