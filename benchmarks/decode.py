@@ -57,7 +57,8 @@ def make(config: models.DecoderConfig, seed: int) -> models.Decoder:
 
 def make_cache(size: Size, dtype: str, context: int, num_tokens: int) -> decode.Cache:
     """Random keys and values, rotated or not: only the time depends on them."""
-    shape = (1, context + num_tokens, size.num_kv_heads, size.head_dim)
+    room = decode.room_for(context + num_tokens)
+    shape = (1, room, size.num_kv_heads, size.head_dim)
     keys = jax.random.split(jax.random.key(0), (2, size.num_layers))
     draw = functools.partial(jax.random.normal, shape=shape, dtype=dtype)
     keys, values = (tuple(map(draw, row)) for row in keys)
@@ -74,10 +75,10 @@ def decode_tokens(model, token, cache, *, num_tokens):
         token, cache = carry
         logits, cache, overflows = decode.decode_step(model, token, cache)
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return (token, cache), (logits, overflows)
+        return (token, cache), (token, overflows)
 
-    _, (logits, overflows) = jax.lax.scan(body, (token, cache), length=num_tokens)
-    return logits, jax.tree.map(jnp.sum, overflows)
+    _, (tokens, overflows) = jax.lax.scan(body, (token, cache), length=num_tokens)
+    return tokens, jax.tree.map(jnp.sum, overflows)
 
 
 def compare(ready: dict, num_layers: int, token: jax.Array, cache) -> float:

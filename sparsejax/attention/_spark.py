@@ -86,7 +86,8 @@ def spark_attention(
     attended = spark_selection(predicted, valid, k=k)
     weights = masked_softmax(predicted, attended, highest(predicted, valid))
     weights *= jax.nn.softplus(rest)
-    out = jnp.einsum("bhgqk,bkhd->bqhgd", weights.astype(value.dtype), value)
+    out = jnp.einsum("bhgqk,bkhd->bhgqd", weights.astype(value.dtype), value)
+    out = jnp.moveaxis(out, 3, 1)
     shape = (batch, heads, num_queries, key.shape[1])
     return out.reshape(batch, num_queries, heads, -1), attended.reshape(shape)
 

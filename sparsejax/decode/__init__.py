@@ -1,6 +1,7 @@
 """Generation with a cache, in which sparse layers read only what is active."""
 
 from sparsejax.decode._cache import Cache as Cache
+from sparsejax.decode._cache import room_for as room_for
 from sparsejax.decode._generate import Generated as Generated
 from sparsejax.decode._generate import generate as generate
 from sparsejax.decode._keys import DoubleSparsity as DoubleSparsity

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
+from sparsejax.decode._cache import room_for
 from sparsejax.decode._model import DecodeModel
 from sparsejax.decode._step import Overflows, decode_step, prefill
 
@@ -131,7 +132,7 @@ def _generate(
         token = jnp.where(stopped, before, token)
         return token, token == stop_token
 
-    capacity = prompts.shape[1] + num_tokens
+    capacity = room_for(prompts.shape[1] + num_tokens)
     logits, cache = prefill(model, prompts, lengths, capacity=capacity)
     nothing = jnp.zeros(len(prompts), jnp.int32)
     first, stopped = choose(logits, 0, nothing, nothing > 0)

@@ -79,6 +79,17 @@ class SparkAttentionTest(parameterized.TestCase):
         np.testing.assert_array_equal(got[1], want[1])
         np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-5)
 
+    @parameterized.parameters((2, 2), (6, 1))
+    def test_one_query_is_like_the_last_of_many(self, split, kv_heads):
+        """Its two scores come from one product."""
+        query, key, value = operands(kv_heads=kv_heads)
+        valid = causal(24)
+        want = jitted(query, key, value, valid, k=3.5, split=split)
+        last = query[:, -1:], key, value, valid[:, :, -1:]
+        got = jitted(*last, k=3.5, split=split)
+        np.testing.assert_array_equal(got[1], want[1][:, :, -1:])
+        np.testing.assert_allclose(got[0], want[0][:, -1:], rtol=1e-4, atol=1e-5)
+
     def test_a_traced_k_gives_the_same(self):
         x, valid = operands(), causal(24)
         run = jax.jit(

@@ -47,14 +47,12 @@ def active_indices(
     """
     active = jnp.asarray(active)
     _check(active, capacity)
-    words, ends = _pack(active)
-    total = ends[-1]
+    words, before = _pack(active)
+    total = before[-1]
     slots = jnp.minimum(jnp.arange(capacity, dtype=jnp.int32), total - 1)
 
-    word = _first_above(ends, slots)
-    bits = words[word]
-    start = ends[word] - jax.lax.population_count(bits).astype(jnp.int32)
-    indices = _WORD * word + _bit_of_rank(bits, slots - start)
+    word = _first_above(before[1:], slots)
+    indices = _WORD * word + _bit_of_rank(words[word], slots - before[word])
     listed = total if capacity >= active.size else jnp.minimum(total, capacity)
     return indices, listed, total > capacity
 
@@ -80,19 +78,24 @@ def _check(active, capacity) -> None:
 
 
 def _pack(active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Words of flags, lowest bit first, and the number set up to each word's end."""
+    """Words of flags, lowest bit first; the number set before each, and in all."""
     flags = jnp.pad(active, (0, -active.size % _WORD)).reshape(-1, _WORD)
     bit = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
     words = jnp.sum(jnp.where(flags, bit, 0), axis=1, dtype=jnp.uint32)
     counts = jax.lax.population_count(words).astype(jnp.int32)
-    ends = count_if_few(counts, counts.size**2, count=_sums, otherwise=jnp.cumsum)
-    return words, ends
+    before = count_if_few(
+        counts,
+        counts.size**2,
+        count=_sums,
+        otherwise=lambda counts: jnp.cumsum(jnp.pad(counts, (1, 0))),
+    )
+    return words, before
 
 
 def _sums(counts: jax.Array) -> jax.Array:
-    """Cumulative sums as one reduction."""
-    n = jnp.arange(counts.size)
-    return jnp.sum(jnp.where(n <= n[:, None], counts, 0), axis=1)
+    """Sums of the first 0, 1, ..., all of the counts, as one reduction."""
+    n = jnp.arange(counts.size + 1)
+    return jnp.sum(jnp.where(n[:-1] < n[:, None], counts, 0), axis=1)
 
 
 def _first_above(ends: jax.Array, slots: jax.Array) -> jax.Array:
