@@ -3,12 +3,19 @@
 The model is trained with dense attention on lengths that double up to the last one. It
 spends half of the steps on the shortest, where half of each batch is `tasks.recall`:
 from the tasks alone, which tell few tokens, it takes far longer to look up names. Then
-it is frozen, and SeerAttention's gates are distilled.
+it is frozen, and SeerAttention's gates are distilled, for blocks of queries and for
+single ones. Each length is a stage that starts Adam anew, so that a run that was cut
+off goes on from the last whole stage as if nothing had been.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +24,11 @@ import optax
 from flax import nnx
 
 from benchmarks import long_context_tasks as tasks
-from sparsejax import formats, models, nn
+from sparsejax import attention, formats, models, nn, training
 
 SHARES = {"single": 1, "multi": 3, "hops": 3, "words": 2}  # of a batch
 WINDOW = 4  # of the local layer
-TOKENS = 2048  # of a batch, and of what is computed at once
+WARM = 10  # steps, of each stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +38,85 @@ class Recipe:
     length: int
     steps: int
     gate_steps: int
+    block: int = 16  # tokens
+    tokens: int = (
+        2048  # of a batch, and of what is computed at once; a sequence or more
+    )
     d_model: int = 96
     num_layers: int = 1  # that select keys, behind one that sees the last tokens alone
     learning_rate: float = 1.2e-3
     gate_learning_rate: float = 1e-2
 
-    @property
-    def block(self) -> int:
-        """Tokens of a block; the kernels of a GPU need 64 or more."""
-        return 16 if self.length <= 2048 else 64 if self.length <= 8192 else 128
-
     def lengths(self) -> list[int]:
-        """Doubling up to the last one."""
+        """Doubling up to the last one, from one that holds a block."""
         lengths = [self.length]
-        while lengths[0] >= 2 * tasks.MIN_LENGTH:
+        while lengths[0] >= 2 * max(tasks.MIN_LENGTH, self.block):
             lengths.insert(0, lengths[0] // 2)
         return lengths
+
+
+class Stage(NamedTuple):
+    """Steps on batches of one length; only those of the shortest have practice."""
+
+    length: int
+    first: int
+    steps: int
+    of_gates: bool = False
+
+
+class Local(nn.Attention):
+    """Attention to the last `window` tokens, which computes no other scores."""
+
+    def mix(self, x, positions):
+        query, key, value = self.project(x, positions)
+        batch, length, _, dim = query.shape
+        window = self.window or length
+        query = query.reshape(batch, length, self.num_kv_heads, -1, dim)
+
+        def last(a):  # [batch, seq, window, kv_heads, dim]
+            a = jnp.pad(a, ((0, 0), (window - 1, 0), (0, 0), (0, 0)))
+            return jnp.stack([a[:, i : i + length] for i in range(window)], axis=2)
+
+        scores = jnp.einsum(
+            "bshgd,bswhd->bhgsw", query, last(key), preferred_element_type=jnp.float32
+        )
+        there = jnp.arange(length)[:, None] + jnp.arange(window) >= window - 1
+        scores = jnp.where(there, scores * dim**-0.5, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        y = jnp.einsum("bhgsw,bswhd->bshgd", weights, last(value))
+        return y.reshape(batch, length, -1, dim), jnp.ones((batch, length))
+
+
+class Gated(nn.SeerAttention):
+    """With a gate for decoding too; `distill` leaves the sum of both losses."""
+
+    def __init__(self, *args: Any, rngs: nnx.Rngs, **options: Any):
+        super().__init__(*args, rngs=rngs, **options)
+        gate = attention.init_seer_decode_gate(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            d_gate=self.head_dim,
+            key=rngs.params(),
+        )
+        self.decode_gate = nn.GateParam(gate)
+
+    def mix(self, x, positions):
+        found = super().mix(x, positions)
+        if self.distill:
+            query, key, _ = self.unrotated(x)
+            scores = attention.seer_decode_scores(
+                self.decode_gate.get_value(),
+                query,
+                key,
+                block=self.block,
+                rotate=self.rotate,
+            )
+            query, key, _ = self.project(x, positions)
+            target = attention.seer_decode_target(query, key, block=self.block)
+            loss = attention.seer_loss(scores, target, skip=0.5)
+            self.gate_loss = nn.GateLoss(self.gate_loss[...] + loss)
+        return found
 
 
 def make_model(recipe: Recipe) -> models.Decoder:
@@ -56,9 +126,8 @@ def make_model(recipe: Recipe) -> models.Decoder:
     large that the others hardly see positions over any length.
     """
     on_gpu = jax.default_backend() == "gpu"  # whose kernels want wider, shorter numbers
-    local = functools.partial(nn.Attention, window=WINDOW)
     selecting = functools.partial(
-        nn.SeerAttention, block=recipe.block, select=every_block if on_gpu else None
+        Gated, block=recipe.block, select=every_block if on_gpu else None
     )
     config = models.DecoderConfig(
         vocab_size=tasks.VOCAB_SIZE,
@@ -69,7 +138,10 @@ def make_model(recipe: Recipe) -> models.Decoder:
         head_dim=64 if on_gpu else 32,
         d_ff=2 * recipe.d_model,
         rope_base=1e10,
-        attention=(local, *[selecting] * recipe.num_layers),
+        attention=(
+            functools.partial(Local, window=WINDOW),
+            *[selecting] * recipe.num_layers,
+        ),
         dtype=jnp.bfloat16 if on_gpu else jnp.float32,
     )
     return models.Decoder(config, rngs=nnx.Rngs(0))
@@ -80,16 +152,18 @@ def every_block(scores: jax.Array, *, block: int) -> formats.BlockMask:
     return formats.BlockMask.from_blocks(scores > -jnp.inf, (block, block))
 
 
-def batch(length: int, step: int, *, practice: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and how much each counts, `[num, length]`.
+def batch(
+    length: int, step: int, tokens: int, *, practice: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """About `tokens` of them and how much each counts, `[num, length]`.
 
     The answers of the tasks count 1 in total, and so does what is practised.
     """
     kinds = sum(SHARES.values())
-    unit = max(1, TOKENS // (length * kinds * (2 if practice else 1)))
-    tokens, counted = [], []
+    unit = max(1, tokens // (length * kinds * (2 if practice else 1)))
+    drawn, counted = [], []
     for name, share in SHARES.items():
-        tokens.append(tasks.draw(name, length, unit * share, (0, length, step)))
+        drawn.append(tasks.draw(name, length, unit * share, (0, length, step)))
         judged = tasks.TASKS[name].judged > 0
         judged = np.pad(judged, (length - tasks.ANSWER, 0))
         counted.append(np.tile(judged, (unit * share, 1)))
@@ -98,79 +172,131 @@ def batch(length: int, step: int, *, practice: bool) -> tuple[np.ndarray, np.nda
     if practice:
         rng = np.random.default_rng((0, length, step, len(SHARES)))
         stream, again = tasks.recall(rng, length, unit * kinds)
-        tokens.append(stream)
+        drawn.append(stream)
         weights = np.concatenate([weights, again / again.sum()])
-    return np.concatenate(tokens), weights.astype(np.float32)
+    return np.concatenate(drawn), weights.astype(np.float32)
 
 
-def train(recipe: Recipe, model: models.Decoder) -> None:
-    """Trains the model in place, then its gates with the model frozen."""
-    graph, gates, weights = nnx.split(model, nn.GateParam, nnx.Param)
-
-    def answer_loss(weights, tokens, counted):
-        logits = nnx.merge(graph, gates, weights)(tokens[:, :-1])
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, tokens[:, 1:]
-        )
-        return jnp.sum(losses * counted[:, 1:])
-
-    def gate_loss(gates, tokens, counted):
-        model = nnx.merge(graph, gates, weights)
-        model.set_attributes(distill=True)
-        model(tokens)
-        return nn.pop_gate_losses(model).sum() * len(tokens)
-
+def stages(recipe: Recipe) -> list[Stage]:
+    """The plan: half of the steps on the shortest length, the gates at the end."""
     lengths = recipe.lengths()
     later = recipe.steps // (2 * len(lengths))  # of each length but the first
     first = recipe.steps - later * (len(lengths) - 1)
-    plan = [
-        length for i, length in enumerate(lengths) for _ in range(later if i else first)
+    plan = [Stage(lengths[0], 0, first)]
+    plan += [
+        Stage(length, first + i * later, later) for i, length in enumerate(lengths[1:])
     ]
-    easy = lengths[0]
-    weights = _descend(answer_loss, weights, plan, recipe.learning_rate, easy)
-    plan = [recipe.length] * recipe.gate_steps
-    gates = _descend(gate_loss, gates, plan, recipe.gate_learning_rate)
+    return [*plan, Stage(recipe.length, 0, recipe.gate_steps, of_gates=True)]
+
+
+def train(
+    recipe: Recipe, model: models.Decoder, path: pathlib.Path | None = None
+) -> None:
+    """Trains the model in place, then its gates with the model frozen.
+
+    Args:
+      recipe: how.
+      model: of `make_model`.
+      path: a safetensors file that has the weights after each stage; if it is there,
+        training goes on after its last one.
+
+    Raises:
+      ValueError: if the file is of another recipe.
+    """
+    graph, gates, weights = nnx.split(model, nn.GateParam, nnx.Param)
+    plan, parts, done = stages(recipe), (weights, gates), 0
+    made_by = json.dumps(dataclasses.asdict(recipe))
+    if path is not None and path.exists():
+        parts, saved = training.load_weights(path, parts)
+        if saved["recipe"] != made_by:
+            raise ValueError(
+                f"{path} must be of the recipe {made_by}; got {saved['recipe']}. Name "
+                "another file."
+            )
+        done = int(saved["stages"])
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        steps = [
+            pool.submit(_compiled, graph, parts, recipe, stage) for stage in plan[done:]
+        ]
+        for stage, step_fn in zip(plan[done:], steps, strict=True):
+            parts = _descend(step_fn.result(), parts, recipe, stage)
+            done += 1
+            if path is not None:
+                saved = {"recipe": made_by, "stages": str(done)}
+                training.save_weights(path, parts, saved)
+    weights, gates = parts
     nnx.update(model, gates, weights)
 
 
-def _descend(loss_fn, params, plan: Sequence[int], learning_rate: float, easy: int = 0):
-    """Adam with a warm-up and a decay; a step on a batch of each length in `plan`.
-
-    Batches of the length `easy` have practice in them.
-    """
-    warm, cool = min(30, 1 + len(plan) // 4), 1 + len(plan) // 4
-    rate = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, learning_rate, warm),
-            optax.linear_schedule(learning_rate, 0.05 * learning_rate, cool),
-        ],
-        [len(plan) - cool],
-    )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.95))
-
-    @jax.jit
-    def step_fn(params, opt_state, tokens, counted):
-        def total(params):
-            of_chunk = jax.checkpoint(lambda chunk: loss_fn(params, *chunk))
-            few = chunks(tokens), chunks(counted)
-            return jnp.sum(jax.lax.map(of_chunk, few))
-
-        loss, grads = jax.value_and_grad(total)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    opt_state = tx.init(params)
-    for step, length in enumerate(plan):
-        tokens, counted = batch(length, step, practice=length == easy)
-        params, opt_state, loss = step_fn(params, opt_state, tokens, counted)
-        if (step + 1) % max(1, len(plan) // 20) == 0:
-            print(f"  step {step + 1}, length {length}: loss {loss:.4f}", flush=True)
-    return params
+def _compiled(graph, parts, recipe: Recipe, stage: Stage) -> Callable[..., Any]:
+    """A step of the stage, compiled for its batches."""
+    step_fn = jax.jit(functools.partial(_step, graph, recipe, stage))
+    trained = parts[stage.of_gates]
+    opt_state = _optimizer(recipe, stage).init(trained)
+    return step_fn.lower(parts, opt_state, *_batch(recipe, stage, 0)).compile()
 
 
-def chunks(rows: jax.Array) -> jax.Array:
-    """`[chunks, few, ..]`: as many rows at once as have `TOKENS` tokens."""
-    size = max(1, TOKENS // rows.shape[1])
+def _descend(step_fn, parts, recipe: Recipe, stage: Stage):
+    opt_state = _optimizer(recipe, stage).init(parts[stage.of_gates])
+    for step in range(stage.steps):
+        parts, opt_state, loss = step_fn(
+            parts, opt_state, *_batch(recipe, stage, stage.first + step)
+        )
+        if (step + 1) % max(1, stage.steps // 5) == 0:
+            what = "gates" if stage.of_gates else f"length {stage.length}"
+            print(f"  step {stage.first + step + 1}, {what}: loss {loss:.4f}")
+    return parts
+
+
+def _batch(recipe: Recipe, stage: Stage, step: int):
+    easy = stage.length == recipe.lengths()[0] and not stage.of_gates
+    return batch(stage.length, step, recipe.tokens, practice=easy)
+
+
+def _optimizer(recipe: Recipe, stage: Stage) -> optax.GradientTransformation:
+    """Adam, with a decay over the last quarter of the steps of the model, or gates."""
+    total = recipe.gate_steps if stage.of_gates else recipe.steps
+    highest = recipe.gate_learning_rate if stage.of_gates else recipe.learning_rate
+    cool = 1 + total // 4
+    decay = optax.linear_schedule(highest, 0.05 * highest, cool, total - cool)
+
+    def rate(count):
+        return decay(stage.first + count) * jnp.minimum(1, (count + 1) / WARM)
+
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.95))
+
+
+def _step(graph, recipe: Recipe, stage: Stage, parts, opt_state, tokens, counted):
+    """The next weights and gates of which one part is trained, and the loss."""
+    trained, frozen = parts[stage.of_gates], parts[not stage.of_gates]
+
+    @jax.checkpoint
+    def of_chunk(trained, few):
+        tokens, counted = few
+        model = nnx.merge(graph, trained, frozen)
+        if stage.of_gates:
+            model.set_attributes(distill=True)
+            model(tokens)
+            return nn.pop_gate_losses(model).sum() * len(tokens)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+            model(tokens)[:, :-1], tokens[:, 1:]
+        )
+        return jnp.sum(losses * counted[:, 1:])
+
+    def total(trained):
+        few = (chunks(tokens, recipe.tokens), chunks(counted, recipe.tokens))
+        return jnp.sum(jax.lax.map(functools.partial(of_chunk, trained), few))
+
+    loss, grads = jax.value_and_grad(total)(trained)
+    updates, opt_state = _optimizer(recipe, stage).update(grads, opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    parts = (frozen, trained) if stage.of_gates else (trained, frozen)
+    return parts, opt_state, loss
+
+
+def chunks(rows: jax.Array, tokens: int) -> jax.Array:
+    """`[chunks, few, ..]`: as many rows at once as have that many tokens."""
+    size = max(1, tokens // rows.shape[1])
     while len(rows) % size:
         size -= 1
     return rows.reshape(-1, size, *rows.shape[1:])

@@ -23,10 +23,9 @@ WORDS = range(56, 72)
 VOCAB_SIZE = 72
 
 ANSWER = 12  # tokens, of the longest
-PAIRS, ASKED = 16, 4  # of `multi`, at most
-CHAINS, HOPS = 4, 3  # of `hops`, at most
+ASKED = 4  # of `multi`
+HOPS = 3
 MIN_LENGTH = 64
-TOKENS_A_PAIR = 32  # what a pair has of a short sequence, noise included
 
 
 class Task(NamedTuple):
@@ -42,6 +41,11 @@ class Task(NamedTuple):
     judged: np.ndarray
 
 
+def num_names(length: int) -> int:
+    """How many names the longer tasks have: more in a longer sequence."""
+    return min(max(length // 32, ASKED), 16 if length < 8192 else len(NAMES))
+
+
 def single(rng: np.random.Generator, length: int, num: int) -> np.ndarray:
     """One name with its value, in noise: what is its value?"""
     names, values = _sample(rng, NAMES, num, 1), _draw(rng, VALUES, (num, 1))
@@ -50,14 +54,14 @@ def single(rng: np.random.Generator, length: int, num: int) -> np.ndarray:
 
 def multi(rng: np.random.Generator, length: int, num: int) -> np.ndarray:
     """Many names with their values, in noise: what are the values of some?"""
-    pairs = min(PAIRS, max(ASKED, length // TOKENS_A_PAIR))
+    pairs = num_names(length)
     names, values = _sample(rng, NAMES, num, pairs), _draw(rng, VALUES, (num, pairs))
     return _retrieval(rng, length, names, values, asked=ASKED)
 
 
 def hops(rng: np.random.Generator, length: int, num: int) -> np.ndarray:
     """Names that stand for names that stand for a value: follow one to its end."""
-    chains = min(CHAINS, max(1, length // (HOPS * TOKENS_A_PAIR)))
+    chains = num_names(length) // (HOPS + 1)
     names = _sample(rng, NAMES, num, chains * HOPS).reshape(num, chains, HOPS)
     ends = _draw(rng, VALUES, (num, chains, 1))
     meanings = np.concatenate([names[..., 1:], ends], axis=-1)

@@ -29,12 +29,15 @@ are larger; that answers are read sparsely in the prefill is ours.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
+import json
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +46,27 @@ from flax import nnx
 
 from benchmarks import common, long_context_model, sparse_selectors, sparse_walks
 from benchmarks import long_context_tasks as tasks
-from sparsejax import formats, models, nn, ops
+from sparsejax import formats, models, ops
 
-DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05)
+DENSITIES = (0.5, 0.25, 0.1, 0.05)
 QUICK_METHODS = ("topk_blocks", "quest")
 LEARNED = 0.9  # least accuracy of a task that counts as learned
+GPU_TOKENS = 16384  # of a batch there
+
+
+class Case(NamedTuple):
+    phase: str
+    method: str
+    select: Callable[..., Any]
+    asked: float  # density
+
+
+class Programs(NamedTuple):
+    """Compiled for one case: the judging of all sequences, and a layer's two halves."""
+
+    judge: Callable[..., Any]
+    choose: Callable[..., Any]
+    read: Callable[..., Any]
 
 
 class Sweep:
@@ -64,83 +83,100 @@ class Sweep:
         self.recipe, self.num, self.repeats = recipe, num, repeats
         drawn = [tasks.draw(name, recipe.length, num, (1,)) for name in tasks.TASKS]
         self.tokens = np.concatenate(drawn)
-        first = jnp.asarray(drawn[1][:1])
-        positions = jnp.arange(recipe.length)[None]
         others = np.concatenate(
             [tasks.draw(name, recipe.length, 1, (2,)) for name in tasks.TASKS]
         )
         self.channels = nnx.jit(sparse_walks.calibrate)(model, jnp.asarray(others))
-        local, block, *_ = model.blocks
-        self.seen, self.value = sparse_walks.look(
-            cast(nn.SeerAttention, block.attention),
-            block.attention_norm(local(model.embed(first), positions)),
-            positions,
+        self.layer = cast(long_context_model.Gated, model.blocks[1].attention)
+
+        @nnx.jit
+        def first_layer(model, tokens):
+            local, block, *_ = model.blocks
+            positions = jnp.arange(recipe.length)[None]
+            x = block.attention_norm(local(model.embed(tokens), positions))
+            pairs, rotated, value = sparse_walks.project(block.attention, x, positions)
+            cache = sparse_walks.gate_cache(block.attention, pairs[1], recipe.length)
+            return pairs, rotated, value, cache
+
+        self.pairs, self.rotated, self.value, self.cache = first_layer(
+            model, jnp.asarray(drawn[1][:1])
         )
 
-    def row(
-        self, phase: str, method: str, select: Any, density: float
-    ) -> dict[str, Any]:
-        """Accuracies, realised density, recalled mass and times."""
+    def compiled(self, case: Case) -> Programs:
         walk = {
             "prefill": sparse_walks.prefill,
             "decode": functools.partial(sparse_walks.decode, channels=self.channels),
-        }[phase]
+        }[case.phase]
 
         @jax.jit
-        def every(state, tokens):
+        def judge(state, tokens):
             model = nnx.merge(self.graph, state)
             return jax.lax.map(
-                lambda chunk: walk(model, chunk, select, density),
-                long_context_model.chunks(tokens),
+                lambda chunk: walk(model, chunk, case.select, case.asked),
+                long_context_model.chunks(tokens, self.recipe.tokens),
             )
 
-        predicted, realised, mass = every(self.state, self.tokens)
+        choose, seen, read, operands = getattr(self, f"_{case.phase}_layer")(case)
+        selection = jax.eval_shape(choose, *seen)
+        return Programs(
+            judge.lower(self.state, self.tokens).compile(),
+            jax.jit(choose).lower(*seen).compile(),
+            jax.jit(read).lower(*operands, selection).compile(),
+        )
+
+    def row(self, case: Case, programs: Programs) -> dict[str, Any]:
+        """Accuracies, realised density, recalled mass and times."""
+        predicted, realised, mass = programs.judge(self.state, self.tokens)
         predicted = np.asarray(predicted).reshape(len(self.tokens), -1)
         accuracies = {}
         for i, name in enumerate(tasks.TASKS):
             rows = slice(i * self.num, (i + 1) * self.num)
             accuracies[name] = tasks.accuracy(name, self.tokens[rows], predicted[rows])
         found = list(accuracies.values())
+        _, seen, _, operands = getattr(self, f"_{case.phase}_layer")(case)
+        time_ms = functools.partial(common.time_ms, repeats=self.repeats)
+        chosen = programs.choose(*seen)
         return {
-            "phase": phase,
-            "method": method,
-            "asked": density,
+            "phase": case.phase,
+            "method": case.method,
+            "asked": case.asked,
             "density": float(realised.mean()),
             "mass": float(mass.mean()),
             **accuracies,
             "mean": float(np.mean(found)),
             "worst": min(found),
-            **getattr(self, f"_{phase}_times")(select, density),
+            "select_ms": time_ms(programs.choose, *seen)[0],
+            "attend_ms": time_ms(programs.read, *operands, chosen)[0],
         }
 
-    def _prefill_times(self, select, density) -> dict[str, float]:
-        read = functools.partial(sparse_walks.attend, block_shape=self.seen.shape)
-        choose = jax.jit(lambda seen: select(seen, density))
-        operands = (self.seen.query, self.seen.key, self.value, choose(self.seen))
-        return self._times(choose, self.seen, read, operands)
+    def _prefill_layer(self, case: Case):
+        """To choose, of what; and to read, of what and the choice."""
 
-    def _decode_times(self, select, density) -> dict[str, float]:
-        query, key, _ = self.seen
+        def choose(pairs, rotated):
+            seen = sparse_walks.look(self.layer, pairs, rotated)
+            return case.select(seen, case.asked)
+
+        shape = (self.recipe.block, self.recipe.block)
+        read = functools.partial(sparse_walks.attend, block_shape=shape)
+        return choose, (self.pairs, self.rotated), read, (*self.rotated, self.value)
+
+    def _decode_layer(self, case: Case):
+        """As of prefill, for the last token."""
+        query, key = self.rotated
         prompt = self.recipe.length - tasks.ANSWER
         asked = query[:, prompt - sparse_selectors.WINDOW : prompt]
         length = jnp.asarray(self.recipe.length)
 
-        def choose(arrays):
-            asked, query, key = arrays
+        def choose(asked, query, key, unrotated, cache):
             cached = sparse_selectors.Cached(
-                asked, query, key, prompt, length, self.channels[1]
+                *(asked, query, key, prompt, length, self.channels[1]),
+                gate=sparse_walks.gate_scores(self.layer, cache, unrotated),
             )
-            return select(cached, density)
+            return case.select(cached, case.asked)
 
-        choose, arrays = jax.jit(choose), (asked, query[:, -1:], key)
+        arrays = (asked, query[:, -1:], key, self.pairs[0][:, -1:], self.cache)
         read = functools.partial(ops.listed_attention, length=length)
-        operands = (query[:, -1:], key, self.value, choose(arrays))
-        return self._times(choose, arrays, read, operands)
-
-    def _times(self, choose, seen, read, operands) -> dict[str, float]:
-        select_ms, _ = common.time_ms(choose, seen, repeats=self.repeats)
-        attend_ms, _ = common.time_ms(jax.jit(read), *operands, repeats=self.repeats)
-        return {"select_ms": select_ms, "attend_ms": attend_ms}
+        return choose, arrays, read, (query[:, -1:], key, self.value)
 
 
 def dense(seen: sparse_selectors.Seen, density: float) -> formats.BlockMask:
@@ -210,8 +246,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--length must be {tasks.MIN_LENGTH} times a power of two, so that whole "
             f"blocks fill it; got {args.length}"
         )
+    on_gpu = jax.default_backend() == "gpu"
     recipe = long_context_model.Recipe(
-        length=args.length, steps=args.steps, gate_steps=args.steps // 10
+        length=args.length,
+        steps=args.steps,
+        gate_steps=args.steps // 10,
+        block=16 if args.length <= 2048 else 128 if on_gpu else 64,
+        tokens=GPU_TOKENS if on_gpu else long_context_model.Recipe.tokens,
     )
     num, densities = args.sequences, DENSITIES
     if shared.quick:
@@ -219,31 +260,58 @@ def main(argv: Sequence[str] | None = None) -> None:
             length=64, steps=3, gate_steps=2, d_model=32, num_layers=1
         )
         num, densities = 2, (0.25,)
-    model = long_context_model.make_model(recipe)
-    long_context_model.train(recipe, model)
-    sweep = Sweep(model, recipe, num, shared.repeats)
     env = common.environment(
         repeats=shared.repeats, sequences=num, **dataclasses.asdict(recipe)
     )
-    cases = [("prefill", "dense", dense, 1.0)]
-    for phase, methods in (
-        ("prefill", sparse_selectors.PREFILL),
-        ("decode", sparse_selectors.DECODE),
-    ):
+    rows = read_back(parser, shared.json, env) if args.resume else []
+    model = long_context_model.make_model(recipe)
+    long_context_model.train(recipe, model, args.weights)
+    sweep = Sweep(model, recipe, num, shared.repeats)
+    prefill = [Case("prefill", "dense", dense, 1.0)]
+    phases = (
+        ("prefill", sparse_selectors.PREFILL, prefill),
+        ("decode", sparse_selectors.DECODE, []),
+    )
+    judged = {(row["phase"], row["method"], row["asked"]) for row in rows}
+    for phase, methods, cases in phases:
         cases += [
-            (phase, name, select, density)
+            Case(phase, name, select, density)
             for name, select in methods.items()
             if not shared.quick or name in QUICK_METHODS
             for density in densities
         ]
-    rows = []
-    for case in cases:
-        rows.append(sweep.row(*case))
-        print(common.format_table(rows[-1:]), flush=True)
-        common.write_json(shared.json, env, rows, conclusions(rows))
+        cases = [
+            case
+            for case in cases
+            if (case.phase, case.method, case.asked) not in judged
+        ]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            programs = list(pool.map(sweep.compiled, cases))
+        for case, of_case in zip(cases, programs, strict=True):
+            rows.append(sweep.row(case, of_case))
+            print(common.format_table(rows[-1:]), flush=True)
+            common.write_json(shared.json, env, rows, conclusions(rows))
     common.print_table(rows, conclusions(rows))
     if shared.json and importlib.util.find_spec("matplotlib"):
         picture(shared.json.with_suffix(".png"), rows)
+
+
+def read_back(
+    parser: argparse.ArgumentParser,
+    path: pathlib.Path | None,
+    env: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """The rows of a run that was cut off, if it was as this one."""
+    if path is None or not path.exists():
+        parser.error(f"--resume needs the file of --json; got {path}")
+    found = json.loads(path.read_text())
+    for name in env.keys() - {"date", "host"}:
+        if found["env"].get(name) != env[name]:
+            parser.error(
+                f"--resume: {path} must be of a run with {name} {env[name]}; got "
+                f"{found['env'].get(name)}"
+            )
+    return found["rows"]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -252,6 +320,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--sequences", type=int, default=64, help="of a task, to judge")
+    parser.add_argument(
+        "--weights", type=pathlib.Path, help="read them here, write what is trained"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --json")
     return parser
 
 

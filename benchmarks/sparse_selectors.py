@@ -74,6 +74,7 @@ class Cached(NamedTuple):
       prompt: static, how many of them are the prompt's.
       length: how many there are.
       channels: of this layer's labels, found on other sequences.
+      gate: scores of SeerAttention's gate for decoding, `[batch, kv_heads, 1, blocks]`.
     """
 
     asked: jax.Array
@@ -82,6 +83,7 @@ class Cached(NamedTuple):
     prompt: int
     length: jax.Array
     channels: LabelChannels
+    gate: jax.Array
 
 
 def topk_blocks(seen: Seen, density: float) -> BlockMask:
@@ -114,7 +116,7 @@ def block_sparse(seen: Seen, density: float) -> BlockMask:
 def vertical_slash(seen: Seen, density: float) -> BlockMask:
     """Of the pairs that are in sight a line holds one in `seq`, on average."""
     length = seen.query.shape[1]
-    lines = length if density == 1 else max(LOCAL, int(density * length / 2))
+    lines = max(LOCAL, int(density * length / 2))
     return attention.vertical_slash(
         seen.query,
         seen.key,
@@ -166,9 +168,7 @@ def psa(seen: Seen, density: float, width: int | None = None) -> jax.Array:
         block_shape=(seen.side, width),
         causal=True,
     )
-    shares = (
-        (density / 2, density, min(1.0, 2 * density)) if density < 1 else (1.0,) * 3
-    )
+    shares = (density / 2, density, min(1.0, 2 * density))
     last_query = seen.side * (1 + jnp.arange(seen.num_blocks)[:, None]) - 1
     return attention.quota_levels(
         importance,
@@ -191,6 +191,18 @@ def double_sparsity(cached: Cached, density: float) -> KeyLists:
     return attention.double_sparsity(
         cached.query, labels, num_kept=num_kept, sink=SINK, local=LOCAL
     )
+
+
+def seer_decode(cached: Cached, density: float) -> KeyLists:
+    blocks = cached.gate.shape[-1]
+    side = -(-cached.key.shape[1] // blocks)
+    mask = attention.seer_decode_topk(
+        cached.gate,
+        num_kept=max(round(density * blocks), 1),
+        block=side,
+        positions=cached.length[None] - 1,
+    )
+    return KeyLists(mask.num[..., 0], mask.indices[..., 0, :], mask.overflowed, side)
 
 
 def evicted(
@@ -240,6 +252,7 @@ DECODE: Mapping[str, Callable[[Cached, float], KeyLists]] = {
     "ada_snapkv": functools.partial(evicted, attention.ada_snapkv),
     "quest": quest,
     "double_sparsity": double_sparsity,
+    "seer": seer_decode,
 }
 
 

@@ -1,15 +1,16 @@
 """A trained decoder whose layers, but for the local one, read what a selector keeps."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import long_context_model, sparse_selectors
 from benchmarks import long_context_tasks as tasks
-from benchmarks import sparse_selectors
 from sparsejax import attention, formats, models, nn, ops
 
+Pair = tuple[jax.Array, jax.Array]  # queries and keys
 Selection = formats.BlockMask | jax.Array  # a mask, or PSA's levels
 
 
@@ -65,11 +66,20 @@ def measure(query, key, selection: Selection, block: int) -> jax.Array:
 
 
 def look(
-    layer: nn.SeerAttention, x, positions
-) -> tuple[sparse_selectors.Seen, jax.Array]:
-    """What a selector sees in a layer, and the values."""
-    query, key, value = layer.project(x, positions)
-    return sparse_selectors.Seen(query, key, layer.scores(x, positions)), value
+    layer: nn.SeerAttention, unrotated: Pair, rotated: Pair
+) -> sparse_selectors.Seen:
+    """What a selector sees in a layer, of its queries and keys."""
+    gate = attention.seer_scores(
+        layer.gate(), *unrotated, block=layer.block, rotate=layer.rotate
+    )
+    return sparse_selectors.Seen(*rotated, gate)
+
+
+def project(layer: nn.Attention, x, positions) -> tuple[Pair, Pair, jax.Array]:
+    """Queries and keys before and after their rotation, and values."""
+    query, key, value = layer.unrotated(x)
+    rotated = layer.rotate(query, positions), layer.rotate(key, positions)
+    return (query, key), rotated, value
 
 
 def prefill(model: models.Decoder, tokens, select, density):
@@ -82,10 +92,11 @@ def prefill(model: models.Decoder, tokens, select, density):
         if not isinstance(layer, nn.SeerAttention):
             x = block(x, positions)
             continue
-        seen, value = look(layer, block.attention_norm(x), positions)
-        selection = select(seen, density)
-        y = attend(seen.query, seen.key, value, selection, block_shape=seen.shape)
-        found.append(measure(seen.query, seen.key, selection, layer.block))
+        pairs, rotated, value = project(layer, block.attention_norm(x), positions)
+        selection = select(look(layer, pairs, rotated), density)
+        shape = (layer.block, layer.block)
+        y = attend(*rotated, value, selection, block_shape=shape)
+        found.append(measure(*rotated, selection, layer.block))
         x = x + layer.combine(y)
         x = x + block.ffn(block.ffn_norm(x))
     logits = model.logits(x[:, -tasks.ANSWER - 1 : -1])
@@ -112,18 +123,23 @@ def decode(model: models.Decoder, tokens, select, density, channels):
     `channels` are of `calibrate`.
     """
     prompt = tokens.shape[1] - tasks.ANSWER
-    window = sparse_selectors.WINDOW
     x = model.embed(tokens[:, :prompt])
     positions = jnp.broadcast_to(jnp.arange(prompt), x.shape[:2])
     caches = []
     for block in model.blocks:
-        query, key, value = block.attention.project(block.attention_norm(x), positions)
+        layer = cast(nn.Attention, block.attention)
+        normed = block.attention_norm(x)
+        pairs, rotated, value = project(layer, normed, positions)
+        asked = gated = None
+        if isinstance(layer, long_context_model.Gated):
+            asked = rotated[0][:, -sparse_selectors.WINDOW :]
+            gated = gate_cache(layer, pairs[1], tokens.shape[1])
+            y = ops.block_attention(*rotated, value, causal=True)
+        else:
+            y, _ = layer.mix(normed, positions)
         room = ((0, 0), (0, tasks.ANSWER), (0, 0), (0, 0))
-        caches.append((query[:, -window:], jnp.pad(key, room), jnp.pad(value, room)))
-        y = ops.block_attention(
-            query, key, value, causal=True, window=block.attention.window
-        )
-        x = x + block.attention.combine(y)
+        caches.append((asked, jnp.pad(rotated[1], room), jnp.pad(value, room), gated))
+        x = x + layer.combine(y)
         x = x + block.ffn(block.ffn_norm(x))
 
     def step(caches, at):
@@ -131,22 +147,29 @@ def decode(model: models.Decoder, tokens, select, density, channels):
         x, position = model.embed(token), jnp.broadcast_to(at, token.shape)
         new, found = [], []
         layers = zip(model.blocks, caches, channels, strict=True)
-        for block, (asked, keys, values), labels in layers:
-            q, k, v = block.attention.project(block.attention_norm(x), position)
+        for block, (asked, keys, values, gated), labels in layers:
+            layer = cast(nn.Attention, block.attention)
+            pairs, (q, k), v = project(layer, block.attention_norm(x), position)
             keys = jax.lax.dynamic_update_slice_in_dim(keys, k, at, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(values, v, at, axis=1)
-            if window_of := block.attention.window:
-                ats = jnp.arange(keys.shape[1])
-                valid = (ats <= at) & (ats > at - window_of)
-                y, _ = block.attention.attend(q, keys, values, valid[None, None, None])
-            else:
-                cached = sparse_selectors.Cached(asked, q, keys, prompt, at + 1, labels)
+            if isinstance(layer, long_context_model.Gated):
+                gated = attention.append_to_seer_cache(
+                    layer.decode_gate.get_value(), gated, pairs[1], rotate=layer.rotate
+                )
+                cached = sparse_selectors.Cached(
+                    *(asked, q, keys, prompt, at + 1, labels),
+                    gate=gate_scores(layer, gated, pairs[0]),
+                )
                 lists = select(cached, density)
                 y = ops.listed_attention(q, keys, values, lists, at + 1)
                 mass = listed_mass(q, keys, lists, at + 1)
                 found.append((lists.density(at + 1).mean(), mass))
-            new.append((asked, keys, values))
-            x = x + block.attention.combine(y)
+            else:
+                ats = jnp.arange(keys.shape[1])
+                valid = (ats <= at) & (ats > at - layer.window)
+                y, _ = layer.attend(q, keys, values, valid[None, None, None])
+            new.append((asked, keys, values, gated))
+            x = x + layer.combine(y)
             x = x + block.ffn(block.ffn_norm(x))
         return new, (model.logits(x)[:, 0].argmax(-1), jnp.asarray(found).mean(0))
 
@@ -154,6 +177,21 @@ def decode(model: models.Decoder, tokens, select, density, channels):
     _, (predicted, found) = jax.lax.scan(step, caches, ats)
     predicted = jnp.pad(predicted.T, ((0, 0), (1, 0)))  # the first token is given
     return predicted, *found.mean(0)
+
+
+def gate_cache(layer: long_context_model.Gated, key, room: int) -> attention.SeerCache:
+    """What the gate keeps of the keys of a prompt, before their rotation."""
+    gate = layer.decode_gate.get_value()
+    empty = attention.init_seer_cache(
+        gate, len(key), room, block=layer.block, dtype=key.dtype
+    )
+    return attention.fill_seer_cache(gate, empty, key, rotate=layer.rotate)
+
+
+def gate_scores(layer: long_context_model.Gated, cache, query) -> jax.Array:
+    return attention.seer_cached_scores(
+        layer.decode_gate.get_value(), cache, query, rotate=layer.rotate
+    )
 
 
 def listed_mass(query, key, lists: formats.KeyLists, length) -> jax.Array:

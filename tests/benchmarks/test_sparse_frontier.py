@@ -1,7 +1,10 @@
 """The long-context tasks have the answers that they claim; selectors keep budgets."""
 
 import collections
+import dataclasses
+import functools
 import itertools
+import json
 from typing import Any
 
 import jax
@@ -17,7 +20,7 @@ from benchmarks import (
     sparse_walks,
 )
 from benchmarks import long_context_tasks as tasks
-from sparsejax import attention
+from sparsejax import attention, nn
 from sparsejax.formats import BlockMask, KeyLists
 
 pytestmark = pytest.mark.once
@@ -65,10 +68,14 @@ def test_answers_are_those_that_a_reader_finds(task, length):
             assert len(answer) == (tasks.HOPS if task == "hops" else 1)
 
 
-@pytest.mark.parametrize("length, pairs", [(64, 4), (256, 8), (2048, 16)])
-def test_longer_sequences_ask_for_one_of_more(length, pairs):
+@pytest.mark.parametrize(
+    "length, pairs, chains", [(64, 4, 1), (256, 8, 2), (2048, 16, 4), (8192, 24, 6)]
+)
+def test_longer_sequences_ask_for_one_of_more(length, pairs, chains):
     meanings, *_ = read(tasks.draw("multi", length, 1, (0,))[0])
     assert len(meanings) == pairs
+    meanings, *_ = read(tasks.draw("hops", length, 1, (0,))[0])
+    assert len(meanings) == tasks.HOPS * chains
 
 
 def test_a_seed_gives_the_same_sequences_and_another_does_not():
@@ -105,17 +112,22 @@ def test_selectors_accept_every_density(length, block):
     seen = sparse_selectors.Seen(
         shape(1, length, 4, 8), shape(1, length, 2, 8), shape(1, 4, blocks, blocks)
     )
-    cached = (shape(1, 32, 4, 8), shape(1, 1, 4, 8), shape(1, length, 2, 8))
+    cached = (
+        shape(1, 32, 4, 8),
+        shape(1, 1, 4, 8),
+        shape(1, length, 2, 8),
+        shape(1, 2, 1, blocks),
+    )
 
     def of_prefill(select, density) -> Any:
         return jax.eval_shape(lambda seen: select(seen, density), seen)
 
     def of_decode(select, density) -> Any:
-        def choose(asked, query, key):
+        def choose(asked, query, key, gate):
             prompt = length - tasks.ANSWER
             channels = attention.select_channels(jnp.ones((2, 2, 8)), num_channels=2)
             now = sparse_selectors.Cached(
-                asked, query, key, prompt, jnp.int32(length), channels
+                asked, query, key, prompt, jnp.int32(length), channels, gate
             )
             return select(now, density)
 
@@ -131,6 +143,66 @@ def test_selectors_accept_every_density(length, block):
                 assert found.block_shape == (block, block)
         for name, select in sparse_selectors.DECODE.items():
             assert isinstance(of_decode(select, density), KeyLists), name
+
+
+@pytest.mark.usefixtures("compile_fast")
+def test_the_local_layer_attends_as_a_window_does():
+    local, plain = (
+        layer(16, 4, num_kv_heads=2, window=3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        for layer in (long_context_model.Local, nn.Attention)
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 8, 16))
+    run = nnx.jit(lambda layer: layer(x, jnp.arange(8)[None]))
+    np.testing.assert_allclose(run(local), run(plain), atol=0.02)
+
+
+def test_stages_take_all_steps_on_lengths_that_hold_a_block():
+    recipe = long_context_model.Recipe(1024, 1000, 100, block=128)
+    *of_model, of_gates = long_context_model.stages(recipe)
+    assert [stage.length for stage in of_model] == [128, 256, 512, 1024]
+    assert of_gates == (1024, 0, 100, True)
+    at = 0
+    for stage in of_model:
+        assert stage.first == at
+        at += stage.steps
+    assert at == 1000 and of_model[0].steps > 500
+
+
+@pytest.mark.usefixtures("compile_fast")
+def test_training_that_was_cut_off_goes_on_from_the_last_stage(tmp_path, monkeypatch):
+    recipe = long_context_model.Recipe(64, 2, 2, d_model=16, tokens=64)
+
+    path = tmp_path / "weights.safetensors"
+
+    def trained():
+        model = long_context_model.make_model(recipe)
+        long_context_model.train(recipe, model, path)
+        states = nnx.state(model, nn.GateParam), nnx.state(model, nnx.Not(nn.GateParam))
+        return map(jax.tree.leaves, states)
+
+    first_stage = long_context_model.stages(recipe)[:1]
+    with monkeypatch.context() as patch:
+        patch.setattr(long_context_model, "stages", lambda _: first_stage)
+        idle, of_first = trained()
+    of_gates, of_model = trained()
+    for got, want in zip(of_model, of_first, strict=True):
+        np.testing.assert_array_equal(got, want)  # read from the file, then frozen
+    assert all((new != old).any() for new, old in zip(of_gates, idle, strict=True))
+    other = dataclasses.replace(recipe, steps=3)
+    with pytest.raises(ValueError, match=r'of the recipe.*"steps": 3.*"steps": 2'):
+        long_context_model.train(other, long_context_model.make_model(other), path)
+
+
+def test_rows_of_another_run_are_not_kept(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"env": {"length": 64}, "rows": [1]}))
+    read_back = functools.partial(
+        sparse_frontier.read_back, sparse_frontier.make_parser(), path
+    )
+    assert read_back({"length": 64, "date": "today"}) == [1]
+    with pytest.raises(SystemExit):
+        read_back({"length": 128})
+    assert "of a run with length 128; got 64" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("compile_fast")
@@ -161,7 +233,8 @@ def test_all_keys_give_what_the_model_gives():
         channels = sparse_walks.calibrate(model, tokens)
         listed = [
             sparse_walks.decode(model, tokens, select, 1.0, channels)
-            for select in (sparse_selectors.quest, sparse_selectors.double_sparsity)
+            for name, select in sparse_selectors.DECODE.items()
+            if name in ("quest", "double_sparsity", "seer")
         ]
         return model(tokens).argmax(-1), blocks, listed
 
