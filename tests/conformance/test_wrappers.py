@@ -19,6 +19,8 @@ from optax import contrib
 import sparsejax as sj
 from tests.conformance import suite
 
+pytestmark = pytest.mark.once  # what optax's wrappers do with a state
+
 STEPS = 5
 LR = 1e-2
 FIRST, SECOND = suite.NAMES
