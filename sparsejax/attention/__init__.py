@@ -70,6 +70,7 @@ from sparsejax.attention._seer_decode import seer_decode_topk as seer_decode_top
 from sparsejax.attention._seer_target import seer_decode_target as seer_decode_target
 from sparsejax.attention._seer_target import seer_loss as seer_loss
 from sparsejax.attention._seer_target import seer_target as seer_target
+from sparsejax.attention._slots import change_slots as change_slots
 from sparsejax.attention._snapkv import ada_snapkv as ada_snapkv
 from sparsejax.attention._snapkv import snapkv as snapkv
 from sparsejax.attention._spark import highest as highest

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from sparsejax.attention import _window
 from sparsejax.attention._label_channels import LabelChannels
+from sparsejax.attention._slots import change_slots
 from sparsejax.formats import KeyLists
 
 
@@ -91,10 +92,9 @@ def append_label(
       key: rotated; written to the cache by its owner.
     """
     label = _label(jax.lax.stop_gradient(key), labels.channels)
-    at = (jnp.arange(len(key)), labels.lengths)
 
     def written(old, new):
-        return old.at[at].set(new[:, 0].astype(old.dtype), mode="drop")
+        return change_slots(old, labels.lengths, lambda _: new)
 
     olds = labels.values, labels.low, labels.step
     values, low, step = jax.tree.map(written, olds, _stored(label, labels.bits))

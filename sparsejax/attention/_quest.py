@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax.attention import _window
+from sparsejax.attention._slots import change_slots
 from sparsejax.formats import KeyLists
 
 
@@ -95,12 +96,12 @@ def append_key(
       >>> print(bounds.low.ravel(), bounds.lengths)
       [1. 5.] [3]
     """
-    key = jax.lax.stop_gradient(key[:, 0]).astype(bounds.low.dtype)
-    at = (jnp.arange(len(key)), bounds.lengths // bounds.page_size)
+    key = jax.lax.stop_gradient(key)
+    page = bounds.lengths // bounds.page_size
     return dataclasses.replace(
         bounds,
-        low=bounds.low.at[at].min(key, mode="drop"),
-        high=bounds.high.at[at].max(key, mode="drop"),
+        low=change_slots(bounds.low, page, lambda low: jnp.minimum(low, key)),
+        high=change_slots(bounds.high, page, lambda high: jnp.maximum(high, key)),
         lengths=bounds.lengths + 1,
     )
 

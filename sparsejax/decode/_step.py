@@ -87,8 +87,8 @@ def decode_step(
         known, selector = cache.known[layer], model.select_keys[layer]
         if selector is not None:
             known = selector.append(known, key)
-        key = _append(cache.keys[layer], key, cache.lengths)
-        value = _append(cache.values[layer], value, cache.lengths)
+        key = _written(cache.keys[layer], cache.lengths, key)
+        value = _written(cache.values[layer], cache.lengths, value)
         if selector is not None:
             lists = selector.select(query, known)
             y = ops.listed_attention(query, key, value, lists, cache.lengths + 1)
@@ -110,11 +110,9 @@ def decode_step(
     return decoder.logits(x[:, 0]), cache, overflows
 
 
-def _append(cached: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Writes `new[b, 0]` into slot `lengths[b]`."""
-    if len(lengths) == 1:  # one program, where a scatter checks the slot in another
-        return jax.lax.dynamic_update_slice_in_dim(cached, new, lengths[0], axis=1)
-    return cached.at[jnp.arange(len(lengths)), lengths].set(new[:, 0])
+def _written(cached: jax.Array, lengths: jax.Array, new: jax.Array) -> jax.Array:
+    """The cache with `new[b, 0]` in slot `lengths[b]`."""
+    return attention.change_slots(cached, lengths, lambda _: new)
 
 
 def _attend(model, layer, query, key, value, valid):
