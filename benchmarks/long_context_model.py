@@ -157,12 +157,16 @@ def batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """About `tokens` of them and how much each counts, `[num, length]`.
 
-    The answers of the tasks count 1 in total, and so does what is practised.
+    More where the shares of the tasks are too long for that; beyond eight times as many
+    a task has one sequence. Their answers count 1 in total, and so does the practice.
     """
-    kinds = sum(SHARES.values())
+    shares = SHARES
+    if length * sum(shares.values()) > 8 * tokens:
+        shares = dict.fromkeys(SHARES, 1)
+    kinds = sum(shares.values())
     unit = max(1, tokens // (length * kinds * (2 if practice else 1)))
     drawn, counted = [], []
-    for name, share in SHARES.items():
+    for name, share in shares.items():
         drawn.append(tasks.draw(name, length, unit * share, (0, length, step)))
         judged = tasks.TASKS[name].judged > 0
         judged = np.pad(judged, (length - tasks.ANSWER, 0))

@@ -158,9 +158,10 @@ def random(seen: Seen, density: float) -> BlockMask:
 def psa(seen: Seen, density: float, width: int | None = None) -> jax.Array:
     """Half of the density at level 1, a quarter at 2, a quarter at 4: levels.
 
-    Blocks of keys are as those of queries unless `width` says how many keys they have.
+    Blocks have `width` keys; by default as many as queries, or so many more that pooled
+    ones fill the tiles of the kernels, whose least side is 128.
     """
-    width = width or seen.side
+    width = width or seen.side * (PSA_LEVELS[-1] if seen.side >= 128 else 1)
     importance = attention.antidiagonal_importance(
         seen.query,
         seen.key,

@@ -42,8 +42,9 @@ def density(
     selection: Selection, num_queries: int, *, block_shape: tuple[int, int]
 ) -> jax.Array:
     """The share of the pairs in sight that is read; of pooled keys one is one."""
-    cost = {1: selection}
-    if not isinstance(selection, formats.BlockMask):
+    if isinstance(selection, formats.BlockMask):
+        cost = {1: selection}
+    else:
         cost = {
             h: formats.BlockMask.from_blocks(selection == h, block_shape)
             for h in sparse_selectors.PSA_LEVELS
@@ -54,10 +55,20 @@ def density(
     return sum(shares, jnp.zeros(()))
 
 
-def measure(query, key, selection: Selection, block: int) -> jax.Array:
+def shape_of_blocks(selection: Selection, length: int) -> tuple[int, int]:
+    """Of queries and keys; levels say how many blocks they are for."""
+    if isinstance(selection, formats.BlockMask):
+        return selection.block_shape
+    rows, columns = selection.shape[-2:]
+    return -(-length // rows), -(-length // columns)
+
+
+def measure(query, key, selection: Selection) -> jax.Array:
     """Realised density and recalled mass `[2]`, means over batch, heads and queries."""
-    shape, kept = (block, block), selection
-    if not isinstance(selection, formats.BlockMask):
+    shape = shape_of_blocks(selection, query.shape[1])
+    if isinstance(selection, formats.BlockMask):
+        kept = selection
+    else:
         kept = formats.BlockMask.from_blocks(selection > 0, shape)
     read = functools.partial(ops.block_attention, causal=True, with_lse=True)
     (_, every), (_, some) = read(query, key, key), read(query, key, key, kept)
@@ -94,9 +105,9 @@ def prefill(model: models.Decoder, tokens, select, density):
             continue
         pairs, rotated, value = project(layer, block.attention_norm(x), positions)
         selection = select(look(layer, pairs, rotated), density)
-        shape = (layer.block, layer.block)
+        shape = shape_of_blocks(selection, tokens.shape[1])
         y = attend(*rotated, value, selection, block_shape=shape)
-        found.append(measure(*rotated, selection, layer.block))
+        found.append(measure(*rotated, selection))
         x = x + layer.combine(y)
         x = x + block.ffn(block.ffn_norm(x))
     logits = model.logits(x[:, -tasks.ANSWER - 1 : -1])

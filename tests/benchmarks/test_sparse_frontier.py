@@ -156,6 +156,13 @@ def test_the_local_layer_attends_as_a_window_does():
     np.testing.assert_allclose(run(local), run(plain), atol=0.02)
 
 
+@pytest.mark.parametrize("length, rows", [(64, 3 * 9), (1024, 9), (2048, 4)])
+def test_batches_of_long_sequences_have_fewer(length, rows):
+    tokens, counted = long_context_model.batch(length, 0, 2303, practice=False)
+    assert tokens.shape == counted.shape == (rows, length)
+    np.testing.assert_allclose(counted.sum(), 1, rtol=1e-5)
+
+
 def test_stages_take_all_steps_on_lengths_that_hold_a_block():
     recipe = long_context_model.Recipe(1024, 1000, 100, block=128)
     *of_model, of_gates = long_context_model.stages(recipe)
@@ -195,6 +202,7 @@ def test_training_that_was_cut_off_goes_on_from_the_last_stage(tmp_path, monkeyp
 
 def test_rows_of_another_run_are_not_kept(tmp_path, capsys):
     path = tmp_path / "rows.json"
+    assert sparse_frontier.read_back(sparse_frontier.make_parser(), path, {}) == []
     path.write_text(json.dumps({"env": {"length": 64}, "rows": [1]}))
     read_back = functools.partial(
         sparse_frontier.read_back, sparse_frontier.make_parser(), path
