@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.formats._bits import WORD, bit_of_rank, count_bits, to_words
 from sparsejax.formats._pairs import count_if_few
 
 Capacity: TypeAlias = int | tuple[int | None, int | None] | None
 """Room for kept blocks: `(in a block row, in a block column)`, one number for a block
 row alone, None for all."""
-
-_BITS = 32  # of a word
 
 
 @jax.tree_util.register_dataclass
@@ -293,7 +292,7 @@ def _lists(kept: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
     rows = kept.reshape(math.prod(lead), size)
     total, lists = count_if_few(
         rows,
-        len(rows) * room * -(-size // _BITS),
+        len(rows) * room * -(-size // WORD),
         count=functools.partial(_lists_by_bits, room=room),
         otherwise=functools.partial(_lists_by_scatter, room=room),
     )
@@ -314,11 +313,8 @@ def _lists_by_scatter(rows: jax.Array, room: int) -> tuple[jax.Array, jax.Array]
 
 def _lists_by_bits(rows: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
     """Each entry by a search, first for the word of 32 bits that has it, then there."""
-    padded = jnp.pad(rows, ((0, 0), (0, -rows.shape[-1] % _BITS)))
-    bits = padded.reshape(len(rows), -1, _BITS)
-    values = jnp.uint32(1) << jnp.arange(_BITS, dtype=jnp.uint32)
-    words = jnp.sum(jnp.where(bits, values, 0), axis=-1, dtype=jnp.uint32)
-    num_bits = jax.lax.population_count(words).astype(jnp.int32)
+    words = to_words(rows)
+    num_bits = count_bits(words)
     upto = jnp.cumsum(num_bits, axis=-1)
     before, total = upto - num_bits, upto[:, -1]
     # which of the row's True entries; the rest repeats the last
@@ -327,16 +323,7 @@ def _lists_by_bits(rows: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
     passed = upto <= rank[..., None]
     here = ~passed & (before <= rank[..., None])
     # sums, not a gather: one program for all three
-    index = _BITS * jnp.sum(passed, axis=-1, dtype=jnp.int32)
+    index = WORD * jnp.sum(passed, axis=-1, dtype=jnp.int32)
     word = jnp.sum(jnp.where(here, words, 0), axis=-1, dtype=jnp.uint32)
     rank -= jnp.sum(jnp.where(here, before, 0), axis=-1, dtype=jnp.int32)
-    half = _BITS // 2
-    while half:
-        lower = jax.lax.population_count(word & jnp.uint32(2**half - 1))
-        lower = lower.astype(jnp.int32)
-        higher = rank >= lower
-        index += jnp.where(higher, half, 0)
-        rank -= jnp.where(higher, lower, 0)
-        word = jnp.where(higher, word >> half, word)
-        half //= 2
-    return total, index
+    return total, index + bit_of_rank(word, rank)

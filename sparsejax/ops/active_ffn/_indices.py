@@ -12,9 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from sparsejax.formats import count_if_few
+from sparsejax.formats import (
+    WORD,
+    bit_of_rank,
+    count_bits,
+    count_if_few,
+    to_words,
+)
 
-_WORD = 32  # flags in a word
 _ROUNDS = 3  # of the search for a word
 
 
@@ -52,7 +57,7 @@ def active_indices(
     slots = jnp.minimum(jnp.arange(capacity, dtype=jnp.int32), total - 1)
 
     word = _first_above(before[1:], slots)
-    indices = _WORD * word + _bit_of_rank(words[word], slots - before[word])
+    indices = WORD * word + bit_of_rank(words[word], slots - before[word])
     listed = total if capacity >= active.size else jnp.minimum(total, capacity)
     return indices, listed, total > capacity
 
@@ -79,10 +84,8 @@ def _check(active, capacity) -> None:
 
 def _pack(active: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Words of flags, lowest bit first; the number set before each, and in all."""
-    flags = jnp.pad(active, (0, -active.size % _WORD)).reshape(-1, _WORD)
-    bit = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
-    words = jnp.sum(jnp.where(flags, bit, 0), axis=1, dtype=jnp.uint32)
-    counts = jax.lax.population_count(words).astype(jnp.int32)
+    words = to_words(active)
+    counts = count_bits(words)
     before = count_if_few(
         counts,
         counts.size**2,
@@ -115,16 +118,4 @@ def _first_above(ends: jax.Array, slots: jax.Array) -> jax.Array:
         of_parts = ends[radix**i - 1 :: radix**i].reshape(-1, radix)
         passed = of_parts[position] <= slots[:, None]
         position = radix * position + jnp.sum(passed, axis=1, dtype=jnp.int32)
-    return position
-
-
-def _bit_of_rank(bits: jax.Array, rank: jax.Array) -> jax.Array:
-    """The position of the set bit that has `rank` set bits below it."""
-    position = jnp.zeros_like(rank)
-    for i in reversed(range(_WORD.bit_length() - 1)):
-        low = (bits >> position.astype(jnp.uint32)) & jnp.uint32(2 ** (2**i) - 1)
-        num_low = jax.lax.population_count(low).astype(jnp.int32)
-        further = rank >= num_low
-        rank = jnp.where(further, rank - num_low, rank)
-        position = jnp.where(further, position + 2**i, position)
     return position

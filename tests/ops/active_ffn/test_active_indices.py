@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsejax.ops import active_indices
+from sparsejax.ops.active_ffn import _indices
 
 indices_of = jax.jit(active_indices, static_argnames="capacity")
 
@@ -49,6 +50,11 @@ class ActiveIndicesTest(parameterized.TestCase):
         active = np.ones(100, bool)
         assert_same(indices_of(active, capacity=100), (np.arange(100), 100, False))
         assert_same(indices_of(active, capacity=99), (np.arange(99), 99, True))
+
+    def test_sums_of_a_gpu(self):
+        counts = np.random.default_rng(0).integers(0, 33, 45)
+        want = np.cumsum([0, *counts])
+        np.testing.assert_array_equal(_indices._sums(jnp.asarray(counts)), want)
 
     def test_vmap(self):
         active = np.random.default_rng(0).random((3, 70)) < [[0.1], [0.5], [0.9]]
