@@ -248,7 +248,8 @@ def _descend(step_fn, parts, recipe: Recipe, stage: Stage):
         )
         if (step + 1) % max(1, stage.steps // 5) == 0:
             what = "gates" if stage.of_gates else f"length {stage.length}"
-            print(f"  step {stage.first + step + 1}, {what}: loss {loss:.4f}")
+            done = stage.first + step + 1
+            print(f"  step {done}, {what}: loss {loss:.4f}", flush=True)
     return parts
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import attention
 from sparsejax.attention import LabelChannels
@@ -59,9 +60,15 @@ class Seen(NamedTuple):
         return budgets | {"block_shape": self.shape}
 
     def count(self, density: float, least: int = 1) -> int:
-        """Blocks of a row, for that share of the causal map."""
-        count = attention.blocks_for_density(density, self.num_blocks)
-        return min(max(count, least), self.num_blocks)
+        """The most blocks of a row that keep no more than that share of the pairs.
+
+        Causality leaves the block of the queries half in sight, early rows have fewer.
+        """
+        n, side, kept = self.num_blocks, self.side, np.arange(1, self.num_blocks + 1)
+        whole = kept * n - kept * (kept - 1) // 2 - n
+        pairs = whole * side**2 + n * side * (side + 1) // 2
+        fitting = pairs <= density * pairs[-1]
+        return max(int(fitting.sum()), min(least, n))
 
 
 class Cached(NamedTuple):

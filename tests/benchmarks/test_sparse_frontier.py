@@ -145,6 +145,23 @@ def test_selectors_accept_every_density(length, block):
             assert isinstance(of_decode(select, density), KeyLists), name
 
 
+def test_budgets_come_nearest_to_a_density_from_below():
+    length, blocks = 128, 16
+    query = jnp.zeros((1, length, 1, 1))
+    seen = sparse_selectors.Seen(query, query, jnp.zeros((1, 1, blocks, blocks)))
+    causal = np.tri(length, dtype=bool)
+
+    def realised(count):
+        kept = np.tri(blocks, dtype=bool) & ~np.tri(blocks, k=-count, dtype=bool)
+        return (np.kron(kept, np.ones((8, 8), bool)) & causal).sum() / causal.sum()
+
+    for density in (0.1, 0.25, 0.5):
+        count = seen.count(density)
+        assert realised(count) <= density < realised(count + 1)
+    assert seen.count(1) == blocks
+    assert seen.count(0.01) == 1 and seen.count(0.01, least=3) == 3
+
+
 @pytest.mark.usefixtures("compile_fast")
 def test_the_local_layer_attends_as_a_window_does():
     local, plain = (
