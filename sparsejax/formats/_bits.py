@@ -33,8 +33,8 @@ def bit_of_rank(
     Elementwise, so that it fuses into what it feeds. A negative rank gives 0.
 
     Example:
-      >>> bit_of_rank(jnp.uint32(0b10100), jnp.array(1))
-      Array(4, dtype=int32)
+      >>> print(bit_of_rank(jnp.uint32(0b10100), jnp.int32(1)))
+      4
     """
     position = jnp.zeros_like(rank)
     half = WORD // 2
