@@ -30,12 +30,13 @@ both, a run that was cut off goes on by the same command.
     python -m benchmarks.sparse_frontier --length 32768 --steps 4000 --json PATH
 
 is for an H100: bfloat16, blocks of 128, and no scores of all pairs anywhere. Not yet
-measured, from FLOPs and from the programs compiled for it: 4000 steps, of which 222 of
-each length above 128, and 400 of the gates are 5 PFLOP of attention, a minute at half
-the rate that the kernels reach with heads of 128; 256 sequences by 37 rows of prefill
-are 8 PFLOP, another. With 190 programs to compile, side by side, that makes 6 minutes
-for 32768 and 4 for 8192, and below 2 GB. Two cores learn 1024 in about 5 minutes; a
-dense layer costs them four times as much a doubling.
+measured, from FLOPs and from the programs compiled for it: 4000 steps, 222 of them on
+each length above 128, and 400 of the gates are 5 PFLOP of attention; judging 256
+sequences by 37 rows of prefill is 8. At 200 TFLOP/s, half of what the kernels reach
+with heads of 128, that is a minute and 40 seconds. With 190 programs to compile, side
+by side, it makes 6 minutes for 32768 and 4 for 8192, and below 2 GB. Two cores take
+about ten minutes to train at 1024 and, where attention is most of a step, four times as
+long at twice the length; 8192 needs fewer `--steps` and `--sequences` there.
 
 Paper: https://arxiv.org/abs/2504.17768 (The Sparse Frontier), whose tasks and models
 are larger; that answers are read sparsely in the prefill is ours.
@@ -322,7 +323,7 @@ def read_back(
     if not path.exists():
         return []
     found = json.loads(path.read_text())
-    for name in env.keys() - {"date", "host"}:
+    for name in sorted(env.keys() - {"date", "host"}):
         if found["env"].get(name) != env[name]:
             parser.error(
                 f"--resume: {path} must be of a run with {name} {env[name]}; got "
