@@ -99,8 +99,7 @@ QUICK = Case(
 
 def implementation() -> str:
     """The kernel of this platform by its name, so that nothing else can run."""
-    kernels = {"gpu": "mosaic_gpu", "tpu": "pallas_tpu"}
-    return kernels.get(jax.default_backend(), "reference")
+    return common.KERNELS.get(jax.default_backend(), "reference")
 
 
 def config_of(case: Case, model: Model) -> models.DecoderConfig:

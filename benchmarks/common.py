@@ -159,6 +159,20 @@ def _calls(call_ms: float, sample_ms: float) -> int:
     return min(1000, math.ceil(sample_ms / max(call_ms, 1e-3)))
 
 
+def side_by_side(
+    fn: Callable[[Any], Any], cases: Iterable[Any], *, threads: int | None = None
+) -> list[Any]:
+    """`fn(case)` for each, in threads: what compiles leaves Python to others.
+
+    Args:
+      fn: takes a case.
+      cases: any number of them.
+      threads: None for as many as `concurrent.futures` takes.
+    """
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(fn, cases))
+
+
 def compile_side_by_side(
     fns: Mapping[str, Callable[..., Any]],
     *args: Any,
@@ -182,8 +196,7 @@ def compile_side_by_side(
         except refused as error:
             return str(error).splitlines()[0][:100]
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        found = dict(zip(fns, pool.map(build, fns.values()), strict=True))
+    found = dict(zip(fns, side_by_side(build, fns.values()), strict=True))
     for name, problem in found.items():
         if isinstance(problem, str):
             print(f"  {name}: left out: {problem}", flush=True)

@@ -3,15 +3,14 @@
 Forward, backward and update in one program that donates its state.
 """
 
-import concurrent.futures
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks import common, scanned_decoder
 from sparsejax import models
 
 _COMPILING = 6  # programs at a time, as each is tuned in memory of its own
@@ -45,10 +44,7 @@ class Training:
         def loss_fn(params, opt_state, rest):
             model = nnx.merge(graph, weights(opt_state, params), rest, copy=True)
             prepare(model, opt_state)
-            # of one-hot labels, never in memory: its gradient needs no scatter
-            labels = jax.nn.one_hot(tokens[:, 1:], config.vocab_size)
-            logits = model(tokens[:, :-1])
-            return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels))
+            return scanned_decoder.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
 
         def step(state, rest):
             params, opt_state = state
@@ -88,8 +84,7 @@ class Training:
 
 def compiled(make: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
     """`make(case)` for each, some at a time, as compiling is most of the time."""
-    with concurrent.futures.ThreadPoolExecutor(_COMPILING) as pool:
-        return list(pool.map(make, cases))
+    return common.side_by_side(make, cases, threads=_COMPILING)
 
 
 def random_tokens(batch: int, seq: int, vocab_size: int) -> jax.Array:

@@ -38,7 +38,6 @@ and 0.64 TFLOP a step, 6 ms with the masks, 3 s for 500 steps, 315 runs and 26 p
 Papers: https://arxiv.org/abs/2402.04744, https://arxiv.org/abs/2102.04010.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -54,6 +53,7 @@ import sparsejax as sj
 from benchmarks import (
     common,
     digit_vit,
+    lm_command,
     lm_methods,
     lm_report,
     lm_study,
@@ -238,11 +238,8 @@ def compile_waiting(
 
     So no row has the time of compiling, by which the ledger judges what is left.
     """
-    waiting = {
-        name.removesuffix(EQUAL)
-        for name in names
-        if len(lm_report.tested(ledger.rows, name)) < num_seeds
-    }
+    left = lm_report.waiting(ledger.rows, names, num_seeds)
+    waiting = {name.removesuffix(EQUAL) for name in left}
     if waiting:
         ledger.require(least)
     began = time.monotonic()
@@ -356,10 +353,9 @@ def draw(path: pathlib.Path, lines: Sequence[lm_report.Row], *, title: str) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = lm_command.make_parser()
     parser.add_argument("--task", choices=tuple(FULL), default="text")
     parser.add_argument("--digits", type=pathlib.Path, help="the file of images")
-    parser.add_argument("--minutes", type=float, default=math.inf)
     args, given = parser.parse_known_args(argv)
     shared = common.parse_args(__doc__, repeats=3, quick_repeats=2, argv=given)
     sizes = (QUICK if shared.quick else FULL)[args.task]
@@ -375,12 +371,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "grids": str({DENSE: DENSE_GRID} | {name: w.grid for name, w in WAYS.items()}),
         "origin": task.origin,
     }
-    try:
-        ledger = lm_study.Ledger(shared.json, settings, minutes=args.minutes)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+    ledger = lm_command.open_ledger(parser, shared.json, settings, args.minutes)
     few = {"patterns": PATTERNS[2:3], "ways": QUICK_WAYS, "num_settings": 1}
-    lm_report.run_and_tell(
+    lm_command.run_and_tell(
         ledger,
         functools.partial(
             run_all,

@@ -10,8 +10,6 @@ high learning rate: what a shorter run comes to is measured by runs of `LESS` of
 time, of the best sparse arm.
 """
 
-import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -26,6 +24,7 @@ import numpy as np
 from benchmarks import (
     common,
     installed_text,
+    lm_command,
     lm_methods,
     lm_report,
     lm_study,
@@ -138,14 +137,10 @@ class Race:
 
     def _compile(self, names, num_seeds: int, called: str | None = None) -> None:
         """Side by side, for arms whose runs are not all there."""
-        left = [
-            name
-            for name in names
-            if len(lm_report.tested(self._ledger.rows, called or name)) < num_seeds
-        ]
-        studies = [(self._study(name), name) for name in left]
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(lambda found: found[0].compile([found[1]]), studies))
+        by_run = {called or name: name for name in names}
+        left = lm_report.waiting(self._ledger.rows, by_run, num_seeds)
+        studies = [(self._study(by_run[run]), by_run[run]) for run in left]
+        common.side_by_side(lambda found: found[0].compile([found[1]]), studies)
 
     def _make_study(self, name: str) -> lm_tuning.Study:
         arm, sizes = self._arms[name], self._sizes
@@ -311,8 +306,7 @@ def main(
     title: str,
 ) -> None:
     """That of a study: `columns` are those that its arms tell."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser = lm_command.make_parser()
     parser.add_argument("--seconds", type=float, help="of a run, and a sixth to tune")
     options, given = parser.parse_known_args(argv)
     args = common.parse_args(doc, repeats=3, quick_repeats=2, argv=given)
@@ -329,12 +323,9 @@ def main(
         "text": f"{text['about']} {text['digest']}",
         "device_kind": jax.devices()[0].device_kind,  # another has another clock
     }
-    try:
-        ledger = lm_study.Ledger(args.json, settings, minutes=options.minutes)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+    ledger = lm_command.open_ledger(parser, args.json, settings, options.minutes)
     race = Race(arms, sizes, text, ledger)
-    lm_report.run_and_tell(
+    lm_command.run_and_tell(
         ledger,
         functools.partial(race.run, args.repeats),
         table=functools.partial(table, arms=arms, columns=columns),

@@ -5,46 +5,15 @@ a token; one that is not finite is None. Where a study prunes, there are `loss_b
 and `loss_after` the hard prune, and the latter is what counts if nothing else is said.
 """
 
-import importlib.util
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import common, lm_study
+from benchmarks import common
 
 Row = Mapping[str, Any]
 BEFORE, AFTER = "loss_before", "loss_after"
-
-
-def run_and_tell(
-    ledger: lm_study.Ledger,
-    runs: Callable[[], None],
-    *,
-    table: Callable[[Sequence[Row]], list[dict[str, Any]]],
-    conclusions: Callable[[Sequence[Row]], list[str]],
-    draw: Callable[[pathlib.Path, Sequence[Row]], None],
-) -> None:
-    """Does the runs that there is time for, and says what all so far come to.
-
-    Args:
-      ledger: of the runs.
-      runs: does them, or raises `lm_study.OutOfTime`.
-      table: from the rows to the lines that are printed.
-      conclusions: from the rows to the notes below.
-      draw: (file, lines); left out without a file or without matplotlib.
-    """
-    try:
-        runs()
-        state = "all runs are done"
-    except lm_study.OutOfTime:
-        state = "stopped for time: call again to go on"
-    lines, notes = table(ledger.rows), conclusions(ledger.rows)
-    ledger.write(notes)
-    common.print_table(lines, notes)
-    if ledger.path and importlib.util.find_spec("matplotlib"):
-        draw(ledger.path.with_suffix(".png"), lines)
-    print(f"{len(ledger.rows)} runs: {state}")
 
 
 def loss_of(row: Row, column: str = AFTER) -> float:
@@ -85,6 +54,12 @@ def table(
                 line[column.replace("loss", "perplexity")] = math.exp(line[column])
         lines.append(line)
     return lines
+
+
+def waiting(rows: Iterable[Row], names: Iterable[str], num_seeds: int) -> list[str]:
+    """Which methods are not yet judged on `test` with all seeds."""
+    rows = list(rows)
+    return [name for name in names if len(tested(rows, name)) < num_seeds]
 
 
 def gain(

@@ -5,12 +5,11 @@ and seed; its row is kept in a `lm_study.Ledger`. Lengths are steps or
 `lm_study.Seconds`.
 """
 
-import concurrent.futures
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import lm_report, lm_study
+from benchmarks import common, lm_report, lm_study
 from sparsejax.typing import Params
 
 
@@ -80,8 +79,7 @@ class Study:
             self._trainers[name].compile(*given)
 
         of_programs = {id(self._trainers[name]): name for name in names}
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(build, of_programs.values()))
+        common.side_by_side(build, of_programs.values())
 
     def run(
         self,

@@ -168,9 +168,7 @@ def token_loss(
             labels, hidden, taught = chunk
             logits = decoder.logits(weights, hidden)
             if taught is None:
-                # of one-hot labels, never in memory: its gradient needs no scatter
-                labels = jax.nn.one_hot(labels, logits.shape[-1])
-                return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels))
+                return cross_entropy(logits, labels)
             return sj.distillation_loss(
                 logits,
                 decoder.logits(teacher, taught),
@@ -185,6 +183,12 @@ def token_loss(
         return jnp.mean(jax.lax.map(of_rows, chunks))
 
     return loss
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean; labels are one-hot, never in memory: its gradient needs no scatter."""
+    labels = jax.nn.one_hot(labels, logits.shape[-1])
+    return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels))
 
 
 def window_draw(batch_size: int, seq_len: int) -> Callable[..., jax.Array]:

@@ -42,7 +42,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,6 +53,7 @@ from flax import nnx
 import sparsejax as sj
 from benchmarks import (
     common,
+    lm_command,
     lm_methods,
     lm_report,
     lm_study,
@@ -210,10 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{f"{name}_grid": str(settings) for name, settings in grids.items()},
         **origin,
     }
-    try:
-        ledger = lm_study.Ledger(shared.json, settings, minutes=args.minutes)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+    ledger = lm_command.open_ledger(parser, shared.json, settings, args.minutes)
     study = make_study(model, tokens, sizes, ledger, 1 if shared.quick else None)
 
     def runs():
@@ -229,18 +226,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw = functools.partial(
         lm_report.picture, title="SmolLM2-135M to exact 2:4", dense=DENSE
     )
-    lm_report.run_and_tell(
+    lm_command.run_and_tell(
         ledger, runs, table=table, conclusions=conclusions, draw=draw
     )
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options that only this benchmark has; `common.parse_args` takes the rest."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = lm_command.make_parser()
     parser.add_argument("--model", type=pathlib.Path, help="the GGUF file")
     parser.add_argument("--tokens", type=pathlib.Path)
     parser.add_argument("--save-tokens", type=pathlib.Path, help="and do nothing else")
-    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--steps", type=int, default=FULL.steps)
     parser.add_argument("--tuning-steps", type=int, default=FULL.tuning_steps)
     return parser

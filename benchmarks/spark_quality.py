@@ -38,8 +38,6 @@ fewer FLOPs than dense ones, with attention 2.45 times.
 Paper: https://arxiv.org/abs/2506.06644.
 """
 
-import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -52,6 +50,7 @@ import numpy as np
 
 from benchmarks import (
     common,
+    lm_command,
     lm_methods,
     lm_report,
     lm_study,
@@ -305,8 +304,7 @@ def draw(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser = lm_command.make_parser()
     args, given = parser.parse_known_args(argv)
     shared = common.parse_args(__doc__, repeats=3, quick_repeats=2, argv=given)
     sizes, text = (QUICK if shared.quick else FULL), lm_text.load()
@@ -316,20 +314,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "grid": str(GRID),
         "text": f"{text['about']} {text['digest']}",
     }
-    try:
-        ledger = lm_study.Ledger(shared.json, settings, minutes=args.minutes)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+    ledger = lm_command.open_ledger(parser, shared.json, settings, args.minutes)
 
     def runs():
         kinds = spark_kinds.kinds(sizes.models)
         studies = {
             name: make_study(kinds[name], name, text, sizes, ledger)
-            for name in sizes.names
-            if len(lm_report.tested(ledger.rows, name)) < shared.repeats
+            for name in lm_report.waiting(ledger.rows, sizes.names, shared.repeats)
         }
-        with concurrent.futures.ThreadPoolExecutor() as pool:  # compiles side by side
-            list(pool.map(lambda name: studies[name].compile([name]), studies))
+        common.side_by_side(lambda name: studies[name].compile([name]), studies)
         for study in studies.values():
             study.run(
                 tuning_steps=sizes.tuning_steps,
@@ -337,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 num_seeds=shared.repeats,
             )
 
-    lm_report.run_and_tell(
+    lm_command.run_and_tell(
         ledger,
         runs,
         table=table,

@@ -43,7 +43,6 @@ are larger; that answers are read sparsely in the prefill is ours.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
@@ -301,8 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for case in cases
             if (case.phase, case.method, case.asked) not in judged
         ]
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            programs = list(pool.map(sweep.compiled, cases))
+        programs = common.side_by_side(sweep.compiled, cases, threads=os.cpu_count())
         for case, of_case in zip(cases, programs, strict=True):
             rows.append(sweep.row(case, of_case))
             print(common.format_table(rows[-1:]), flush=True)

@@ -7,7 +7,6 @@ row and awaited together, as a training loop takes them; the mean over a period 
 both.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import time
@@ -143,8 +142,7 @@ def run(leaves: int, width: int, periods: int) -> Iterator[dict]:
         for packed in (False, True)
     }
     make = functools.partial(Programs, leaves=leaves, width=width)
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # compiles side by side
-        plain, *compiled = pool.map(make, (_inner(), *methods.values()))
+    plain, *compiled = common.side_by_side(make, (_inner(), *methods.values()))
     weights, plain = leaves * width * width, Run(plain)
     for (method, packed), programs in zip(methods, compiled, strict=True):
         pair = plain, Run(programs)

@@ -1,6 +1,5 @@
 """The small tasks, the loop and the statistics that studies of methods share."""
 
-import concurrent.futures
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -186,9 +185,8 @@ def tune(
 
 def in_parallel(fn: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
     """Maps `fn` in threads: compiling is most of the time of a small case."""
-    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(fn, cases))
+    threads = max(1, min(8, (os.cpu_count() or 1) // 2))
+    return common.side_by_side(fn, cases, threads=threads)
 
 
 def compare(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 
 import jax
@@ -24,6 +23,7 @@ from benchmarks import (
 )
 from sparsejax import metrics
 from sparsejax.typing import plain_path
+from tests.benchmarks.quick import run_last_again, run_quick
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("compile_fast")]
 
@@ -306,19 +306,12 @@ def test_a_decoder_begins_to_learn_text():
 @pytest.mark.slow
 def test_the_quick_study_of_digits_goes_on_where_it_stopped(tmp_path, capsys):
     path = tmp_path / "study.json"
-    args = ["--quick", "--task", "digits", "--json", str(path)]
-    high_sparsity.main(args)
-    printed = capsys.readouterr().out
-    assert "11 runs: all runs are done" in printed
-    whole = json.loads(path.read_text())
+    options = ("--task", "digits")
+    whole = run_quick(high_sparsity, path, capsys, *options)
+    assert len(whole["rows"]) == 11
     sparse = [row for row in whole["rows"] if row["method"] != high_sparsity.DENSE]
     assert {row["sparsity"] for row in sparse} == {7 / 8}
     again = [row for row in sparse if row["method"].endswith(high_sparsity.EQUAL)]
     assert [row["steps"] for row in again] == [2, 2]  # of 4
-    assert whole["notes"] and all(note in printed for note in whole["notes"])
-    assert path.with_suffix(".png").exists()
-
-    path.write_text(json.dumps(whole | {"rows": whole["rows"][:-1]}))
-    high_sparsity.main(args)
-    assert capsys.readouterr().out.count("judged_on") == 1  # a row, as it ends
-    assert len(json.loads(path.read_text())["rows"]) == 11
+    rows = run_last_again(high_sparsity, path, capsys, whole, *options)
+    assert len(rows) == 11

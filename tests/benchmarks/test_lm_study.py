@@ -23,6 +23,7 @@ from benchmarks import (
     smollm2_tokens,
 )
 from sparsejax import models
+from tests.benchmarks.quick import run_last_again, run_quick
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("compile_fast")]
 
@@ -357,21 +358,12 @@ def test_a_document_is_in_one_part_and_the_text_has_a_digest(tmp_path):
 @pytest.mark.slow
 def test_the_quick_study_goes_on_where_it_stopped(tmp_path, capsys):
     path = tmp_path / "study.json"
-    smollm2_cast.main(["--quick", "--json", str(path)])
-    printed = capsys.readouterr().out
-    assert printed.startswith(smollm2_cast.__doc__.split("\n")[0])
-    assert "18 runs: all runs are done" in printed
-    whole = json.loads(path.read_text())
+    whole = run_quick(smollm2_cast, path, capsys)
+    assert len(whole["rows"]) == 18
     methods = {row["method"] for row in whole["rows"]}
     assert methods == {smollm2_cast.LOADED, *smollm2_cast.NAMES}
     assert all(row["sparsity"] == 0.5 for row in whole["rows"])
-    assert whole["notes"] and all(note in printed for note in whole["notes"])
-    assert path.with_suffix(".png").exists()
-
-    path.write_text(json.dumps(whole | {"rows": whole["rows"][:-1]}))
-    smollm2_cast.main(["--quick", "--json", str(path)])
-    assert capsys.readouterr().out.count("judged_on") == 1  # a row, as it ends
-    again = json.loads(path.read_text())["rows"]
+    again = run_last_again(smollm2_cast, path, capsys, whole)
     for old, new in zip(whole["rows"], again, strict=True):
         for name in ("ms_step", "seconds"):
             del old[name], new[name]

@@ -1,7 +1,5 @@
 """The study of Spark models: equal weights, FLOPs as on paper, and all runs."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ import sparsejax as sj
 from benchmarks import lm_text, scanned_decoder, smollm2_tokens, spark_kinds
 from benchmarks import spark_quality as study
 from sparsejax import models
+from tests.benchmarks.quick import run_quick
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("compile_fast")]
 
@@ -167,14 +166,9 @@ def test_the_text_has_every_document_in_one_part():
 @pytest.mark.slow
 def test_the_quick_study_runs(tmp_path, capsys):
     path = tmp_path / "study.json"
-    study.main(["--quick", "--json", str(path)])
-    printed = capsys.readouterr().out
-    assert printed.startswith(study.__doc__.split("\n")[0])
-    assert "15 runs: all runs are done" in printed
-    whole = json.loads(path.read_text())
-    assert {row["method"] for row in whole["rows"]} == set(study.QUICK.names)
-    assert all(note in printed for note in whole["notes"])
-    for row in whole["rows"]:
+    rows = run_quick(study, path, capsys)["rows"]
+    assert len(rows) == 15
+    assert {row["method"] for row in rows} == set(study.QUICK.names)
+    for row in rows:
         if row["method"] == spark_kinds.EXACT:
             assert row["used"] == pytest.approx(5 / 64, rel=1e-3)
-    assert path.with_suffix(".png").exists()

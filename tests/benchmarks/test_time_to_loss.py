@@ -22,6 +22,7 @@ from benchmarks import (
     time_to_loss,
 )
 from sparsejax import models
+from tests.benchmarks.quick import run_quick
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("compile_fast")]
 
@@ -239,16 +240,11 @@ def test_installed_text_has_each_file_once_and_folders_in_one_part(
 @pytest.mark.parametrize("study", [time_to_loss, long_context_training])
 def test_the_quick_race_goes_on_where_it_stopped(study, tmp_path, capsys):
     path = tmp_path / "race.json"
-    study.main(["--quick", "--json", str(path)])
-    printed = capsys.readouterr().out
-    assert printed.startswith(study.__doc__.split("\n")[0])
-    assert "8 runs: all runs are done" in printed
-    whole = json.loads(path.read_text())
-    assert whole["notes"] and all(note in printed for note in whole["notes"])
+    whole = run_quick(study, path, capsys)
+    assert len(whole["rows"]) == 8
     assert {row["method"] for row in whole["rows"]} == {
         *(arms := study.quick_arms()),
         lm_race.shorter(next(name for name in arms if arms[name].is_sparse)),
     }
-    assert path.with_suffix(".png").exists()
     study.main(["--quick", "--json", str(path)])  # and compiles nothing
     assert json.loads(path.read_text())["rows"] == whole["rows"]
