@@ -17,7 +17,6 @@ from sparsejax.ops.block_matmul._schedule import add_up
 from sparsejax.ops.block_matmul._split import may_cut
 
 _RING_BYTES = 200 * 1024
-_COPYING_REGISTERS = 40  # more than for y, to look for zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,6 @@ def grad_w(
         "stages": max(2, min(tiles.stages, _RING_BYTES // grid.slot_bytes)),
         "copies": 1 + grid.in_tile,
         "programs": programs,
-        "copying_registers": _COPYING_REGISTERS,
     }
     stages = settings["stages"]
     rings = {

@@ -20,6 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsejax.ops._warpgroups import COMPUTING, SWIZZLED, launch
 
 DEPTH = SWIZZLED  # of a step
+# With fewer, walks over short lists spill, which the compiler unrolls.
+_COPYING_REGISTERS = 56
 
 Tile = tuple[jax.Array, ...]  # int32, the first at least 0
 Source = Any  # where the blocks of a step lie: scalars
@@ -85,7 +87,6 @@ def run(
     stages: int,
     copies: int,
     programs: int,
-    copying_registers: int = 56,
 ) -> jax.Array:
     """Runs the kernel of a task.
 
@@ -100,7 +101,6 @@ def run(
       stages: slots of the ring.
       copies: that `load` starts for a slot.
       programs: the length of the grid.
-      copying_registers: see `launch`.
     """
     assert stages >= 2, stages
 
@@ -130,7 +130,7 @@ def run(
         results={"out": out_type},
         scratch=scratch | barriers,
         programs=programs,
-        copying_registers=copying_registers,
+        copying_registers=_COPYING_REGISTERS,
     )["out"]
 
 
