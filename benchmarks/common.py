@@ -381,6 +381,26 @@ def write_json(
     pathlib.Path(path).write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
+def read_rows(
+    path: pathlib.Path | None, settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows that `write_json` wrote; none without a file.
+
+    Raises:
+      ValueError: if they were made with other settings: parts of its `env`.
+    """
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    for name, value in json.loads(json.dumps(dict(settings))).items():
+        if found["env"].get(name) != value:
+            raise ValueError(
+                f"the rows in {path} must have been made with {name}={value}; got "
+                f"{found['env'].get(name)}. Give the same options, or another file."
+            )
+    return found["rows"]
+
+
 def report(
     path: str | os.PathLike[str] | None,
     env: Mapping[str, Any],

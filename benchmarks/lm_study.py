@@ -7,7 +7,6 @@ so that a study may be spread over processes of a few minutes each.
 """
 
 import dataclasses
-import json
 import math
 import operator
 import pathlib
@@ -307,17 +306,7 @@ class Ledger:
     ):
         self.path, self._env = path, common.environment(**settings)
         self._end = time.monotonic() + 60 * minutes
-        self.rows: list[dict[str, Any]] = []
-        if path is None or not path.exists():
-            return
-        found = json.loads(path.read_text())
-        for name, value in json.loads(json.dumps(dict(settings))).items():
-            if found["env"].get(name) != value:
-                raise ValueError(
-                    f"the runs in {path} must have been made with {name}={value}; got "
-                    f"{found['env'].get(name)}. Give the same options, or another file."
-                )
-        self.rows = found["rows"]
+        self.rows = common.read_rows(path, settings)
 
     def run(
         self, case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]

@@ -46,7 +46,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -318,16 +317,11 @@ def read_back(
     """The rows of a run that was cut off, if it was as this one."""
     if path is None:
         parser.error("--resume needs --json")
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text())
-    for name in sorted(env.keys() - {"date", "host"}):
-        if found["env"].get(name) != env[name]:
-            parser.error(
-                f"--resume: {path} must be of a run with {name} {env[name]}; got "
-                f"{found['env'].get(name)}"
-            )
-    return found["rows"]
+    names = sorted(env.keys() - {"date", "host"})
+    try:
+        return common.read_rows(path, {name: env[name] for name in names})
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
 
 
 def make_parser() -> argparse.ArgumentParser:

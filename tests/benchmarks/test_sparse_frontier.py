@@ -227,7 +227,7 @@ def test_rows_of_another_run_are_not_kept(tmp_path, capsys):
     assert read_back({"length": 64, "date": "today"}) == [1]
     with pytest.raises(SystemExit):
         read_back({"length": 128})
-    assert "of a run with length 128; got 64" in capsys.readouterr().err
+    assert "made with length=128; got 64" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("compile_fast")
