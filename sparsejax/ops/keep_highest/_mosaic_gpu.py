@@ -4,6 +4,9 @@ A program is one warpgroup with 64 rows. The number that splits a row is found b
 bit, a count over the row for each; then, in the same way, the index that splits those
 that are equal to it. What is kept follows from the two, wherever it is used. Counts
 compare floats, for which the device has one instruction where integers take two.
+
+Where integers are chosen, a constant comes second: Mosaic GPU takes what
+`jnp.where(which, constant, integers)` gives for unsigned, and compares it so.
 """
 
 import functools
@@ -54,7 +57,7 @@ def keep_highest(x: jax.Array, num_kept: int | jax.Array) -> jax.Array:
 def _keys(x: jax.Array) -> jax.Array:
     """Integers that compare as the numbers do; equal zeros, one for NaN below all."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(x != x, _BELOW + 1, _mirrored(bits))
+    return jnp.where(x == x, _mirrored(bits), _BELOW + 1)
 
 
 def _mirrored(keys_or_bits: jax.Array) -> jax.Array:
@@ -96,14 +99,14 @@ def _search(x: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
         wanted = load(wanted_gmem.at[here], of_row).astype(jnp.float32)
 
         def enough(key):  # a key beyond the infinities is a NaN, and nothing reaches it
-            key = jnp.where((key > 0) & (key < _TINY), _TINY, key)
+            key = jnp.where((key <= 0) | (key >= _TINY), key, _TINY)
             bound = jax.lax.bitcast_convert_type(_mirrored(key), jnp.float32)
             return count(x >= spread(bound)) >= wanted
 
         zero = constant(0)
         split = bisect(jnp.where(enough(zero), zero, constant(_BELOW)), 2**30, enough)
         # too few numbers: NaN are kept too
-        split = jnp.where(split == _BELOW, _BELOW + 1, split)
+        split = jnp.where(split != _BELOW, split, _BELOW + 1)
         keys = _keys(x)
         left = wanted - count(keys > spread(split))
         column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)

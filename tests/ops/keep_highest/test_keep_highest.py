@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
+from jaxlib.mlir import ir
 
 from sparsejax import ops
 from sparsejax.ops.keep_highest import _reference
@@ -63,17 +65,37 @@ class WaysTest(parameterized.TestCase):
         want = oracle(np.asarray(values, np.float32), counts)
         np.testing.assert_array_equal(got, want)
 
+    @parameterized.parameters((jnp.float32, 1), (jnp.float32, 100), (jnp.bfloat16, 256))
+    @pytest.mark.gpu
+    def test_on_a_gpu(self, dtype, size):
+        values = jnp.asarray(rows(size, (20, 150)), dtype)
+        values = values.at[10:].set(-jnp.abs(values[10:]))  # none above 0
+        counts = jnp.asarray(np.arange(3000).reshape(20, 150) % (size + 2))
+        got = ops.keep_highest(values, counts, implementation="mosaic_gpu")
+        want = oracle(np.asarray(values, np.float32), counts)
+        np.testing.assert_array_equal(got, want)
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_lowers_for_hopper(dtype):
+def test_lowers_for_hopper(dtype, monkeypatch):
+    signs = set()
+    compare = FragmentedArray._compare
+
+    def recorded(array, *operands, **predicates):
+        if array.mlir_dtype == ir.IntegerType.get_signless(32):
+            signs.add(array.is_signed)
+        return compare(array, *operands, **predicates)
+
     def layers(x):  # mapped, and beside a gradient
         kept = jax.vmap(functools.partial(ops.keep_highest, **options))(x)
         return jnp.sum(jnp.where(kept, x, 0).astype(jnp.float32))
 
+    monkeypatch.setattr(FragmentedArray, "_compare", recorded)
     options = {"num_kept": 3, "implementation": "mosaic_gpu"}
     x = jax.ShapeDtypeStruct((2, 96, 200), dtype)
     exported = jax.export.export(jax.jit(jax.grad(layers)), platforms=["cuda"])(x)
     assert "mosaic_gpu" in exported.mlir_module()
+    assert signs == {True}  # the interpreter does not tell
 
 
 def test_errors():
