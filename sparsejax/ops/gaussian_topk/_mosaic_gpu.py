@@ -55,12 +55,13 @@ class Tiles:
 
         Example:
           >>> Tiles.default(32 * 1024)
-          Tiles(slots=3, blocks_per_sm=2, chunk=4096, num_sms=132)
+          Tiles(slots=2, blocks_per_sm=3, chunk=4096, num_sms=132)
         """
         most, chunk = (2, 2048) if heavy else (4, 4096)
-        fitting = [b for b in (4, 2, 1) if 2 * b * slot_bytes <= _SHARED_BYTES]
-        blocks = min(most, fitting[0] if fitting else 1)
-        slots = min(8, _SHARED_BYTES // (blocks * slot_bytes))
+        fitting = _SHARED_BYTES // slot_bytes
+        # three blocks of one slot are faster than one of three
+        blocks = max(1, min(most if fitting >= 2 * most else 3, most, fitting))
+        slots = max(1, min(8, fitting // blocks))
         return cls(slots=slots, blocks_per_sm=blocks, chunk=chunk)
 
 
