@@ -275,7 +275,7 @@ def main(argv=None):
     args = common.parse_args(__doc__, repeats=10, quick_repeats=2, argv=argv)
     cases = [QUICK] if args.quick else CASES
     rows = (row for case in cases for row in run(case, args.repeats))
-    settings = [dataclasses.asdict(case) | {"models": len(case.models)} for case in cases]
+    settings = [dataclasses.asdict(c) | {"models": len(c.models)} for c in cases]
     env = common.environment(repeats=args.repeats, cases=settings)
     common.report(args.json, env, rows, NOTES)
 
