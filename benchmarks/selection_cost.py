@@ -8,7 +8,8 @@ the selection alone would also build the lists by column, which only a backward 
 What FlexPrefill and vertical-slash keep of random tokens says nothing of their budgets,
 so the density is measured. Queries and keys are taken as rotated; SeerAttention's gate,
 of random weights, pools them. PSA has blocks of 512 keys, so that those of its pooled
-levels are whole tiles.
+levels are whole tiles; a sixteenth of the scores, which ranks its blocks, is alone
+two fifths of the arithmetic of attention to a tenth, a sixty-fourth a tenth.
 """
 
 import dataclasses
@@ -51,6 +52,7 @@ NAMES = (
     "flex_prefill",
     "seer",
     "psa",
+    "psa, stride 64",
 )
 
 
@@ -74,8 +76,9 @@ def selector(case: Case, name: str) -> Callable[[jax.Array, jax.Array], Any]:
                 gate, query, key, block=case.block, rotate=rotate
             )
             seen = seen._replace(gate=scores)
-        if name == "psa":
-            return sparse_selectors.psa(seen, case.density, width=case.psa_width)
+        if name.startswith("psa"):
+            stride = 64 if name.endswith("64") else 16
+            return sparse_selectors.psa(seen, case.density, case.psa_width, stride)
         return getattr(sparse_selectors, name)(seen, case.density)
 
     return select

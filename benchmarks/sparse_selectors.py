@@ -162,17 +162,20 @@ def random(seen: Seen, density: float) -> BlockMask:
     return seer(seen._replace(gate=_in_sight(draw)), density)
 
 
-def psa(seen: Seen, density: float, width: int | None = None) -> jax.Array:
+def psa(
+    seen: Seen, density: float, width: int | None = None, stride: int = 16
+) -> jax.Array:
     """Half of the density at level 1, a quarter at 2, a quarter at 4: levels.
 
     Blocks have `width` keys; by default as many as queries, or so many more that pooled
-    ones fill the tiles of the kernels, whose least side is 128.
+    ones fill the tiles of the kernels, whose least side is 128. Of the scores one in
+    `stride` is computed.
     """
     width = width or seen.side * (PSA_LEVELS[-1] if seen.side >= 128 else 1)
     importance = attention.antidiagonal_importance(
         seen.query,
         seen.key,
-        stride=min(16, seen.side),
+        stride=min(stride, seen.side),
         block_shape=(seen.side, width),
         causal=True,
     )
