@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 # torch needs room on the same device
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,7 +226,14 @@ def run_building(shape: Shape, repeats: int) -> list[dict]:
     blocks = shape.seq // BLOCK
     scores = jax.random.normal(jax.random.key(1), (1, shape.kv_heads, blocks, blocks))
     count = max(1, blocks // 10)
-    build = jax.jit(lambda s: sj.BlockMask.from_scores(s, (BLOCK, BLOCK), count))
+
+    @jax.jit
+    def build(scores):
+        kept = sj.ops.keep_highest(scores, count)
+        return sj.BlockMask.from_blocks(kept, (BLOCK, BLOCK), capacity=count)
+
+    want = sj.BlockMask.from_scores(scores, (BLOCK, BLOCK), count)
+    chex.assert_trees_all_equal(build(scores), want)
     fns = {"mask from scores": functools.partial(build, scores)}
     times = common.time_in_turn(fns, repeats=repeats)
     return [
