@@ -43,13 +43,17 @@ def run(shape: Shape, repeats: int) -> list[dict]:
     w /= math.sqrt(shape.d_in)
     dy = block_matmul.normal(2, (shape.rows, shape.d_out), shape.dtype)
     default = mosaic_gpu.Tiles.default(shape.rows, shape.block, shape.d_out)
+    # arrays are arguments: what a jitted function holds is compiled into it
     products = {
         "dw": (
-            lambda t, m: mosaic_gpu_dw.grad_w(x, dy, m, w, tiles=t),
+            lambda t, m, x, w, dy: mosaic_gpu_dw.grad_w(x, dy, m, w, tiles=t),
             mosaic_gpu_dw.Tiles(),
         ),
-        "y": (lambda t, m: mosaic_gpu.forward(x, w, m, None, None, tiles=t), default),
-        "dx": (lambda t, m: mosaic_gpu.grad_x(dy, w, m, tiles=t), default),
+        "y": (
+            lambda t, m, x, w, dy: mosaic_gpu.forward(x, w, m, None, None, tiles=t),
+            default,
+        ),
+        "dx": (lambda t, m, x, w, dy: mosaic_gpu.grad_x(dy, w, m, tiles=t), default),
     }
     changes = {"y": WIDE if default.columns == 128 else NARROW, "dw": WEIGHTS}
     rows = []
@@ -62,7 +66,7 @@ def run(shape: Shape, repeats: int) -> list[dict]:
         print(product, flush=True)
         found = common.time_variants(
             jitted,
-            {density: (mask,) for density, mask in masks.items()},
+            {density: (mask, x, w, dy) for density, mask in masks.items()},
             repeats=repeats,
             tolerance=1e-3,
         )
