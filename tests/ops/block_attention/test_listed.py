@@ -13,10 +13,7 @@ from sparsejax.formats import KeyLists
 from sparsejax.ops import listed_attention
 from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
-_kernel, _walk = (
-    importlib.import_module(f"sparsejax.ops.block_attention.{name}")
-    for name in ("_mosaic_gpu_listed", "_walk")
-)
+_kernel = importlib.import_module("sparsejax.ops.block_attention._mosaic_gpu_listed")
 
 
 def operands(batch, queries, slots, heads, kv_heads, dim, dtype=jnp.float32):
@@ -98,7 +95,7 @@ class ListedAttentionTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ({"page_size": 64}, "pages must be a multiple of 128 keys"),
-        ({"queries": 200}, "at most 128"),
+        ({"queries": 200}, r"at most 64; got 200 \* 2"),
         ({"dim": 32}, "`head_dim` must be one of"),
     )
     def test_kernel_says_why(self, change, reason):
@@ -119,36 +116,55 @@ class ListedAttentionTest(parameterized.TestCase):
         )
         self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 1)
 
+    # two warpgroups in all: more than a machine of two cores can run are waited for
+    @parameterized.parameters(
+        # a list each, the last of all empty; with more tiles than slots
+        ((2, 1, 512, 4, 2, 64), (2, 2), 3, (2, 1, 64), [450, 512]),
+        # three queries, one list; a tile of rows that begins before the last head's
+        ((1, 3, 512, 4, 2, 128), (1, 1), 2, (1, 2, 128), [200]),
+        # more rows than warpgroups, of one list
+        ((1, 9, 256, 1, 1, 64), (1, 1), 2, (2, 1, 64), [200]),
+    )
     @needs_gpu_interpreter
-    def test_kernel_matches(self):
-        q, k, v = operands(2, 1, 512, 4, 2, 64, jnp.bfloat16)
-        lists = make_lists((2, 2), 4, 128, capacity=3)
-        length = jnp.array([450, 512])
+    def test_kernel_matches(self, sizes, lead, capacity, cut, lengths):
+        q, k, v = operands(*sizes, jnp.bfloat16)
+        lists = make_lists(lead, sizes[2] // 128, 128, capacity=capacity)
+        length = jnp.array(lengths)
         reference = functools.partial(listed_attention, implementation="reference")
         want = jax.jit(reference)(q, k, v, lists, length)
-        tiles = _walk.Tiles(128, stages=2, in_registers=False)
+        tiles = _kernel.Tiles(*cut, in_registers=False)
         call = functools.partial(
-            _kernel.listed_attention, scale=64**-0.5, num_parts=2, tiles=tiles
+            _kernel.listed_attention, scale=sizes[-1] ** -0.5, tiles=tiles
         )
         with gpu_interpreted():
             got = jax.jit(call)(q, k, v, lists, length)
         np.testing.assert_allclose(
             got.astype(jnp.float32), want.astype(jnp.float32), atol=0.02
         )
-        np.testing.assert_array_equal(got[1, :, 2:], 0)  # nothing is listed
+        if lead == (2, 2):
+            np.testing.assert_array_equal(got[1, :, 2:], 0)  # nothing is listed
+
+    @parameterized.parameters(
+        (8, 4096, 16), (32, 4096, 4), (8, 512, 4), (1, 128, 1), (200, 4096, 1)
+    )
+    def test_programs_that_share_a_list(self, lists, keys, parts):
+        self.assertEqual(_kernel.Tiles.default(lists, keys).parts, parts)
 
 
 @pytest.mark.gpu
 class DeviceTest(parameterized.TestCase):
-    @parameterized.parameters((128, 8, 2), (64, 4, 4))
-    def test_matches_reference(self, dim, heads, kv_heads):
-        q, k, v = operands(2, 1, 8192, heads, kv_heads, dim, jnp.bfloat16)
-        lists = make_lists((2, kv_heads), 64, 128, capacity=40)
-        length = jnp.array([8000, 8192])
-        got, want = (
+    @parameterized.parameters(
+        (2, 1, 128, 8, 2), (2, 1, 64, 4, 4), (1, 1, 128, 32, 8), (1, 5, 128, 4, 1)
+    )
+    def test_matches_reference(self, batch, queries, dim, heads, kv_heads):
+        q, k, v = operands(batch, queries, 8192, heads, kv_heads, dim, jnp.bfloat16)
+        lists = make_lists((batch, kv_heads), 64, 128, capacity=40)
+        length = jnp.array([8000, 8192])[:batch]
+        got, again, want = (
             jax.jit(functools.partial(listed_attention, implementation=name))(
                 q, k, v, lists, length
             ).astype(jnp.float32)
-            for name in ("mosaic_gpu", "reference")
+            for name in ("mosaic_gpu", "mosaic_gpu", "reference")
         )
         np.testing.assert_allclose(got, want, atol=0.02)
+        np.testing.assert_array_equal(got, again)
