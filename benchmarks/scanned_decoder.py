@@ -1,9 +1,13 @@
 """A decoder whose equal blocks are stacked and scanned, and its loss in few logits.
 
 Compiling takes as long as for one block, and an optimizer sees one leaf for each kernel
-of a block in place of one for each layer. Weights are `{"blocks": .., "rest": ..}`,
-every leaf of the blocks `[num_layers, ..]`; give methods `stacked=stacked_axes`. With
-`"masks"` beside them, of `ScannedDecoder.block_masks`, block-sparse layers skip blocks.
+of a block in place of one for each layer. `unroll` gives up the former: a step of a
+small model has then less than half of the kernels on a GPU, and moves a fifth of the
+bytes, as a scan copies what it keeps for the gradient.
+
+Weights are `{"blocks": .., "rest": ..}`, every leaf of the blocks `[num_layers, ..]`;
+give methods `stacked=stacked_axes`. With `"masks"` beside them, of
+`ScannedDecoder.block_masks`, block-sparse layers skip blocks.
 """
 
 import dataclasses
@@ -35,6 +39,7 @@ class ScannedDecoder:
 
     outer: Any  # graph and other state of all but the blocks
     block: Any  # graph of one block, and what the blocks hold besides, stacked
+    unroll: bool = False  # the scan
 
     def hidden(self, weights: Params, tokens: jax.Array, **options: Any) -> Any:
         """The last block's output, `[batch, seq, d_model]`.
@@ -85,7 +90,7 @@ class ScannedDecoder:
             return x, (density, pop(block))
 
         layers = weights["blocks"], weights.get("masks", other)
-        x, (densities, popped) = jax.lax.scan(layer, x, layers)
+        x, (densities, popped) = jax.lax.scan(layer, x, layers, unroll=self.unroll)
         return x, densities, popped
 
     def logits(self, weights: Params, hidden: jax.Array) -> jax.Array:
@@ -122,7 +127,10 @@ def scan_blocks(model: models.Decoder) -> tuple[ScannedDecoder, Params]:
 
 
 def create(
-    config: models.DecoderConfig, kind: Callable[..., models.Decoder] = models.Decoder
+    config: models.DecoderConfig,
+    kind: Callable[..., models.Decoder] = models.Decoder,
+    *,
+    unroll: bool = False,
 ) -> tuple[ScannedDecoder, Callable[[int], Params]]:
     """A decoder, and seed -> its first weights, by one program.
 
@@ -140,7 +148,7 @@ def create(
 
     _, others = first(0)
     outer, block = zip(graphs, others, strict=True)
-    return ScannedDecoder(outer, block), lambda seed: first(seed)[0]
+    return ScannedDecoder(outer, block, unroll), lambda seed: first(seed)[0]
 
 
 def token_loss(

@@ -68,7 +68,7 @@ def text_task(sizes: Sizes) -> Task:
         attention=spark_models.dense_attention(),
         **_shared(sizes),
     )
-    decoder, first = scanned_decoder.create(config)
+    decoder, first = scanned_decoder.create(config, unroll=True)
     examples = {
         part: scanned_decoder.windows(text[part], sizes.seq_len, multiple=sizes.judged)[
             : sizes.judged
@@ -97,7 +97,7 @@ def text_task(sizes: Sizes) -> Task:
 def digits_task(sizes: Sizes, images: Mapping[str, np.ndarray]) -> Task:
     found = digit_vit.split(images)
     config = digit_vit.config(**_shared(sizes))
-    decoder, first = scanned_decoder.create(config, digit_vit.DigitViT)
+    decoder, first = scanned_decoder.create(config, digit_vit.DigitViT, unroll=True)
     quality = functools.partial(digit_vit.quality, decoder)
 
     def loss(weights, batch, teacher=None):

@@ -164,6 +164,41 @@ def test_one_program_serves_every_setting_length_and_seed():
         run(3, 0.01)
 
 
+def test_runs_of_one_program_are_what_each_is_alone():
+    weights, teacher, data = problem()
+    make = functools.partial(
+        lm_methods.structure_decay,
+        losses,
+        rule=RULE,
+        frames=sj.patterns.stepwise_frames,
+    )
+    alone = lm_study.Trainer(make, draw, steps_per_call=2)
+    trainer = lm_study.Trainer(make, draw, steps_per_call=2, together=3)
+    other = jax.tree.map(lambda w: 0.9 * w, weights)
+    runs = [
+        lm_study.Run(weights, 0, {"lr": 0.03, "ramp": 0.6}),
+        lm_study.Run(other, 1, {"lr": 0.01, "ramp": 0.6}),
+    ]
+    options = {"num_steps": STEPS, "teacher": teacher}
+    found = trainer.run_together(runs, data, **options)
+    assert len(found) == 2
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    for run, got in zip(runs, found, strict=True):
+        seed, setting = run.seed, run.setting
+        want = alone.run(run.weights, data, seed=seed, setting=setting, **options)
+        jax.tree.map(close, (got.before, got.after), (want.before, want.after))
+        for one, entry in zip(got.history, want.history, strict=True):
+            close(one["train_loss"], entry["train_loss"])
+    # the frame is one for all: it stays a branch
+    assert " conditional(" in trainer._advance.as_text()
+    with pytest.raises(ValueError, match="their settings but for `lr` equal"):
+        trainer.run_together(
+            [runs[0], runs[1]._replace(setting={"lr": 0.01, "ramp": 0.5})],
+            data,
+            **options,
+        )
+
+
 def test_by_the_clock_a_run_fills_its_seconds_and_schedules_follow(monkeypatch):
     weights, teacher, data = problem()
 
