@@ -33,20 +33,23 @@ def parse_args(
     repeats: int = 30,
     quick_repeats: int = 3,
     argv: Sequence[str] | None = None,
+    parser: argparse.ArgumentParser | None = None,
 ) -> argparse.Namespace:
-    """Reads the options that every benchmark has.
+    """Reads the options that every benchmark has, and those of its own.
 
     Args:
       doc: the script's docstring; its first line is the question.
       repeats: default of `--repeats`: timed samples of a case, or seeds of a study.
       quick_repeats: that default under `--quick`.
       argv: the arguments; None for those of the process.
+      parser: with options of its own, to which the others are added.
 
     Returns:
-      `quick` (bool), `repeats` (int) and `json` (a path, or None).
+      `quick` (bool), `repeats` (int), `json` (a path, or None), and its own.
     """
     question = (doc or "").strip().split("\n")[0]
-    parser = argparse.ArgumentParser(description=question)
+    parser = parser or argparse.ArgumentParser()
+    parser.description = question
     parser.add_argument("--quick", action="store_true", help="few, tiny cases, for CI")
     parser.add_argument(
         "--repeats",

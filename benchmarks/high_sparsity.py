@@ -361,22 +361,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = lm_command.make_parser()
     parser.add_argument("--task", choices=tuple(FULL), default="text")
     parser.add_argument("--digits", type=pathlib.Path, help="the file of images")
-    args, given = parser.parse_known_args(argv)
-    shared = common.parse_args(__doc__, repeats=3, quick_repeats=2, argv=given)
-    sizes = (QUICK if shared.quick else FULL)[args.task]
+    args = common.parse_args(
+        __doc__, repeats=3, quick_repeats=2, argv=argv, parser=parser
+    )
+    sizes = (QUICK if args.quick else FULL)[args.task]
     if args.task == "text":
         task = text_task(sizes)
     else:
-        images = digit_vit.noise() if shared.quick else digit_vit.read(args.digits)
+        images = digit_vit.noise() if args.quick else digit_vit.read(args.digits)
         task = digits_task(sizes, images)
     settings = {
-        "repeats": shared.repeats,
+        "repeats": args.repeats,
         "task": args.task,
         **dataclasses.asdict(sizes),
         "grids": str({DENSE: DENSE_GRID} | {name: w.grid for name, w in WAYS.items()}),
         "origin": task.origin,
     }
-    ledger = lm_command.open_ledger(parser, shared.json, settings, args.minutes)
+    ledger = lm_command.open_ledger(parser, args.json, settings, args.minutes)
     few = {"patterns": PATTERNS[2:3], "ways": QUICK_WAYS, "num_settings": 1}
     lm_command.run_and_tell(
         ledger,
@@ -385,8 +386,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             task,
             sizes,
             ledger,
-            num_seeds=shared.repeats,
-            **(few if shared.quick else {}),
+            num_seeds=args.repeats,
+            **(few if args.quick else {}),
         ),
         table=functools.partial(table, specs=products(task, sizes), sizes=sizes),
         conclusions=conclusions,

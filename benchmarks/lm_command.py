@@ -12,9 +12,14 @@ from benchmarks.lm_report import Row
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options besides those of `common.parse_args`; a study may add its own."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--minutes", type=float, default=math.inf)
+    """What `common.parse_args` adds to; a study may add options of its own."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="begin no run that would end later; call again to go on",
+    )
     return parser
 
 

@@ -308,13 +308,12 @@ def main(
     """That of a study: `columns` are those that its arms tell."""
     parser = lm_command.make_parser()
     parser.add_argument("--seconds", type=float, help="of a run, and a sixth to tune")
-    options, given = parser.parse_known_args(argv)
-    args = common.parse_args(doc, repeats=3, quick_repeats=2, argv=given)
+    args = common.parse_args(doc, repeats=3, quick_repeats=2, argv=argv, parser=parser)
     make_arms, sizes = quick if args.quick else full
     arms = make_arms()
     text = lm_text.load() if args.quick else installed_text.load()
-    if options.seconds is not None:
-        lengths = {"seconds": options.seconds, "tuning_seconds": options.seconds / 6}
+    if args.seconds is not None:
+        lengths = {"seconds": args.seconds, "tuning_seconds": args.seconds / 6}
         sizes = dataclasses.replace(sizes, **lengths)
     settings = {
         "repeats": args.repeats,
@@ -323,7 +322,7 @@ def main(
         "text": f"{text['about']} {text['digest']}",
         "device_kind": jax.devices()[0].device_kind,  # another has another clock
     }
-    ledger = lm_command.open_ledger(parser, args.json, settings, options.minutes)
+    ledger = lm_command.open_ledger(parser, args.json, settings, args.minutes)
     race = Race(arms, sizes, text, ledger)
     lm_command.run_and_tell(
         ledger,

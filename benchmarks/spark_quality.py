@@ -305,29 +305,30 @@ def draw(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = lm_command.make_parser()
-    args, given = parser.parse_known_args(argv)
-    shared = common.parse_args(__doc__, repeats=3, quick_repeats=2, argv=given)
-    sizes, text = (QUICK if shared.quick else FULL), lm_text.load()
+    args = common.parse_args(
+        __doc__, repeats=3, quick_repeats=2, argv=argv, parser=parser
+    )
+    sizes, text = (QUICK if args.quick else FULL), lm_text.load()
     settings = {
-        "repeats": shared.repeats,
+        "repeats": args.repeats,
         **dataclasses.asdict(sizes),
         "grid": str(GRID),
         "text": f"{text['about']} {text['digest']}",
     }
-    ledger = lm_command.open_ledger(parser, shared.json, settings, args.minutes)
+    ledger = lm_command.open_ledger(parser, args.json, settings, args.minutes)
 
     def runs():
         kinds = spark_kinds.kinds(sizes.models)
         studies = {
             name: make_study(kinds[name], name, text, sizes, ledger)
-            for name in lm_report.waiting(ledger.rows, sizes.names, shared.repeats)
+            for name in lm_report.waiting(ledger.rows, sizes.names, args.repeats)
         }
         common.side_by_side(lambda name: studies[name].compile([name]), studies)
         for study in studies.values():
             study.run(
                 tuning_steps=sizes.tuning_steps,
                 steps=sizes.steps,
-                num_seeds=shared.repeats,
+                num_seeds=args.repeats,
             )
 
     lm_command.run_and_tell(

@@ -252,8 +252,9 @@ def picture(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
-    args, given = parser.parse_known_args(argv)
-    shared = common.parse_args(__doc__, repeats=10, quick_repeats=2, argv=given)
+    args = common.parse_args(
+        __doc__, repeats=10, quick_repeats=2, argv=argv, parser=parser
+    )
     times = args.length // tasks.MIN_LENGTH
     if args.length % tasks.MIN_LENGTH or times.bit_count() != 1:
         parser.error(
@@ -269,18 +270,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokens=GPU_TOKENS if on_gpu else long_context_model.Recipe.tokens,
     )
     num, densities = args.sequences, DENSITIES
-    if shared.quick:
+    if args.quick:
         recipe = long_context_model.Recipe(
             length=64, steps=3, gate_steps=2, d_model=32, num_layers=1
         )
         num, densities = 2, (0.25,)
     env = common.environment(
-        repeats=shared.repeats, sequences=num, **dataclasses.asdict(recipe)
+        repeats=args.repeats, sequences=num, **dataclasses.asdict(recipe)
     )
-    rows = read_back(parser, shared.json, env) if args.resume else []
+    rows = read_back(parser, args.json, env) if args.resume else []
     model = long_context_model.make_model(recipe)
     long_context_model.train(recipe, model, args.weights)
-    sweep = Sweep(model, recipe, num, shared.repeats)
+    sweep = Sweep(model, recipe, num, args.repeats)
     prefill = [Case("prefill", "dense", dense, 1.0)]
     phases = (
         ("prefill", sparse_selectors.PREFILL, prefill),
@@ -291,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cases += [
             Case(phase, name, select, density)
             for name, select in methods.items()
-            if not shared.quick or name in QUICK_METHODS
+            if not args.quick or name in QUICK_METHODS
             for density in densities
         ]
         cases = [
@@ -303,10 +304,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for case, of_case in zip(cases, programs, strict=True):
             rows.append(sweep.row(case, of_case))
             print(common.format_table(rows[-1:]), flush=True)
-            common.write_json(shared.json, env, rows, conclusions(rows))
+            common.write_json(args.json, env, rows, conclusions(rows))
     common.print_table(rows, conclusions(rows))
-    if shared.json and importlib.util.find_spec("matplotlib"):
-        picture(shared.json.with_suffix(".png"), rows)
+    if args.json and importlib.util.find_spec("matplotlib"):
+        picture(args.json.with_suffix(".png"), rows)
 
 
 def read_back(
@@ -325,8 +326,8 @@ def read_back(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options that only this benchmark has; `common.parse_args` takes the rest."""
-    parser = argparse.ArgumentParser(add_help=False)
+    """The options that only this benchmark has; `common.parse_args` adds the rest."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--sequences", type=int, default=64, help="of a task, to judge")

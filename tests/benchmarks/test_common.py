@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import common
+from benchmarks import common, high_sparsity, lm_command, sparse_frontier
 
 
 def test_arguments_have_defaults_for_both_forms():
@@ -19,6 +19,20 @@ def test_arguments_have_defaults_for_both_forms():
     assert (args.quick, args.repeats) == (True, 2)
     args = common.parse_args("Is it fast?", argv=["--quick", "--repeats", "5"])
     assert args.repeats == 5
+
+
+def test_a_study_tells_its_own_options_beside_those_of_all(capsys):
+    parser = lm_command.make_parser()
+    args = common.parse_args("Is it?", argv=["--minutes", "9"], parser=parser)
+    assert (args.minutes, args.quick) == (9.0, False)
+    for main, own in (
+        (high_sparsity.main, ("--task", "--digits")),
+        (sparse_frontier.main, ("--length",)),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        told = capsys.readouterr().out
+        assert all(option in told for option in (*own, "--json", "--quick"))
 
 
 @pytest.mark.parametrize(
