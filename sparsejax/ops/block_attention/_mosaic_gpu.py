@@ -77,13 +77,9 @@ def forward(
     lists: Lists,
     scale: float,
     *,
-    in_order: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs and log-sum-exp; see `Kernels`.
-
-    Rows with long lists come first, unless `in_order` says that all are about equal.
-    """
+    """Outputs and log-sum-exp; see `Kernels`."""
     tiles = tiles or Tiles(columns=128)
     batch, num_queries, heads, dim = q.shape
     kv_heads, mask = k.shape[2], lists.whole
@@ -167,10 +163,6 @@ def forward(
             refs["lse"].at[here.batch, here.head, pl.ds(first_query, ROWS)],
         )
 
-    if in_order:
-        order = jax.lax.broadcasted_iota(jnp.int32, mask.num.shape, 2)
-    else:
-        order = longest_first(lists.whole, lists.partial)
     scratch = {
         "q_tile": smem((COMPUTING, ROWS, dim), q.dtype),
         "lse_tile": plgpu.SMEM((COMPUTING, ROWS), jnp.float32),
@@ -185,7 +177,7 @@ def forward(
             "q": q,
             "k": k,
             "v": v,
-            "order": order,
+            "order": longest_first(lists.whole, lists.partial),
             **list_operands(lists),
         },
         results={
