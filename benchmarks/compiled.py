@@ -64,6 +64,12 @@ def listed_operands() -> tuple[Any, ...]:
     return q, k, k, jax.eval_shape(build, kept), array(dtype=jnp.int32)
 
 
+def pages_operands() -> tuple[Any, ...]:
+    """Bounds of 512 pages, as of a cache of 65536 tokens."""
+    bound = array(1, 512, 8, 128)
+    return array(1, 32, 128), bound, bound, array(1, dtype=jnp.int32)
+
+
 def with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The result, and the gradients of the first two operands."""
 
@@ -83,6 +89,12 @@ def cases() -> list[Case]:
     attention = functools.partial(sj.ops.block_attention, implementation="mosaic_gpu")
     causal = functools.partial(attention, causal=True)
     listed = functools.partial(sj.ops.listed_attention, implementation="mosaic_gpu")
+    pages = functools.partial(
+        sj.ops.highest_pages,
+        page_size=128,
+        num_kept=32,
+        implementation="mosaic_gpu",
+    )
     rows, scalar = array(SIDE, 16384), array(dtype=jnp.float32)
     square, products = array(SIDE, SIDE), ("y", "dx", "dw")
     return [
@@ -151,6 +163,7 @@ def cases() -> list[Case]:
             for name, fn in (("", attention), ("causal, ", causal))
         ),
         Case("listed_attention", ("forward",), listed, listed_operands()),
+        Case("highest_pages", ("lists",), pages, pages_operands()),
         Case(
             "attention_peaks",
             ("forward",),

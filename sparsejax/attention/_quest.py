@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from sparsejax import ops
 from sparsejax.attention import _window
 from sparsejax.attention._slots import change_slots
 from sparsejax.formats import KeyLists
@@ -132,26 +133,15 @@ def page_scores(
       >>> print(sj.attention.page_scores(jnp.array([[[[1.0, -2.0]]]]), bounds))
       [[[ -1. -inf]]]
     """
-    query = jax.lax.stop_gradient(query[:, 0]).astype(jnp.float32)
-    batch, heads, dim = query.shape
-    kv_heads = bounds.low.shape[2]
-    query = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    parts = [(jnp.maximum(query, 0), bounds.high), (jnp.minimum(query, 0), bounds.low)]
-    scores = jnp.zeros((), jnp.float32)
-    pages = jnp.arange(bounds.low.shape[1])
-    empty = pages * bounds.page_size >= bounds.lengths[:, None]
-    for part, bound in parts:
-        if not per_head:  # both are linear, so the sum over the heads comes first
-            part = part.sum(axis=2, keepdims=True)
-        bound = jnp.where(empty[..., None, None], 0, bound).astype(jnp.float32)
-        scores += jnp.einsum(
-            "bhgd,bphd->bhgp",
-            part,
-            bound,
-            precision="highest",  # rounded operands would bound nothing
-        )
-    scores = scores.reshape(batch, -1, len(pages))
-    return jnp.where(empty[:, None], -jnp.inf, scores)
+    query, low, high = jax.lax.stop_gradient((query[:, 0], bounds.low, bounds.high))
+    return ops.page_scores(
+        query,
+        low,
+        high,
+        bounds.lengths,
+        page_size=bounds.page_size,
+        per_head=per_head,
+    )
 
 
 def quest(
@@ -208,11 +198,12 @@ def quest(
         )
     pages = low.shape[1]
     _window.check_count("num_kept", num_kept, 0, pages - 1, "earlier pages")
-    scores = page_scores(query, bounds, per_head=per_head)
-    at = jnp.arange(pages)
-    current = (bounds.lengths[:, None, None] - 1) // bounds.page_size
-    scores = jnp.where(at < current, scores, -jnp.inf)
-    kept = _window.keep_highest(scores, num_kept + 1, always=at == current)
-    return KeyLists.from_mask(
-        kept & (at <= current), page_size=bounds.page_size, capacity=num_kept + 1
+    return ops.highest_pages(
+        query[:, 0],
+        low,
+        bounds.high,
+        bounds.lengths,
+        page_size=bounds.page_size,
+        num_kept=num_kept + 1,
+        per_head=per_head,
     )

@@ -13,4 +13,6 @@ from sparsejax.ops.gaussian_topk import AxisName as AxisName
 from sparsejax.ops.gaussian_topk import gaussian_threshold as gaussian_threshold
 from sparsejax.ops.gaussian_topk import gaussian_topk as gaussian_topk
 from sparsejax.ops.gaussian_topk import num_entries as num_entries
+from sparsejax.ops.highest_pages import highest_pages as highest_pages
+from sparsejax.ops.highest_pages import page_scores as page_scores
 from sparsejax.ops.keep_highest import keep_highest as keep_highest

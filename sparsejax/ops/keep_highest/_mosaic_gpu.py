@@ -49,12 +49,12 @@ def keep_highest(x: jax.Array, num_kept: int | jax.Array) -> jax.Array:
     pads = (0, -rows % _ROWS), (0, -columns % _COLUMNS)
     padded = jnp.pad(values, pads, constant_values=jnp.nan)
     split, last = _search(padded, jnp.pad(wanted, pads[:1]))
-    keys, split, last = _keys(values), split[:rows, None], last[:rows, None]
+    keys, split, last = ordered(values), split[:rows, None], last[:rows, None]
     kept = (keys > split) | ((keys == split) & (jnp.arange(columns) <= last))
     return kept.reshape(x.shape)
 
 
-def _keys(x: jax.Array) -> jax.Array:
+def ordered(x: jax.Array) -> jax.Array:
     """Integers that compare as the numbers do; equal zeros, one for NaN below all."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(x == x, _mirrored(bits), _BELOW + 1)
@@ -107,7 +107,7 @@ def _search(x: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
         split = bisect(jnp.where(enough(zero), zero, constant(_BELOW)), 2**30, enough)
         # too few numbers: NaN are kept too
         split = jnp.where(split != _BELOW, split, _BELOW + 1)
-        keys = _keys(x)
+        keys = ordered(x)
         left = wanted - count(keys > spread(split))
         column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
         tied = jnp.where(keys == spread(split), column.astype(jnp.float32), columns)
