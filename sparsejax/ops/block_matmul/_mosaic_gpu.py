@@ -8,7 +8,6 @@ one, and neither operand is moved or transposed in memory.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,6 @@ _DTYPES = (jnp.bfloat16, jnp.float16)
 _MAX_ROWS = 256  # of x in one product, as many as the tensor cores take
 _MAX_NARROW_ROWS = 128  # for each warpgroup, so that four slots fit
 _STORE_COST = 1  # of a tile, in steps
-_COPIED = 256  # the longest side of what one bulk copy takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +44,6 @@ class Tiles:
         under way; divides `parts`, or is more.
       window: tiles of rows that are worked on at a time, side by side, so that what is
         read of `w` is read by as many programs. More where that occupies more of them.
-      ahead: whether the rows of the next window are brought into the second level of
-        cache during this one: else all programs wait for them at once.
       num_sms: multiprocessors of the device.
     """
 
@@ -57,7 +53,6 @@ class Tiles:
     parts: int = 4
     room: int = 2
     window: int = 4
-    ahead: bool = False
     num_sms: int = 132
 
     @classmethod
@@ -70,11 +65,10 @@ class Tiles:
           columns: of the result.
 
         Example:
-          >>> large, small = (Tiles.default(n, 128, columns=8192) for n in (8192, 5))
-          >>> large.columns, large.rows, large.stages, large.parts
-          (128, 256, 4, 4)
-          >>> small.columns, small.rows, small.stages, small.parts
-          (64, 16, 8, 1)
+          >>> Tiles.default(8192, 128, columns=8192)
+          Tiles(columns=128, rows=256, stages=4, parts=4, room=2, window=4, num_sms=132)
+          >>> Tiles.default(5, 128, columns=8192)
+          Tiles(columns=64, rows=16, stages=8, parts=1, room=2, window=4, num_sms=132)
         """
         num_wide = -(-num_rows // _MAX_ROWS) * (columns // 128)
         if block_side % 128 or num_wide < cls.num_sms:  # narrow ones, to occupy all
@@ -207,8 +201,6 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     windows = -(-row_tiles // window)
     across = min(tiles.num_sms // window, num_units)
     part_rows, room = tiles.rows // tiles.parts, min(tiles.parts, tiles.room)
-    piece_depth = min(_COPIED, x.shape[1])  # of what is loaded ahead
-    num_pieces = -(-x.shape[1] // piece_depth)
     assert tiles.parts % room == 0, tiles
     fused = activation and _compat.without_custom_rules(activation)
 
@@ -266,22 +258,6 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
                 block, within = refs["w"].at[slot_of_w], pl.ds(substep, DEPTH)
             block = block.at[wide, within] if w_by_list else block.at[within, wide]
             plgpu.copy_gmem_to_smem(block, w_ring.at[slot], full)
-            if tiles.ahead:
-                pl.when((step == 0) & (row_tile + window < row_tiles))(
-                    functools.partial(load_ahead, unit, row_tile + window)
-                )
-
-        def load_ahead(unit, row_tile):
-            """A part of these rows, all of which the tiles of a window share out."""
-            rows = pl.ds(row_tile * tiles.rows_of_tile, tiles.rows_of_tile)
-
-            def piece(i, _):
-                deep = pl.ds(i * piece_depth, piece_depth)
-                plgpu.async_prefetch(refs["x"].at[rows, deep])
-
-            of_unit = -(-num_pieces // num_units)
-            stop = jnp.minimum((unit + 1) * of_unit, num_pieces)
-            jax.lax.fori_loop(unit * of_unit, stop, piece, None)
 
         def multiply(sums, slot, warpgroup):
             rows, block = x_ring.at[slot], w_ring.at[slot]
