@@ -57,6 +57,7 @@ class Case:
     seq: int
     block_shape: tuple[int, int]
     models: tuple[Model, ...]
+    sample_ms: float = 100.0  # least length of a sample
 
 
 DENSE = Model("dense", block=False)
@@ -106,6 +107,7 @@ QUICK = Case(
         Model("static 75 %", "static", 0.75),
         Model("rigl 75 %, mask update", "rigl", 0.75, update_every=1),
     ),
+    sample_ms=1.0,
 )
 
 
@@ -234,7 +236,7 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
         fns: dict[str, Any] = {"dense": dense, "step": training}
         if ffn is not None:
             fns |= {"dense ffn": dense_ffn, "ffn": ffn}
-        times = common.time_in_turn(fns, repeats=repeats, sample_ms=100.0)
+        times = common.time_in_turn(fns, repeats=repeats, sample_ms=case.sample_ms)
         step = times["step"]
         row = {
             "d_model": case.size.d_model,

@@ -14,7 +14,7 @@ two fifths of the arithmetic of attention to a tenth, a sixty-fourth a tenth.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,7 @@ NAMES = (
     "psa",
     "psa, stride 64",
 )
+QUICK_NAMES = ("topk_blocks", "seer", "psa")
 
 
 def selector(case: Case, name: str) -> Callable[[jax.Array, jax.Array], Any]:
@@ -94,7 +95,7 @@ def head_of(case: Case, chosen: Any) -> Any:
     return BlockMask.from_blocks(kept, chosen.block_shape)
 
 
-def run(case: Case, repeats: int) -> Iterator[dict]:
+def run(case: Case, names: Sequence[str], repeats: int) -> Iterator[dict]:
     """A row for each selector."""
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (case.heads, case.kv_heads, case.kv_heads)
@@ -119,7 +120,7 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
     kernel = common.KERNELS.get(jax.default_backend())
     fast = jax.jit(functools.partial(read, implementation=kernel))
     reference = jax.jit(functools.partial(read, implementation="reference"))
-    for name in NAMES:
+    for name in names:
         select = selector(case, name)
         chosen = jax.jit(select)(query, key)
 
@@ -167,8 +168,8 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
 def main(argv: list[str] | None = None) -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, repeats=9, quick_repeats=2, argv=argv)
-    cases = QUICK if args.quick else CASES
-    rows = (row for case in cases for row in run(case, args.repeats))
+    cases, names = (QUICK, QUICK_NAMES) if args.quick else (CASES, NAMES)
+    rows = (row for case in cases for row in run(case, names, args.repeats))
     notes = [
         "select_ms: together_ms - attend_ms.",
         "speedup: of selection and sparse attention together, over dense attention.",

@@ -99,6 +99,7 @@ CAST_PARTS = {
     "AdamS alone": {"scaling": False, "eta": 0.0},
 }
 NAMES = (DENSE, "SR-STE", "AST-like", *CAST_PARTS)
+QUICK_NAMES = (DENSE, "AST-like", "CAST")
 
 
 def methods(losses: lm_methods.Losses) -> dict[str, Entry]:
@@ -123,6 +124,8 @@ def make_study(
     tokens: Mapping[str, Any],
     sizes: Sizes,
     ledger: lm_study.Ledger,
+    *,
+    names: Sequence[str] = NAMES,
     num_settings: int | None = None,
 ) -> lm_tuning.Study:
     """All runs begin with the model, which is the teacher too.
@@ -149,10 +152,11 @@ def make_study(
             "sparsity": sparsity,
         }
 
+    entries = methods(losses)
     return lm_tuning.Study(
         {
-            name: entry._replace(grid=entry.grid[:num_settings])
-            for name, entry in methods(losses).items()
+            name: entries[name]._replace(grid=entries[name].grid[:num_settings])
+            for name in names
         },
         ledger,
         first=lambda seed: weights,
@@ -193,32 +197,34 @@ def conclusions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
-    args, given = parser.parse_known_args(argv)
+    args = common.parse_args(
+        __doc__, repeats=3, quick_repeats=2, argv=argv, parser=parser
+    )
     if args.save_tokens:
         smollm2_tokens.save(args.save_tokens, model_file(args))
         return
-    shared = common.parse_args(__doc__, repeats=3, quick_repeats=2, argv=given)
-    if shared.quick:
+    if args.quick:
         sizes, model, tokens, origin = QUICK, tiny_model(), tiny_tokens(), {}
     else:
         sizes = full_sizes(args, parser)
         model, tokens, origin = read(model_file(args), args.tokens)
     grids = {"dense": DENSE_GRID, "ste": STE_GRID, "cast": CAST_GRID}
     settings = {
-        "repeats": shared.repeats,
+        "repeats": args.repeats,
         **dataclasses.asdict(sizes),
         **{f"{name}_grid": str(settings) for name, settings in grids.items()},
         **origin,
     }
-    ledger = lm_command.open_ledger(parser, shared.json, settings, args.minutes)
-    study = make_study(model, tokens, sizes, ledger, 1 if shared.quick else None)
+    ledger = lm_command.open_ledger(parser, args.json, settings, args.minutes)
+    few: dict[str, Any] = {"names": QUICK_NAMES, "num_settings": 1}
+    study = make_study(model, tokens, sizes, ledger, **(few if args.quick else {}))
 
     def runs():
         study.row(DENSE, "test", {"lr": 0.0}, steps=0, name=LOADED)
         study.run(
             tuning_steps=sizes.tuning_steps,
             steps=sizes.steps,
-            num_seeds=shared.repeats,
+            num_seeds=args.repeats,
             always=(DENSE,),
             best=2,
         )
@@ -232,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options that only this benchmark has; `common.parse_args` takes the rest."""
+    """The options that only this benchmark has; `common.parse_args` adds the rest."""
     parser = lm_command.make_parser()
     parser.add_argument("--model", type=pathlib.Path, help="the GGUF file")
     parser.add_argument("--tokens", type=pathlib.Path)

@@ -27,7 +27,7 @@ from benchmarks import (
         (dynamic_sparsity, {"method", "allocation", "lr", "test_loss"}, 2),
         (keep_highest, {"rows", "fast_ms", "top_k_ms", "speedup"}, 1),
         (progressive_gradient_flow, {"method", "pattern", "test_acc_percent"}, 2),
-        (selection_cost, {"method", "realised", "select_ms", "speedup"}, 7),
+        (selection_cost, {"method", "realised", "select_ms", "speedup"}, 3),
         (sparse_frontier, {"phase", "density", "mass", "worst", "select_ms"}, 3),
     ],
     ids=lambda value: getattr(value, "__name__", None),
