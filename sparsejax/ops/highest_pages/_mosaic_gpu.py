@@ -7,6 +7,8 @@ memory, and is waited for by a barrier of the cluster.
 """
 
 import functools
+import itertools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from sparsejax.ops._warpgroups import smem
 from sparsejax.ops.keep_highest._mosaic_gpu import ordered
 
 _ROWS = 64  # pages of a program, or entries
+_THREADS = 128  # of a program
 _MOST_PARTS = 16  # programs of a cluster
 _MOST_HEADS = 16
 _FOUR = 4  # entries of a list are copied by 16 bytes
@@ -90,6 +93,11 @@ def highest_pages(
     room = -(-num_kept // _FOUR) * _FOUR
     tile, square = (_ROWS, dim), (_ROWS, _ROWS)
     layout = plgpu.Layout.WGMMA
+    of_query = (
+        plgpu.Layout.WG_STRIDED((dim,), vec_size=1)
+        if dim % _THREADS == 0
+        else layout.reduce(0)
+    )
     load = functools.partial(_compat.mosaic_gpu_load, plgpu)
 
     def along(values, axis, shape=square):
@@ -100,8 +108,10 @@ def highest_pages(
 
     def sums_of_rows(of_chunk):
         """Sums over all pages of what a function of 64 of them gives, `[64, 64]`."""
-        found = sum((of_chunk(j) for j in range(1, parts)), of_chunk(0))
-        return jnp.sum(found, axis=1)
+        return jnp.sum(total(map(of_chunk, range(parts))), axis=1)
+
+    def total(terms):
+        return functools.reduce(operator.add, terms)
 
     def ones(which):
         return jnp.where(which, 1.0, 0.0)
@@ -134,16 +144,18 @@ def highest_pages(
             return load(refs[name].at[this, chunk], layout.reduce(0))
 
         plgpu.barrier_wait(refs["full"])
-        positive = negative = None
-        for i in range(sharing):
-            row = load(refs["query_tile"].at[i], layout.reduce(0)).astype(jnp.float32)
-            above, below = jnp.maximum(row, 0.0), jnp.minimum(row, 0.0)
-            positive = above if positive is None else positive + above
-            negative = below if negative is None else negative + below
-        products = sum(
+        # an entry a thread, if there are so many; laid out anew along the pages
+        rows = [
+            load(refs["query_tile"].at[i], of_query).astype(jnp.float32)
+            for i in range(sharing)
+        ]
+        for name, half in (("high", jnp.maximum), ("low", jnp.minimum)):
+            refs[f"{name}_factor"][...] = total(half(row, 0.0) for row in rows)
+        plgpu.commit_smem()
+        products = total(
             load(refs[f"{name}_tile"], layout).astype(jnp.float32)
-            * along(half, 1, tile)
-            for name, half in (("low", negative), ("high", positive))
+            * along(load(refs[f"{name}_factor"], layout.reduce(0)), 1, tile)
+            for name in ("high", "low")
         )
         row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=layout.reduce(1))
         page = part * _ROWS + row
@@ -153,12 +165,13 @@ def highest_pages(
         tell("keys", keys)
 
         def before(chunk):  # which pages of a chunk rank before each of these
-            left = chunk * _ROWS + positions(1) < part * _ROWS + positions(0)
             # no key is the least integer, and equal ones count if further left
-            bound = along(keys, 0) - jnp.where(left, 1, 0)
-            return ones(along(told("keys", chunk), 1) > bound)
+            bound = keys - jnp.where(chunk < part, 1, 0)
+            return ones(along(told("keys", chunk), 1) > along(bound, 0))
 
-        rank = sums_of_rows(before)
+        tied = along(told("keys", part), 1) == along(keys, 0)
+        tied = ones(tied & (positions(1) < positions(0)))
+        rank = sums_of_rows(before) + jnp.sum(tied, axis=1)
         kept = (rank < num_kept) & (page <= current)
         refs["kept_tile"][...] = ones(kept)
         plgpu.commit_smem()
@@ -167,14 +180,15 @@ def highest_pages(
         tell("upto", jnp.sum(upto, axis=1))
 
         def write(start, size):
-            totals = [refs["upto"][this, j, _ROWS - 1] for j in range(parts)]
-            first = [sum(totals[:j], jnp.float32(0)) for j in range(parts)]
-            last = first[-1] + totals[-1] - 1.0
+            counts = [refs["upto"][this, j, _ROWS - 1] for j in range(parts)]
+            first = list(itertools.accumulate(counts, initial=jnp.float32(0)))
+            if start == 0:
+                refs["num"][this] = first[-1].astype(jnp.int32)
             entry = (start + positions(0)).astype(jnp.float32)
-            entry = jnp.minimum(entry, last)  # the rest repeats the last
+            entry = jnp.minimum(entry, first[-1] - 1.0)  # the rest repeats the last
 
             def passed(chunk):
-                return ones(along(told("upto", chunk), 1) + first[chunk] <= entry)
+                return ones(along(told("upto", chunk) + first[chunk], 1) <= entry)
 
             index = sums_of_rows(passed).astype(jnp.int32)
             refs["indices_tile"][...] = index
@@ -190,14 +204,6 @@ def highest_pages(
                 functools.partial(write, start, min(_ROWS, room - start))
             )
 
-        @pl.when(part == 0)
-        def _():
-            total = sum(
-                [refs["upto"][this, j, _ROWS - 1] for j in range(parts)],
-                jnp.float32(0),
-            )
-            refs["num"][this] = total.astype(jnp.int32)
-
     lists = batch * groups
     operands = {"query": query, "low": low, "high": high, "lengths": lengths}
     results = {
@@ -211,6 +217,8 @@ def highest_pages(
         "query_tile": plgpu.SMEM((sharing, dim), query.dtype),
         "low_tile": smem(tile, low.dtype),
         "high_tile": smem(tile, low.dtype),
+        "low_factor": plgpu.SMEM((dim,), jnp.float32),
+        "high_factor": plgpu.SMEM((dim,), jnp.float32),
         "keys_tile": plgpu.SMEM((_ROWS,), jnp.int32),
         "kept_tile": plgpu.SMEM((_ROWS,), jnp.float32),
         "upto_tile": plgpu.SMEM((_ROWS,), jnp.float32),
