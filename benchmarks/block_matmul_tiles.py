@@ -28,7 +28,7 @@ NARROW = [
     {"rows": 256, "stages": 2},
     {"rows": 64, "stages": 6},
 ]
-WEIGHTS = [*({"stages": n} for n in (5, 4, 3)), {"cut": True}]
+WEIGHTS = [{}, {"stages": 4}, *({"cut": cut} for cut in (False, True))]
 
 
 def run(shape: Shape, repeats: int) -> list[dict]:
@@ -86,7 +86,7 @@ def run(shape: Shape, repeats: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs both block sizes."""
+    """Runs both block sizes, and a narrow matrix."""
     args = common.parse_args(__doc__, repeats=9, argv=argv)
     if jax.default_backend() != "gpu":
         raise SystemExit("this needs a Hopper GPU: it times ways to run its kernels")
@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = run(square, args.repeats)
     if not args.quick:
         rows += run(dataclasses.replace(square, block=64), args.repeats)
+        # few tiles of dw, each of many rows
+        rows += run(Shape(16384, 1024, 4096, 128), args.repeats)
     common.write_json(args.json, common.environment(repeats=args.repeats), rows)
 
 

@@ -80,7 +80,8 @@ class Grid:
 
     @property
     def most_tiles(self) -> int:
-        return self.num_places * self.parts
+        of_row = -(-self.capacity // self.in_tile)
+        return min(self.num_places, self.blocks[0] * of_row) * self.parts
 
     @property
     def slot_bytes(self) -> int:

@@ -57,11 +57,11 @@ class Tiles:
           >>> Tiles.default(32 * 1024)
           Tiles(slots=2, blocks_per_sm=3, chunk=4096, num_sms=132)
         """
-        most, chunk = (2, 2048) if heavy else (4, 4096)
         fitting = _SHARED_BYTES // slot_bytes
-        # three blocks of one slot are faster than one of three
-        blocks = max(1, min(most if fitting >= 2 * most else 3, most, fitting))
+        # blocks hide each other's waits better than slots of one do
+        blocks = max(1, min(fitting, 4 if heavy or fitting >= 8 else 3))
         slots = max(1, min(8, fitting // blocks))
+        chunk = 2048 if heavy else 4096
         return cls(slots=slots, blocks_per_sm=blocks, chunk=chunk)
 
 
