@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from benchmarks import common
 from benchmarks.decode_attention import Case, make_layers, make_lists
 
-CASES = [Case(65536, 0.0625), Case(65536, 0.0625, batch=4, layers=2)]
+CASES = [Case(65536, 0.0625), Case(65536, 0.0625, batch=4, layers=4)]
 # programs of a list on the whole device, warpgroups of each, keys of a tile, slots
 TILES = [
     (parts, *of_program)
