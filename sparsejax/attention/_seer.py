@@ -142,9 +142,10 @@ def seer_scores(
     if gate.query is not None:
         gated_query = jnp.einsum("bnhi,hio->bnho", gated_query, gate.query)
     features = key_features(key, block)
-    if gate.query is None:
-        features = _to_heads(features, query.shape[2])
-    gated_key = jnp.einsum("bnhi,hio->bnho", features, gate.key)
+    # a kernel for each query head, or for each key head
+    kernels = gate.key.reshape(key.shape[2], -1, *gate.key.shape[1:])
+    gated_key = jnp.einsum("bnki,kgio->bnkgo", features, kernels)
+    gated_key = gated_key.reshape(*gated_key.shape[:2], -1, gated_key.shape[-1])
     gated_key = _to_heads(gated_key, query.shape[2])
     if positions is None:
         positions = jnp.arange(query.shape[1])[None]
@@ -295,9 +296,9 @@ def room(num_kept: ArrayLike) -> int | None:
 
 def key_features(key: jax.Array, block: int) -> jax.Array:
     """Pooled keys `[batch, blocks, kv_heads, 3 head_dim]`, float32."""
-    return jnp.concatenate(
-        [_blocks.pooled(key, block, pool) for pool in KEY_POOLS], axis=-1
-    )
+    pools = [_blocks.pooled(key, block, pool) for pool in KEY_POOLS]
+    # else XLA pools for the concatenation too, and reads the keys twice
+    return jnp.concatenate(jax.lax.optimization_barrier(pools), axis=-1)
 
 
 def check_sequences(query: Any, key: Any, block: int) -> None:
