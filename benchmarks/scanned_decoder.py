@@ -1,9 +1,9 @@
 """A decoder whose equal blocks are stacked and scanned, and its loss in few logits.
 
 Compiling takes as long as for one block, and an optimizer sees one leaf for each kernel
-of a block in place of one for each layer. `unroll` gives up the former: a step of a
-small model has then less than half of the kernels on a GPU, and moves a fifth of the
-bytes, as a scan copies what it keeps for the gradient.
+of a block in place of one for each layer. `unroll` gives up the former: a step has then
+half of the kernels on a GPU, and moves a third less bytes or a half, as a scan copies
+what it keeps for the gradient.
 
 Weights are `{"blocks": .., "rest": ..}`, every leaf of the blocks `[num_layers, ..]`;
 give methods `stacked=stacked_axes`. With `"masks"` beside them, of
@@ -101,7 +101,9 @@ class ScannedDecoder:
         return nnx.merge(graph, weights["rest"], other)
 
 
-def scan_blocks(model: models.Decoder) -> tuple[ScannedDecoder, Params]:
+def scan_blocks(
+    model: models.Decoder, *, unroll: bool = False
+) -> tuple[ScannedDecoder, Params]:
     """Takes a decoder apart, which stays as it is.
 
     Raises:
@@ -122,7 +124,7 @@ def scan_blocks(model: models.Decoder) -> tuple[ScannedDecoder, Params]:
         for layers in list(zip(*blocks, strict=True))[1:]
     )
     outer_graph, rest, outer_other = nnx.split(outer, nnx.Param, ...)
-    decoder = ScannedDecoder((outer_graph, outer_other), (graph, other))
+    decoder = ScannedDecoder((outer_graph, outer_other), (graph, other), unroll)
     return decoder, {"blocks": weights, "rest": rest}
 
 
@@ -156,8 +158,9 @@ def token_loss(
 ) -> Loss:
     """The loss of the next token, a mean over a batch `[n * rows, seq + 1]`.
 
-    Logits exist for `rows` sequences at once, and are computed again for the gradient:
-    of SmolLM2 they take 0.1 GB for 512 tokens, several times in a loss.
+    Logits exist for `rows` sequences at once, and are computed again for the gradient
+    unless these are the whole batch: of SmolLM2 they take 0.1 GB for 512 tokens,
+    several times in a loss.
 
     Args:
       decoder: of the weights and of the teacher's.
@@ -171,7 +174,6 @@ def token_loss(
         hidden = decoder.hidden(weights, inputs)
         taught = decoder.hidden(teacher, inputs) if eta else None
 
-        @jax.checkpoint
         def of_rows(chunk):
             labels, hidden, taught = chunk
             logits = decoder.logits(weights, hidden)
@@ -185,10 +187,11 @@ def token_loss(
                 temperature=temperature,
             )
 
-        chunks = jax.tree.map(
-            lambda x: x.reshape(-1, rows, *x.shape[1:]), (labels, hidden, taught)
-        )
-        return jnp.mean(jax.lax.map(of_rows, chunks))
+        whole = labels, hidden, taught
+        if len(batch) == rows:
+            return of_rows(whole)
+        chunks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), whole)
+        return jnp.mean(jax.lax.map(jax.checkpoint(of_rows), chunks))
 
     return loss
 

@@ -30,10 +30,11 @@ The first needs the packages gguf, tokenizers and gensim and no accelerator, and
 picture is written beside it if matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a
 folder, saves the next call the compiling.
 
-A step has 16 x 512 tokens and 8 TFLOP, 11 with a teacher, products in bfloat16; beside
-them it moves about 30 GB: weights, moments, activations and logits. From that, not yet
-measured, 40 to 60 ms are expected of an H100: 25 to 35 s for 600 steps, half of it to
-tune, 20 to 25 minutes for all 56 runs with compiling; and 15 GB of memory.
+A step has 16 x 512 tokens and 8 TFLOP, 11 with a teacher, products in bfloat16; as
+compiled for an H100 it moves 60 to 80 GB in 1500 to 2000 kernels: weights, moments,
+activations and logits. From that, not yet measured, 30 to 40 ms are expected: 20 s for
+600 steps, half of it to tune; 15 minutes for all 56 runs, of which 3 to compile; and 12
+GB of memory. Such a step fills a GPU: runs gain nothing from being done together.
 
 Paper: https://arxiv.org/abs/2509.25996.
 """
@@ -81,7 +82,7 @@ class Sizes:
     steps_per_call: int
 
 
-FULL = Sizes(16, 512, rows=4, steps=600, tuning_steps=300, steps_per_call=25)
+FULL = Sizes(16, 512, rows=16, steps=600, tuning_steps=300, steps_per_call=25)
 QUICK = Sizes(2, 8, rows=2, steps=4, tuning_steps=2, steps_per_call=2)
 
 # --- What is compared ---
@@ -132,7 +133,7 @@ def make_study(
 
     Of each grid the first `num_settings` are tried; None for all.
     """
-    decoder, weights = scanned_decoder.scan_blocks(model)
+    decoder, weights = scanned_decoder.scan_blocks(model, unroll=True)
     losses = functools.partial(scanned_decoder.token_loss, decoder, rows=sizes.rows)
     mean_loss = lm_study.evaluator(losses(), batch_size=sizes.batch_size)
     examples = {
@@ -220,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = make_study(model, tokens, sizes, ledger, **(few if args.quick else {}))
 
     def runs():
+        names = QUICK_NAMES if args.quick else NAMES
+        study.compile(lm_report.waiting(ledger.rows, names, 1))
         study.row(DENSE, "test", {"lr": 0.0}, steps=0, name=LOADED)
         study.run(
             tuning_steps=sizes.tuning_steps,

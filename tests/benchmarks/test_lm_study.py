@@ -232,7 +232,7 @@ def test_scanned_blocks_compute_what_the_decoder_does():
 
     def found(weights):
         loss = scanned_decoder.token_loss(decoder, rows=2)
-        taught = scanned_decoder.token_loss(decoder, rows=2, eta=0.25, temperature=2.0)
+        taught = scanned_decoder.token_loss(decoder, rows=4, eta=0.25, temperature=2.0)
         _, density = decoder.hidden(weights, inputs, with_density=True)
         both = loss(weights, batch), taught(weights, batch, teacher)
         return *both, density["ffn"]
