@@ -53,10 +53,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """Modules stay: the garbage collector need not visit them again and again."""
+    """Modules stay: the garbage collector need not visit them again and again.
+
+    Nor what jax keeps of each program: it looks for garbage less often.
+    """
     del session
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_report_header(config):

@@ -137,7 +137,7 @@ def refused(capsys, *arguments) -> str:
 
 @pytest.mark.once
 def test_bad_input_is_named_before_anything_is_written(tmp_path, text, capsys):
-    runs = ("--runs", tmp_path / "runs", *TINY)
+    runs = ("--runs", tmp_path / "runs", "--text", text, *TINY)
     short = tmp_path / "short.txt"
     short.write_text("short")
     missing = tmp_path / "missing.txt"
