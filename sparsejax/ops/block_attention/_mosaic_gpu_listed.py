@@ -67,15 +67,12 @@ class Tiles:
           >>> Tiles.default(8, 4096)
           Tiles(parts=16, warpgroups=2, columns=64, stages=2, in_registers=True)
         """
-        parts = 1
-        # as many as run side by side, each with a tile for each of its warpgroups
-        while (
-            parts < _MOST_PARTS
-            and 2 * parts * lists <= _NUM_SMS
-            and (2 * parts * 2 * 64 <= keys)
-        ):
-            parts *= 2
-        return cls(parts)
+        tiles = cls(1)
+        of_part = tiles.warpgroups * tiles.columns
+        # as many as run side by side, with a tile for each warpgroup
+        most = min(_MOST_PARTS, _NUM_SMS // lists, keys // of_part)
+        parts = 2 ** (max(most, 1).bit_length() - 1)
+        return dataclasses.replace(tiles, parts=parts)
 
 
 def unsupported_reason(q, k, v, key_lists, length) -> str | None:

@@ -197,7 +197,7 @@ def highest_pages(
                 refs["indices_tile"].at[pl.ds(0, size)],
                 refs["indices"].at[this, pl.ds(start, size)],
             )
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         for i, start in enumerate(range(0, room, _ROWS)):
             pl.when(part == i)(
