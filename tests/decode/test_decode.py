@@ -219,7 +219,7 @@ class GenerateTest(parameterized.TestCase):
             chex.assert_trees_all_close(joined.unrotated(x), want, rtol=1e-5, atol=1e-5)
 
     def test_bfloat16_over_float32_weights(self):
-        config = dataclasses.replace(CONFIG, **SPARK, dtype=jnp.bfloat16)
+        config = dataclasses.replace(CONFIG, **SPARK, num_layers=1, dtype=jnp.bfloat16)
         model = nnx.jit(lambda: models.Decoder(config, rngs=nnx.Rngs(0)))()
         ready = decode.prepare(model)
         dtypes = jax.tree.map(lambda x: x.dtype, (ready.state, ready.up))
