@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import (
+    attention_training,
     block_training,
     cast_toy,
     dynamic_sparsity,
@@ -22,6 +23,7 @@ from benchmarks import (
 @pytest.mark.parametrize(
     "study, columns, num_rows",
     [
+        (attention_training, {"seq", "model", "speedup", "memory_gb"}, 2),
         (block_training, {"model", "speedup", "memory_gb", "ffn_ms"}, 4),
         (cast_toy, {"method", "l1_decay", "mse_after_prune_se"}, 24),
         (dynamic_sparsity, {"method", "allocation", "lr", "test_loss"}, 2),
