@@ -282,8 +282,9 @@ def table(
 def conclusions(rows: Sequence[lm_report.Row]) -> list[str]:
     """What the table says, in its own numbers."""
     notes = [
-        "settings, ms_step and device are of seed 0; sparsity is that of the FFN "
-        "kernels; flops_to_dense: of the whole run, over those of the dense run"
+        "settings, ms_step and device are of seed 0, and a step is of all runs that "
+        "went together; sparsity is that of the FFN kernels; flops_to_dense: of the "
+        "whole run, over those of the dense run"
     ]
     for end in ("", EQUAL):
         for way in PROGRESSIVE:
