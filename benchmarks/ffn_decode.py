@@ -431,23 +431,24 @@ def main(argv=None) -> None:
         common.write_json(args.json, env, rows, notes)  # a long run loses nothing
         return row
 
+    weights = spark_weights(size)
+    batches = sorted({case.batch for case in cases})
+    show([measured(run_spark(weights, size, b, args.repeats)) for b in batches])
+    del weights  # before the others are made
+
     weights = given_weights(size)
     forms = given_forms()
     given = [
         measured(run_given(forms, weights, size, case, args.repeats)) for case in cases
     ]
     notes += crossover_notes(given)
+    common.write_json(args.json, env, rows, notes)
     show(given, notes)
     if has_kernel() and not args.quick:
         for batch in (1, 8):
             case = Case(batch, 0.08)
             found = run_tiles(weights, size, case, args.repeats)
             show([measured(row) for row in found])
-    del weights  # before the others are made
-
-    weights = spark_weights(size)
-    batches = sorted({case.batch for case in cases})
-    show([measured(run_spark(weights, size, b, args.repeats)) for b in batches])
 
 
 if __name__ == "__main__":
