@@ -51,6 +51,12 @@ def decode_operands(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     return x, gate, indices, num_active, w, w
 
 
+def weights_operands(keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    scores = array(1, 8, SIDE, keys, dtype=jnp.float32)
+    z = array(1, 1, SIDE, 1, dtype=jnp.float32)
+    return scores, scores, z, array(1, 1, SIDE, keys, dtype=jnp.bool_)
+
+
 def attention_operands(head_dim: int) -> tuple[Any, ...]:
     q, k = (array(1, SIDE, heads, head_dim) for heads in (32, 8))
     return q, k, k, mask(128)
@@ -95,6 +101,9 @@ def cases() -> list[Case]:
         num_kept=32,
         implementation="mosaic_gpu",
     )
+    weights = functools.partial(
+        sj.ops.spark_weights, dtype=jnp.bfloat16, implementation="mosaic_gpu"
+    )
     rows, scalar = array(SIDE, 16384), array(dtype=jnp.float32)
     square, products = array(SIDE, SIDE), ("y", "dx", "dw")
     return [
@@ -113,6 +122,15 @@ def cases() -> list[Case]:
                 (array(SIDE, width), scalar, array(SIDE, width)),
             )
             for width in (6144, 16384)
+        ),
+        *(
+            Case(
+                f"spark_weights, {keys} keys",
+                ("forward", "backward"),
+                with_gradients(weights),
+                weights_operands(keys),
+            )
+            for keys in (512, 1024, 4096, 8192)
         ),
         *(
             Case(

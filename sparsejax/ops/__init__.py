@@ -16,3 +16,7 @@ from sparsejax.ops.gaussian_topk import num_entries as num_entries
 from sparsejax.ops.highest_pages import highest_pages as highest_pages
 from sparsejax.ops.highest_pages import page_scores as page_scores
 from sparsejax.ops.keep_highest import keep_highest as keep_highest
+from sparsejax.ops.spark_weights import highest as highest
+from sparsejax.ops.spark_weights import kept_weights as kept_weights
+from sparsejax.ops.spark_weights import spark_kept as spark_kept
+from sparsejax.ops.spark_weights import spark_weights as spark_weights

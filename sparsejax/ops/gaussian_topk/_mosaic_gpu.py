@@ -1,10 +1,6 @@
-"""The kernel for Hopper: each row is read once, kept on chip, and written once.
+"""The kernel for Hopper, of the form that `_rows` describes.
 
-Every block of threads walks over its share of the rows. A ring of slots in shared
-memory holds rows that are being loaded, the row at work, and the one being stored;
-results overwrite their operands. A block is a single warpgroup, since a reduction over
-a whole row is not to be had across several; several blocks share a multiprocessor
-instead, so that one computes while another waits.
+Results overwrite their operands.
 """
 
 import dataclasses
@@ -13,56 +9,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from sparsejax import _compat
+from sparsejax.ops import _rows
+from sparsejax.ops._rows import COLUMNS, SHARED_BYTES, Tiles
 from sparsejax.ops.gaussian_topk._reference import Activation, glu
 from sparsejax.ops.gaussian_topk._slopes import glu_back, passed_back, survivors
 
-_COLUMNS = 256  # the longest side of a piece that one bulk copy takes
-_SHARED_BYTES = 200 * 1024  # of a multiprocessor, less what reductions and barriers use
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How the work is cut.
-
-    Attributes:
-      slots: of the ring of one block; with one alone nothing overlaps.
-      blocks_per_sm: blocks of threads that share a multiprocessor.
-      chunk: entries of a row that are in registers at a time, a multiple of 512.
-      num_sms: multiprocessors of the device.
-    """
-
-    slots: int
-    blocks_per_sm: int
-    chunk: int = 4096
-    num_sms: int = 132
-
-    @classmethod
-    def default(cls, slot_bytes: int, *, heavy: bool = False) -> "Tiles":
-        """The tiles for slots of this size.
-
-        Args:
-          slot_bytes: bytes of all rows that one slot holds.
-          heavy: much is computed with an entry, and takes registers.
-
-        Returns:
-          The tiles.
-
-        Example:
-          >>> Tiles.default(32 * 1024)
-          Tiles(slots=2, blocks_per_sm=3, chunk=4096, num_sms=132)
-        """
-        fitting = _SHARED_BYTES // slot_bytes
-        # blocks hide each other's waits better than slots of one do
-        blocks = max(1, min(fitting, 4 if heavy or fitting >= 8 else 3))
-        slots = max(1, min(8, fitting // blocks))
-        chunk = 2048 if heavy else 4096
-        return cls(slots=slots, blocks_per_sm=blocks, chunk=chunk)
 
 
 def unsupported_reason(
@@ -86,7 +42,7 @@ def unsupported_reason(
         return f"the last axis must be a multiple of 512; got {d}"
     # a slot of the backward holds these rows: x, the gradient, and `up`
     held, names = (2, "row") if up is None else (3, "row with `up`")
-    longest = _SHARED_BYTES // (held * x.dtype.itemsize) // 512 * 512
+    longest = SHARED_BYTES // (held * x.dtype.itemsize) // 512 * 512
     if d > longest:
         return f"a {names} of {x.dtype} must have at most {longest} entries; got {d}"
     if x.size == 0:
@@ -125,7 +81,7 @@ def gaussian_topk(
     d = x.shape[-1]
     num_rows = math.prod(x.shape[:-1])
     rows, up = (
-        None if a is None else a.reshape(num_rows, d // _COLUMNS, _COLUMNS)
+        None if a is None else a.reshape(num_rows, d // COLUMNS, COLUMNS)
         for a in (x, up)
     )
     z = jnp.broadcast_to(jnp.asarray(z, jnp.float32), (*x.shape[:-1], 1))
@@ -136,7 +92,7 @@ def gaussian_topk(
     grad_tiles = grad_tiles or Tiles.default((held + 1) * row_bytes, heavy=heavy)
     elementwise = _Elementwise(activation, huber_delta)
     z = z.reshape(num_rows)
-    return jnp.reshape(_rows(rows, z, up, elementwise, tiles, grad_tiles), x.shape)
+    return jnp.reshape(_on_rows(rows, z, up, elementwise, tiles, grad_tiles), x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,18 +104,18 @@ class _Elementwise:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _rows(x, z, up, elementwise, tiles, grad_tiles):
+def _on_rows(x, z, up, elementwise, tiles, grad_tiles):
     del grad_tiles
     return _forward(x, z, up, elementwise, tiles, with_statistics=False)[0]
 
 
-def _rows_fwd(x, z, up, elementwise, tiles, grad_tiles):
+def _on_rows_fwd(x, z, up, elementwise, tiles, grad_tiles):
     del grad_tiles
     out, mean, std = _forward(x, z, up, elementwise, tiles, with_statistics=True)
     return out, (x, z, up, mean, std)
 
 
-def _rows_bwd(elementwise, tiles, grad_tiles, residuals, grad):
+def _on_rows_bwd(elementwise, tiles, grad_tiles, residuals, grad):
     del tiles
     x, z, up, mean, std = residuals
     total, dx, *dup = _backward(grad, x, z, up, mean, std, elementwise, grad_tiles)
@@ -167,15 +123,15 @@ def _rows_bwd(elementwise, tiles, grad_tiles, residuals, grad):
     return dx, dz, dup[0] if dup else None
 
 
-_rows.defvjp(_rows_fwd, _rows_bwd)
+_on_rows.defvjp(_on_rows_fwd, _on_rows_bwd)
 
 
 # jitted, as is the backward: layers of equal shapes share the lowered kernel
 @functools.partial(jax.jit, static_argnums=(3, 4), static_argnames="with_statistics")
 def _forward(x, z, up, elementwise, tiles, *, with_statistics):
     num_rows, length, _ = x.shape
-    d = length * _COLUMNS
-    chunks = _chunks(length, tiles.chunk)
+    d = length * COLUMNS
+    chunks = _rows.chunks(length, tiles.chunk)
     sources = (x,) if up is None else (x, up)
     activated = _compat.without_custom_rules(
         functools.partial(glu, activation=elementwise.activation)
@@ -189,11 +145,11 @@ def _forward(x, z, up, elementwise, tiles, *, with_statistics):
             def piece(rows, i=0):
                 return ring[slot, i, rows].astype(jnp.float32)
 
-            mean = _total(piece(rows) for rows in chunks) * (1 / d)
-            var = _total(_squared(piece(rows) - mean) for rows in chunks) * (1 / d)
-            # sqrt is not in every version's lane semantics, rsqrt is
-            std = jnp.where(var == 0.0, 0.0, var * jax.lax.rsqrt(var))
-            unchanged, z = _split(z_gmem[row])
+            mean = _rows.total(piece(rows) for rows in chunks) * (1 / d)
+            squares = (_rows.squared(piece(rows) - mean) for rows in chunks)
+            var = _rows.total(squares) * (1 / d)
+            std = _rows.std(var)
+            unchanged, z = _rows.split_quantile(z_gmem[row])
             theta = _rounded(mean + std * z, x.dtype)
             for rows in chunks:
                 x_piece = piece(rows)
@@ -224,8 +180,8 @@ def _forward(x, z, up, elementwise, tiles, *, with_statistics):
 @functools.partial(jax.jit, static_argnums=(6, 7))
 def _backward(grad, x, z, up, mean, std, elementwise, tiles):
     num_rows, length, _ = x.shape
-    d = length * _COLUMNS
-    chunks = _chunks(length, tiles.chunk)
+    d = length * COLUMNS
+    chunks = _rows.chunks(length, tiles.chunk)
     sources = (x, grad) if up is None else (x, grad, up)
     huber_delta = elementwise.huber_delta
     activated_back = _compat.without_custom_rules(
@@ -238,7 +194,7 @@ def _backward(grad, x, z, up, mean, std, elementwise, tiles):
 
         def compute(row, slot):
             mean, std = mean_gmem[row], std_gmem[row]
-            unchanged, z = _split(z_gmem[row])
+            unchanged, z = _rows.split_quantile(z_gmem[row])
             theta = _rounded(mean + std * z, x.dtype)
 
             def piece(rows, i):
@@ -258,7 +214,7 @@ def _backward(grad, x, z, up, mean, std, elementwise, tiles):
                         ring[slot, 2, rows] = dup.astype(x.dtype)
                 return passed_back(grad_piece, x_piece - theta, huber_delta)
 
-            total = _total(passed_first(rows) for rows in chunks)
+            total = _rows.total(passed_first(rows) for rows in chunks)
             shift = total * (1 / d)
             scale = jnp.where(std == 0.0, 0.0, shift * z / std)
             for rows in chunks:
@@ -290,97 +246,21 @@ def _backward(grad, x, z, up, mean, std, elementwise, tiles):
 
 def _kernel(body, x, tiles, *, out_type, held):
     """The kernel of a body whose slots hold so many rows like those of `x`."""
-    assert tiles.slots >= 1 and tiles.chunk >= 512, tiles
     num_rows, *row = x.shape
-    full = plgpu.Barrier(num_arrivals=held, num_barriers=tiles.slots)
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=(plgpu.SMEM((tiles.slots, held, *row), x.dtype), full),
-        grid=(_num_blocks(num_rows, tiles),),
-        grid_names=("block",),
-        compiler_params=_compat.mosaic_gpu_params(plgpu),
+    ring = plgpu.SMEM((tiles.slots, held, *row), x.dtype)
+    return _rows.kernel(
+        body, num_rows, tiles, out_type=out_type, scratch_types=(ring,), loads=held
     )
-
-
-def _num_blocks(num_rows: int, tiles: Tiles) -> int:
-    return min(num_rows, tiles.num_sms * tiles.blocks_per_sm)
 
 
 def _walk(num_rows, tiles, sources, ring, full, compute) -> None:
-    """Takes the rows `block`, `block + num_blocks`, ... through the ring.
+    """As `_rows.walk`: each slot of the ring holds a row of each source."""
 
-    Args:
-      num_rows: rows of all blocks.
-      tiles: how the work is cut.
-      sources: arrays in device memory, of whose rows a slot holds one each.
-      ring: the slots.
-      full: the barriers of the slots, reached when the rows are loaded.
-      compute: takes a row and a slot; starts one group of copies back, from the slot.
-    """
-    block, slots = jax.lax.axis_index("block"), tiles.slots
-    num_blocks = _num_blocks(num_rows, tiles)
-    mine = (num_rows - block + num_blocks - 1) // num_blocks
-
-    def row(i):
-        return block + i * num_blocks
-
-    def load(i, slot):
+    def copies(row, slot):
         for place, source in enumerate(sources):
-            plgpu.copy_gmem_to_smem(
-                source.at[row(i)], ring.at[slot, place], full.at[slot]
-            )
+            yield source.at[row], ring.at[slot, place]
 
-    for i in range(slots):
-
-        @pl.when(i < mine)
-        def _(i=i):
-            load(i, i)
-
-    def step(i, _):
-        slot = jax.lax.rem(i, slots)
-        plgpu.barrier_wait(full.at[slot])
-        compute(row(i), slot)
-        # A slot is free once its store has read it. The store of the row before had
-        # this step's time for that.
-        lag = 0 if slots == 1 else 1
-        upcoming = i - lag + slots
-
-        @pl.when((i >= lag) & (upcoming < mine))
-        def _():
-            plgpu.wait_smem_to_gmem(lag, wait_read_only=True)
-            load(upcoming, jax.lax.rem(upcoming, slots))
-
-        return _
-
-    jax.lax.fori_loop(0, mine, step, None)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _chunks(length: int, chunk: int):
-    """Slices of equal size that cover `length` pieces of a row, each at most `chunk`.
-
-    A slice has an even number of pieces: 512 entries are four for each thread.
-    """
-    size = max(
-        s for s in range(2, length + 1, 2) if length % s == 0 and s * 256 <= chunk
-    )
-    return [pl.ds(start, size) for start in range(0, length, size)]
-
-
-def _total(pieces) -> jax.Array:
-    """The sum over all entries of all pieces, added piece to piece first."""
-    return jnp.sum(functools.reduce(jnp.add, pieces))
-
-
-def _squared(x: jax.Array) -> jax.Array:
-    return x * x
-
-
-def _split(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether the row is unchanged, which z = -inf says; and a z that is finite."""
-    unchanged = z == -jnp.inf
-    return unchanged, jnp.where(unchanged, 0.0, z)
+    _rows.walk(num_rows, tiles, full, copies, compute)
 
 
 def _rounded(value: jax.Array, dtype) -> jax.Array:

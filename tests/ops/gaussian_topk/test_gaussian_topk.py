@@ -9,6 +9,7 @@ import pytest
 from absl.testing import parameterized
 
 from sparsejax import ops
+from sparsejax.ops import _rows
 from sparsejax.ops.gaussian_topk import _mosaic_gpu, _pallas_tpu, _reference
 from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
@@ -429,7 +430,7 @@ class TilesTest(parameterized.TestCase):
 
     @parameterized.product(width=[512, 1536, 13824], chunk=[512, 4096])
     def test_chunks_cover_a_row(self, width, chunk):
-        pieces = _mosaic_gpu._chunks(width // 256, chunk)
+        pieces = _rows.chunks(width // 256, chunk)
         covered = [i for p in pieces for i in range(p.start, p.start + p.size)]
         self.assertEqual(covered, list(range(width // 256)))
         self.assertTrue(all(p.size % 2 == 0 and p.size * 256 <= chunk for p in pieces))

@@ -1,0 +1,161 @@
+"""spark_weights: the reference and the kernel against NumPy, row by row."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from sparsejax import ops
+from sparsejax.ops._rows import Tiles
+from sparsejax.ops.spark_weights import _mosaic_gpu, _reference
+from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
+
+RTOL = {"float32": 2e-5, "float16": 2**-9, "bfloat16": 2**-6}
+
+
+def operands(shape, where_shape, dtype=jnp.float32):
+    """A gradient, scores, z and `where`: rows that are empty, tied, or keep all."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    grad, predicted, rest = (2 * jax.random.normal(k, shape) for k in keys[:3])
+    rest = rest.at[..., :9].set(jnp.linspace(-40, 40, 9))
+    where = jax.random.uniform(keys[3], where_shape) < 0.6
+    where = where.at[..., 1, :].set(False)
+    predicted = jnp.where(where, predicted, jnp.nan)  # what is not seen is not read
+    predicted = predicted.at[..., 2, :].set(-1.25)
+    z = jnp.linspace(0.4, 1.5, shape[-2])[:, None].at[3].set(-jnp.inf)
+    return grad.astype(dtype), predicted, rest, z, where
+
+
+def row_oracle(grad, predicted, rest, z, where):
+    """Weights of one row and the gradients of its scores, in float64."""
+    found = np.zeros((3, len(grad)))
+    if not where.any():
+        return found
+    scores = predicted[where]
+    theta = -np.inf if z == -np.inf else scores.mean() + scores.std() * z
+    kept = where & ((predicted > theta) | (predicted == scores.max()))
+    powers = np.exp(predicted[kept] - scores.max())
+    shares, softplus = powers / powers.sum(), np.logaddexp(rest[kept], 0)
+    passed = grad[kept] * softplus
+    found[0, kept] = shares * softplus
+    found[1, kept] = shares * (passed - (shares * passed).sum())
+    found[2, kept] = grad[kept] * shares / (1 + np.exp(-rest[kept]))
+    return found
+
+
+def oracle(grad, predicted, rest, z, where):
+    rows = grad, predicted, rest, np.broadcast_to(where, grad.shape)
+    grad, predicted, rest, where = (np.asarray(a) for a in rows)
+    z = np.broadcast_to(z, (*grad.shape[:-1], 1))
+    want = np.zeros((3, *grad.shape))
+    for i in np.ndindex(grad.shape[:-1]):
+        row = (np.asarray(a[i], np.float64) for a in (grad, predicted, rest))
+        want[:, *i] = row_oracle(*row, z[i][0], where[i])
+    return want
+
+
+def value_and_gradients(fn, grad, predicted, rest, z, where):
+    def both(predicted, rest):
+        out, pull = jax.vjp(lambda p, r: fn(p, r, z, where), predicted, rest)
+        return out, *pull(grad)
+
+    return jax.jit(both)(predicted, rest)
+
+
+class SparkWeightsTest(parameterized.TestCase):
+    def check(self, fn, *operands):
+        dtype = operands[0].dtype
+        fn = functools.partial(fn, dtype=dtype)
+        got = value_and_gradients(fn, *operands)
+        self.assertEqual([a.dtype for a in got], [dtype, jnp.float32, jnp.float32])
+        want, names = oracle(*operands), (dtype.name, "float32", "float32")
+        for a, b, tolerance in zip(got, want, names, strict=True):
+            np.testing.assert_allclose(
+                np.asarray(a, np.float64), b, rtol=RTOL[tolerance], atol=1e-6
+            )
+
+    @parameterized.parameters(((2, 3, 5, 40), (2, 1, 5, 40)), ((5, 40), (5, 40)))
+    def test_reference(self, shape, where_shape):
+        self.check(_reference.spark_weights, *operands(shape, where_shape))
+
+    def test_mixed_dtypes(self):
+        self.check(ops.spark_weights, *operands((4, 64), (4, 64), jnp.bfloat16))
+
+    # A `where` for several rows, for each its own; few blocks, which refill their ring.
+    @parameterized.parameters(
+        ((2, 2, 4, 512), (2, 1, 4, 512), jnp.bfloat16, None),
+        ((6, 1024), (6, 1024), jnp.float32, Tiles(2, 1, 512, 2)),
+    )
+    @needs_gpu_interpreter
+    def test_gpu(self, shape, where_shape, dtype, tiles):
+        fn = functools.partial(_mosaic_gpu.spark_weights, tiles=tiles, grad_tiles=tiles)
+        with gpu_interpreted():
+            self.check(fn, *operands(shape, where_shape, dtype))
+
+    @needs_gpu_interpreter
+    def test_nan_stays_in_its_row(self):
+        _, predicted, rest, z, where = operands((5, 512), (5, 512))
+        predicted = jnp.where(where, predicted, 0).at[3:, 7].set(jnp.nan)
+        where = where.at[3:, 7].set(True)
+        run = functools.partial(ops.spark_weights, predicted, rest, z, where)
+        with gpu_interpreted():
+            for implementation in ("reference", "mosaic_gpu"):
+                nan = np.isnan(run(implementation=implementation))
+                self.assertFalse(nan[:3].any())
+                self.assertTrue(nan[3:].all())
+
+    @parameterized.parameters(
+        ((8, 4, 512), (8, 1, 512), jnp.bfloat16),
+        ((3, 4, 4096), (1, 1, 4096), jnp.bfloat16),
+        ((2, 3, 200, 1024), (1, 1, 200, 1024), jnp.bfloat16),
+        ((2, 3, 40, 8192), (2, 1, 40, 8192), jnp.float32),
+        ((1500, 1536), (1500, 1536), jnp.float16),
+    )
+    @pytest.mark.gpu
+    def test_on_a_gpu(self, shape, where_shape, dtype):
+        self.check(_mosaic_gpu.spark_weights, *operands(shape, where_shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_lowers_for_hopper(dtype):
+    fn = functools.partial(ops.spark_weights, dtype=dtype, implementation="mosaic_gpu")
+    shapes = (4, 2, 8, 1024), (1, 1, 8, 1024)
+    rows = jax.eval_shape(lambda: operands(*shapes, jnp.dtype(dtype)))
+    step = functools.partial(value_and_gradients, fn)
+    exported = jax.export.export(jax.jit(step), platforms=["cuda"])(*rows)
+    assert exported.mlir_module().count("@mosaic_gpu") >= 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "scores", "dtype", "reason"),
+    [
+        (1000, "float32", "float32", "multiple of 512, at most 11776; got 1000"),
+        (13824, "float32", "bfloat16", "at most 13312; got 13824"),
+        (512, "bfloat16", "bfloat16", "scores must be float32; got bfloat16"),
+        (512, "float32", "float8_e4m3fn", "`dtype` must be bfloat16, float16 or"),
+    ],
+)
+def test_unsupported_operands(keys, scores, dtype, reason):
+    fn = functools.partial(ops.spark_weights, dtype=dtype, implementation="mosaic_gpu")
+    scores = jax.ShapeDtypeStruct((4, keys), scores)
+    where = jax.ShapeDtypeStruct((1, keys), jnp.bool_)
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(fn, scores, scores, 1.0, where)
+
+
+def test_errors():
+    fn, x, where = ops.spark_weights, jnp.ones((2, 8)), jnp.ones((1, 8), bool)
+    with pytest.raises(TypeError, match=r"must be floating; got int32\[8\]"):
+        fn(jnp.arange(8), x, 1.0, where)
+    with pytest.raises(ValueError, match=r"`rest` must be like.*got float32\[8\]"):
+        fn(x, x[0], 1.0, where)
+    with pytest.raises(TypeError, match="`where` must be bool; got float32"):
+        fn(x, x, 1.0, x)
+    for shape in ((8,), (2, 1), (3, 8)):
+        with pytest.raises(ValueError, match="`where` must have the axes"):
+            fn(x, x, 1.0, jnp.ones(shape, bool))
+    with pytest.raises(ValueError, match=r"`z` must be a scalar.*got shape \(8,\)"):
+        fn(x, x, jnp.ones(8), where)
