@@ -73,8 +73,6 @@ from sparsejax.attention._seer_target import seer_target as seer_target
 from sparsejax.attention._slots import change_slots as change_slots
 from sparsejax.attention._snapkv import ada_snapkv as ada_snapkv
 from sparsejax.attention._snapkv import snapkv as snapkv
-from sparsejax.attention._spark import highest as highest
-from sparsejax.attention._spark import masked_softmax as masked_softmax
 from sparsejax.attention._spark import scaled_scores as scaled_scores
 from sparsejax.attention._spark import spark_attention as spark_attention
 from sparsejax.attention._spark import spark_selection as spark_selection

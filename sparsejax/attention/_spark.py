@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from sparsejax import activations
+from sparsejax import activations, ops
 
 
 def spark_selection(
@@ -37,9 +37,13 @@ def spark_selection(
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3. That statistics and
       `k / n` count the valid keys alone is our reading; the highest is our addition.
     """
-    scores = jax.lax.stop_gradient(scores)
-    threshold = activations.statistical_threshold(scores, k, where=valid)
-    return valid & ((scores > threshold) | (scores == highest(scores, valid)))
+    return ops.spark_kept(scores, _quantile(k, valid), where=valid)
+
+
+def _quantile(k: ArrayLike, valid: jax.Array) -> ArrayLike:
+    """What `statistical_threshold` multiplies the std of the valid scores by."""
+    num = ops.num_entries(valid, where=valid)
+    return activations.quantile(activations.check_k(k), num, ddof=0)
 
 
 def spark_attention(
@@ -50,6 +54,7 @@ def spark_attention(
     *,
     k: ArrayLike,
     split: int,
+    implementation: ops.Implementation | None = None,
 ) -> tuple[
     Float[Array, "batch queries heads value_dim"],
     Bool[Array, "batch heads queries keys"],
@@ -72,6 +77,7 @@ def spark_attention(
         query that sees none gets zeros.
       k: expected number of attended keys, see `spark_selection`.
       split: width of the predictor's part, in `[1, head_dim - 1]`.
+      implementation: of `sj.ops.spark_weights`.
 
     Returns:
       The outputs in the dtype of `value`, and which keys were attended.
@@ -83,10 +89,12 @@ def spark_attention(
     batch, num_queries, heads, _ = query.shape
     valid = valid[:, :, None]
     predicted, rest = _scores_of_parts(query, key, split)
-    attended = spark_selection(predicted, valid, k=k)
-    weights = masked_softmax(predicted, attended, highest(predicted, valid))
-    weights *= jax.nn.softplus(rest)
-    out = jnp.einsum("bhgqk,bkhd->bhgqd", weights.astype(value.dtype), value)
+    z = _quantile(k, valid)
+    attended = ops.spark_kept(predicted, z, where=valid)
+    weights = ops.spark_weights(
+        predicted, rest, z, valid, dtype=value.dtype, implementation=implementation
+    )
+    out = jnp.einsum("bhgqk,bkhd->bhgqd", weights, value)
     out = jnp.moveaxis(out, 3, 1)
     shape = (batch, heads, num_queries, key.shape[1])
     return out.reshape(batch, num_queries, heads, -1), attended.reshape(shape)
@@ -129,21 +137,3 @@ def scaled_scores(
         "bqhgd,bkhd->bhgqk", query, key, preferred_element_type=jnp.float32
     )
     return products * dim**-0.5
-
-
-def highest(scores: jax.Array, valid: jax.Array) -> jax.Array:
-    """The highest valid score of each row, the axis kept as 1; -inf where none is."""
-    scores = jax.lax.stop_gradient(scores)
-    return jnp.max(scores, axis=-1, keepdims=True, where=valid, initial=-jnp.inf)
-
-
-def masked_softmax(scores: jax.Array, kept: jax.Array, top: jax.Array) -> jax.Array:
-    """Softmax over the kept, of which `top` is the highest.
-
-    Where `top` is -inf there is none: the row gives 0 and no NaN gradient. Where it is
-    NaN, the row gives NaN.
-    """
-    nonempty = top != -jnp.inf
-    scores = jnp.where(kept, scores, -jnp.inf)
-    powers = jnp.exp(scores - jnp.where(nonempty, top, 0))
-    return powers / jnp.where(nonempty, jnp.sum(powers, axis=-1, keepdims=True), 1)

@@ -103,7 +103,7 @@ def gathered_attention(
 
     def sparse():
         rest = query[:, 0, :, layer.split :].reshape(*scores.shape[:3], -1)
-        top = attention.highest(scores, valid)
+        top = ops.highest(scores, where=valid)
         return _gathered(layer, scores, attended, top, rest, key, value, capacity)
 
     def dense():
@@ -132,9 +132,7 @@ def _gathered(layer, scores, attended, top, rest, key, value, capacity):
         key[..., layer.split :][rows],
         preferred_element_type=jnp.float32,
     )
-    weights = attention.masked_softmax(
-        jnp.take_along_axis(scores, indices, axis=-1), kept, top
-    )
-    weights *= jax.nn.softplus(products * rest.shape[-1] ** -0.5)
+    scores = jnp.take_along_axis(scores, indices, axis=-1)
+    weights = ops.kept_weights(scores, products * rest.shape[-1] ** -0.5, kept, top)
     out = jnp.einsum("bhgc,bhgcd->bhgd", weights.astype(value.dtype), value[rows])
     return out.reshape(batch, 1, kv_heads * group, -1)

@@ -1,5 +1,6 @@
 """Spark attention against a loop over queries and keys, written from the card."""
 
+import functools
 import statistics
 
 import chex
@@ -10,6 +11,7 @@ import pytest
 from absl.testing import parameterized
 
 from sparsejax import attention
+from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
 
 def threshold_oracle(scores, k):
@@ -168,6 +170,26 @@ class SparkAttentionTest(parameterized.TestCase):
         self.assertTrue(jnp.isnan(out[0, 5]).all())
         clean, _ = jitted(*x, valid, k=3, split=4)
         chex.assert_trees_all_equal(out.at[0, 5].set(0), clean.at[0, 5].set(0))
+
+    @needs_gpu_interpreter
+    def test_gpu(self):
+        """Few of many queries, as the interpreter is slow."""
+        query, key, value = operands(batch=1, seq=512, heads=2, kv_heads=1)
+        query, valid = query[:, ::250], causal(512)[:, :, ::250]
+
+        def run(query, implementation):
+            return attention.spark_attention(
+                query, key, value, valid, k=9, split=4, implementation=implementation
+            )
+
+        def both(implementation):
+            fn = functools.partial(run, implementation=implementation)
+            grad = jax.grad(lambda query: jnp.sum(fn(query)[0] ** 2))
+            return jax.jit(lambda query: (fn(query), grad(query)))(query)
+
+        with gpu_interpreted():
+            got = both("mosaic_gpu")
+        chex.assert_trees_all_close(got, both("reference"), rtol=1e-4, atol=1e-5)
 
     def test_bfloat16(self):
         x = jax.tree.map(lambda y: y.astype(jnp.bfloat16), operands())

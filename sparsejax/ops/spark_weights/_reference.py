@@ -55,7 +55,9 @@ def spark_kept(
 def highest(
     scores: Float[Array, "*rows keys"], *, where: Bool[Array, "*#rows keys"]
 ) -> Float[Array, "*rows 1"]:
-    """The highest score of each row under True; -inf where none is. No gradient.
+    """The highest score of each row under True: -inf where none is, NaN where one is.
+
+    It has no gradient.
 
     Args:
       scores: any floating dtype.
@@ -68,8 +70,11 @@ def highest(
       >>> highest(jnp.array([1.0, 3.0, 2.0]), where=jnp.array([True, False, True]))
       Array([2.], dtype=float32)
     """
-    scores = jax.lax.stop_gradient(scores)
-    return jnp.max(scores, axis=-1, keepdims=True, where=where, initial=-jnp.inf)
+    scores = jnp.where(where, jax.lax.stop_gradient(scores), -jnp.inf)
+    # XLA's own maximum loses NaN in some programs for CPU
+    nan = jnp.any(jnp.isnan(scores), axis=-1, keepdims=True)
+    top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
+    return jnp.where(nan, jnp.nan, top)
 
 
 def kept_weights(
