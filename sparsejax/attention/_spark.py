@@ -133,7 +133,11 @@ def scaled_scores(
     """
     dim = query.shape[-1]
     query = query.reshape(*query.shape[:2], key.shape[2], -1, dim)
-    products = jnp.einsum(
-        "bqhgd,bkhd->bhgqk", query, key, preferred_element_type=jnp.float32
+    # keys come last in the product itself: scores are too large to be transposed
+    products = jax.lax.dot_general(
+        jnp.moveaxis(query, 1, 3),
+        key,
+        (((4,), (3,)), ((0, 1), (0, 2))),
+        preferred_element_type=jnp.float32,
     )
     return products * dim**-0.5
