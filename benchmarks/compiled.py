@@ -52,9 +52,9 @@ def decode_operands(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def weights_operands(keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    scores = array(1, 8, SIDE, keys, dtype=jnp.float32)
-    z = array(1, 1, SIDE, 1, dtype=jnp.float32)
-    return scores, scores, z, array(1, 1, SIDE, keys, dtype=jnp.bool_)
+    scores = array(8, SIDE, 2, keys, dtype=jnp.float32)
+    z = array(1, SIDE, 1, dtype=jnp.float32)
+    return scores, z, array(1, SIDE, keys, dtype=jnp.bool_)
 
 
 def attention_operands(head_dim: int) -> tuple[Any, ...]:

@@ -86,13 +86,19 @@ def spark_attention(
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3. The scales are not
       stated there.
     """
-    batch, num_queries, heads, _ = query.shape
+    batch, num_queries, heads, dim = query.shape
     valid = valid[:, :, None]
-    predicted, rest = _scores_of_parts(query, key, split)
+    scores = _scores_of_parts(query, key, split)
+    scales = split**-0.5, (dim - split) ** -0.5
     z = _quantile(k, valid)
-    attended = ops.spark_kept(predicted, z, where=valid)
+    attended = ops.spark_kept(scores[..., 0, :] * scales[0], z, where=valid)
     weights = ops.spark_weights(
-        predicted, rest, z, valid, dtype=value.dtype, implementation=implementation
+        scores,
+        z,
+        valid,
+        scales=scales,
+        dtype=value.dtype,
+        implementation=implementation,
     )
     out = jnp.einsum("bhgqk,bkhd->bhgqd", weights, value)
     out = jnp.moveaxis(out, 3, 1)
@@ -100,26 +106,20 @@ def spark_attention(
     return out.reshape(batch, num_queries, heads, -1), attended.reshape(shape)
 
 
-def _scores_of_parts(query, key, split) -> tuple[jax.Array, jax.Array]:
-    """`scaled_scores` of the first `split` of the head, and of the others."""
-    if query.shape[1] > 1:
-        predicted = scaled_scores(query[..., :split], key[..., :split])
-        return predicted, scaled_scores(query[..., split:], key[..., split:])
-    # One query's time is that of reading the keys. A part of them would be copied for
-    # its product; so one product takes them whole, zeros in place of the other part.
-    batch, _, heads, dim = query.shape
-    kv_heads = key.shape[2]
-    query = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    first = jnp.arange(dim) < split
-    both = [jnp.where(first, query, 0), jnp.where(first, 0, query)]
-    products = jax.lax.dot_general(
-        jnp.concatenate(both, axis=2),
-        key,
-        (((3,), (3,)), ((0, 1), (0, 2))),  # keys side by side, for sums over them
-        preferred_element_type=jnp.float32,
-    )
-    predicted, rest = jnp.split(products[..., None, :], 2, axis=2)
-    return predicted * split**-0.5, rest * (dim - split) ** -0.5
+def _scores_of_parts(
+    query: Float[Array, "batch queries heads dim"],
+    key: Float[Array, "batch keys kv_heads dim"],
+    split: int,
+) -> Float[Array, "batch kv_heads group queries 2 keys"]:
+    """Products of the first `split` of the head, and of the others; float32.
+
+    One product gives both, with zeros in place of the other part: its time is that of
+    reading the keys or of writing the scores, and a part of keys would be copied first.
+    """
+    first = jnp.arange(query.shape[-1]) < split
+    query = query.reshape(*query.shape[:2], key.shape[2], -1, 1, query.shape[-1])
+    parts = jnp.where(jnp.stack([first, ~first]), query, 0)
+    return _products(parts, key)
 
 
 def scaled_scores(
@@ -133,11 +133,19 @@ def scaled_scores(
     """
     dim = query.shape[-1]
     query = query.reshape(*query.shape[:2], key.shape[2], -1, dim)
-    # keys come last in the product itself: scores are too large to be transposed
-    products = jax.lax.dot_general(
-        jnp.moveaxis(query, 1, 3),
+    return _products(query, key) * dim**-0.5
+
+
+def _products(query, key) -> jax.Array:
+    """`[batch, kv_heads, group, queries, ..., keys]` of queries in such groups.
+
+    That is the order in which the product gives them: they are not transposed, which
+    would take as long as all else that is done with them.
+    """
+    query = jnp.moveaxis(query, 1, 3)
+    return jax.lax.dot_general(
+        query,
         key,
-        (((4,), (3,)), ((0, 1), (0, 2))),
+        (((query.ndim - 1,), (3,)), ((0, 1), (0, 2))),
         preferred_element_type=jnp.float32,
     )
-    return products * dim**-0.5

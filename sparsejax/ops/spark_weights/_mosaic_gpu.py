@@ -22,34 +22,34 @@ _TERMS = 8  # of the series in `_softplus`: the next is below 2**-28 of the sum
 
 
 def unsupported_reason(
-    predicted: jax.Array, rest: jax.Array, z: ArrayLike, where: jax.Array, *, dtype
+    scores: jax.Array, z: ArrayLike, where: jax.Array, *, dtype
 ) -> str | None:
     """Why this kernel cannot take these, by shape and dtype; None if it can."""
-    del rest, z, where
-    if predicted.dtype != jnp.float32:
-        return f"scores must be float32; got {predicted.dtype}"
+    del z, where
+    if scores.dtype != jnp.float32:
+        return f"`scores` must be float32; got {scores.dtype}"
     if dtype not in _DTYPES:
         return f"`dtype` must be bfloat16, float16 or float32; got {dtype}"
-    keys = predicted.shape[-1]
+    keys = scores.shape[-1]
     longest = SHARED_BYTES // _slot_bytes(1, dtype) // 512 * 512
     if keys % 512 or not 0 < keys <= longest:
         return f"keys must be a multiple of 512, at most {longest}; got {keys}"
-    if predicted.size == 0:
-        return f"there must be a row; got shape {predicted.shape}"
+    if scores.size == 0:
+        return f"there must be a row; got shape {scores.shape}"
     return None
 
 
 def _slot_bytes(keys: int, dtype) -> int:
-    """Two rows of scores, one of weights or their gradients, `where`, and scratch."""
+    """Both scores, the weights or their gradients, `where`, and scratch of a row."""
     return keys * (3 * 4 + 1 + jnp.dtype(dtype).itemsize)
 
 
 def spark_weights(
-    predicted: jax.Array,
-    rest: jax.Array,
+    scores: jax.Array,
     z: ArrayLike,
     where: jax.Array,
     *,
+    scales: tuple[float, float],
     dtype,
     tiles: Tiles | None = None,
     grad_tiles: Tiles | None = None,
@@ -57,39 +57,41 @@ def spark_weights(
     """As the reference.
 
     Args:
-      predicted: see `unsupported_reason`.
-      rest: as `predicted`.
+      scores: see `unsupported_reason`.
       z: a scalar, or one value a row.
       where: sizes of axes but the last may be 1.
+      scales: of the two scores.
       dtype: of the result.
       tiles: how the forward is cut; None for the default.
       grad_tiles: how the backward is cut; None for the default.
 
     Returns:
-      Of the shape of `predicted`.
+      `[*rows, keys]`.
     """
-    shape, keys = predicted.shape, predicted.shape[-1]
-    lead = (*shape[:-1], 1)
+    *sizes, _, keys = scores.shape
+    row = keys // COLUMNS, COLUMNS
 
     def of_rows(values):
         values = jnp.asarray(values, jnp.float32)
-        return jnp.broadcast_to(values, lead).reshape(-1)
-
-    def cut(rows):
-        return rows.reshape(-1, keys // COLUMNS, COLUMNS)
+        return jnp.broadcast_to(values, (*sizes, 1)).reshape(-1)
 
     default = Tiles.default(_slot_bytes(keys, dtype), heavy=True)
     plan = _Plan(
-        shape[:-1],
+        tuple(sizes),
         where.shape[:-1],
+        scales,
         jnp.dtype(dtype),
         tiles or default,
         grad_tiles or default,
     )
-    z, count = of_rows(z), of_rows(num_entries(where, where=where))
-    where = cut(where.astype(jnp.int8))
-    scores = cut(predicted), cut(rest)
-    return jnp.reshape(_on_rows(plan, *scores, z, count, where), shape)
+    out = _on_rows(
+        plan,
+        scores.reshape(-1, 2, *row),
+        of_rows(z),
+        of_rows(num_entries(where, where=where)),
+        where.astype(jnp.int8).reshape(-1, *row),
+    )
+    return jnp.reshape(jnp.asarray(out), (*sizes, keys))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ class _Plan:
 
     sizes: tuple[int, ...]
     where_sizes: tuple[int, ...]
+    scales: tuple[float, float]
     dtype: jnp.dtype
     tiles: Tiles
     grad_tiles: Tiles
@@ -115,18 +118,17 @@ class _Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _on_rows(plan, predicted, rest, z, count, where):
-    return _forward(plan, predicted, rest, z, count, where, with_statistics=False)[0]
+def _on_rows(plan, scores, z, count, where):
+    return _forward(plan, scores, z, count, where, with_statistics=False)[0]
 
 
-def _on_rows_fwd(plan, predicted, rest, z, count, where):
-    operands = predicted, rest, z, count, where
-    out, *statistics = _forward(plan, *operands, with_statistics=True)
-    return out, (predicted, rest, where, *statistics)
+def _on_rows_fwd(plan, scores, z, count, where):
+    out, *statistics = _forward(plan, scores, z, count, where, with_statistics=True)
+    return out, (scores, where, *statistics)
 
 
 def _on_rows_bwd(plan, residuals, grad):
-    return *_backward(plan, grad, *residuals), None, None, None
+    return _backward(plan, grad, *residuals), None, None, None
 
 
 _on_rows.defvjp(_on_rows_fwd, _on_rows_bwd)
@@ -134,13 +136,11 @@ _on_rows.defvjp(_on_rows_fwd, _on_rows_bwd)
 
 # jitted, as is the backward: layers of equal shapes share the lowered kernel
 @functools.partial(jax.jit, static_argnums=0, static_argnames="with_statistics")
-def _forward(plan, predicted, rest, z, count, where, *, with_statistics):
-    tiles, (num_rows, *row_shape) = plan.tiles, predicted.shape
+def _forward(plan, scores, z, count, where, *, with_statistics):
+    tiles, (num_rows, _, *row_shape) = plan.tiles, scores.shape
     chunks = _rows.chunks(row_shape[0], tiles.chunk)
 
-    def body(
-        z_gmem, count_gmem, predicted_gmem, rest_gmem, where_gmem, out_gmem, *refs
-    ):
+    def body(z_gmem, count_gmem, scores_gmem, where_gmem, out_gmem, *refs):
         *statistics_gmem, ring, seen, out, full = refs
 
         def compute(row, slot):
@@ -149,17 +149,18 @@ def _forward(plan, predicted, rest, z, count, where, *, with_statistics):
             tops, sums = [], []
             for rows in chunks:
                 visible = _load(seen, (slot, rows)) != 0
-                scores = _load(ring, (slot, 0, rows))
-                sums.append(jnp.where(visible, scores, 0.0))
-                scores = jnp.where(visible, scores, -jnp.inf)
-                tops.append(scores)
-                ring[slot, 0, rows] = scores
+                predicted = _load(ring, (slot, 0, rows)) * plan.scales[0]
+                sums.append(jnp.where(visible, predicted, 0.0))
+                predicted = jnp.where(visible, predicted, -jnp.inf)
+                tops.append(predicted)
+                ring[slot, 0, rows] = predicted
             top = jnp.max(functools.reduce(jnp.maximum, tops))
             mean = _rows.total(sums) / num
 
             def squares(rows):
-                scores = _load(ring, (slot, 0, rows))
-                return jnp.where(scores == -jnp.inf, 0.0, _rows.squared(scores - mean))
+                predicted = _load(ring, (slot, 0, rows))
+                square = _rows.squared(predicted - mean)
+                return jnp.where(predicted == -jnp.inf, 0.0, square)
 
             std = _rows.std(_rows.total(map(squares, chunks)) / num)
             every, z = _rows.split_quantile(z_gmem[row])
@@ -175,7 +176,8 @@ def _forward(plan, predicted, rest, z, count, where, *, with_statistics):
             scale = 1.0 / total
             for rows in chunks:
                 power = _load(ring, (slot, 0, rows))
-                rest = jnp.where(power == 0.0, 0.0, _load(ring, (slot, 1, rows)))
+                rest = _load(ring, (slot, 1, rows)) * plan.scales[1]
+                rest = jnp.where(power == 0.0, 0.0, rest)
                 weights = power * scale * _softplus(rest)[0]
                 out[slot, rows] = weights.astype(plan.dtype)
             plgpu.commit_smem()
@@ -187,14 +189,13 @@ def _forward(plan, predicted, rest, z, count, where, *, with_statistics):
                     gmem[row] = value
 
         def copies(row, slot):
-            yield predicted_gmem.at[row], ring.at[slot, 0]
-            yield rest_gmem.at[row], ring.at[slot, 1]
+            yield scores_gmem.at[row], ring.at[slot]
             yield where_gmem.at[plan.row_of_where(row)], seen.at[slot]
 
         _rows.walk(num_rows, tiles, full, copies, compute)
 
     per_row = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
-    result = jax.ShapeDtypeStruct(predicted.shape, plan.dtype)
+    result = jax.ShapeDtypeStruct((num_rows, *row_shape), plan.dtype)
     return _rows.kernel(
         body,
         num_rows,
@@ -205,70 +206,64 @@ def _forward(plan, predicted, rest, z, count, where, *, with_statistics):
             plgpu.SMEM((tiles.slots, *row_shape), jnp.int8),
             plgpu.SMEM((tiles.slots, *row_shape), plan.dtype),
         ),
-        loads=3,
-    )(z, count, predicted, rest, where)
+        loads=2,
+    )(z, count, scores, where)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(plan, grad, predicted, rest, where, theta, top, scale):
-    tiles, (num_rows, *row_shape) = plan.grad_tiles, predicted.shape
+def _backward(plan, grad, scores, where, theta, top, scale):
+    tiles, (num_rows, _, *row_shape) = plan.grad_tiles, scores.shape
     chunks = _rows.chunks(row_shape[0], tiles.chunk)
 
-    def body(
-        theta_gmem, top_gmem, scale_gmem, predicted_gmem, rest_gmem, where_gmem, *refs
-    ):
-        grad_gmem, dpredicted_gmem, drest_gmem, ring, seen, grads, shares, full = refs
+    def body(theta_gmem, top_gmem, scale_gmem, scores_gmem, where_gmem, *refs):
+        grad_gmem, dscores_gmem, ring, seen, grads, shares, full = refs
 
         def compute(row, slot):
             theta, top, scale = theta_gmem[row], top_gmem[row], scale_gmem[row]
 
             def first(rows):
                 visible = _load(seen, (slot, rows)) != 0
-                scores = jnp.where(visible, _load(ring, (slot, 0, rows)), -jnp.inf)
-                share = _powers(scores, theta, top) * scale
+                predicted = _load(ring, (slot, 0, rows)) * plan.scales[0]
+                predicted = jnp.where(visible, predicted, -jnp.inf)
+                share = _powers(predicted, theta, top) * scale
                 kept = share != 0.0
-                rest = jnp.where(kept, _load(ring, (slot, 1, rows)), 0.0)
+                rest = _load(ring, (slot, 1, rows)) * plan.scales[1]
+                rest = jnp.where(kept, rest, 0.0)
                 grad = _load(grads, (slot, rows)).astype(jnp.float32)
                 passed = share * jnp.where(kept, grad, 0.0)
                 softplus, slope = _softplus(rest)
-                ring[slot, 1, rows] = passed * slope
+                ring[slot, 1, rows] = passed * slope * plan.scales[1]
                 ring[slot, 0, rows] = passed * softplus
                 shares[rows] = share
                 return passed * softplus
 
             total = _rows.total(map(first, chunks))
             for rows in chunks:
-                own = _load(ring, (slot, 0, rows))
-                ring[slot, 0, rows] = own - _load(shares, (rows,)) * total
+                passed = _load(ring, (slot, 0, rows)) - _load(shares, (rows,)) * total
+                ring[slot, 0, rows] = passed * plan.scales[0]
             plgpu.commit_smem()
-            for i, gmem in enumerate((dpredicted_gmem, drest_gmem)):
-                plgpu.copy_smem_to_gmem(
-                    ring.at[slot, i], gmem.at[row], commit_group=False
-                )
-            plgpu.commit_smem_to_gmem_group()
+            plgpu.copy_smem_to_gmem(ring.at[slot], dscores_gmem.at[row])
 
         def copies(row, slot):
-            yield predicted_gmem.at[row], ring.at[slot, 0]
-            yield rest_gmem.at[row], ring.at[slot, 1]
+            yield scores_gmem.at[row], ring.at[slot]
             yield grad_gmem.at[row], grads.at[slot]
             yield where_gmem.at[plan.row_of_where(row)], seen.at[slot]
 
         _rows.walk(num_rows, tiles, full, copies, compute)
 
-    like_scores = jax.ShapeDtypeStruct(predicted.shape, predicted.dtype)
     return _rows.kernel(
         body,
         num_rows,
         tiles,
-        out_type=(like_scores, like_scores),
+        out_type=(jax.ShapeDtypeStruct(scores.shape, scores.dtype),),
         scratch_types=(
             plgpu.SMEM((tiles.slots, 2, *row_shape), jnp.float32),
             plgpu.SMEM((tiles.slots, *row_shape), jnp.int8),
             plgpu.SMEM((tiles.slots, *row_shape), grad.dtype),
             plgpu.SMEM(tuple(row_shape), jnp.float32),
         ),
-        loads=4,
-    )(theta, top, scale, predicted, rest, where, grad)
+        loads=3,
+    )(theta, top, scale, scores, where, grad)[0]
 
 
 def _load(ref, index) -> jax.Array:
@@ -278,11 +273,11 @@ def _load(ref, index) -> jax.Array:
     return _compat.mosaic_gpu_load(plgpu, ref, layout)
 
 
-def _powers(scores, theta, top) -> jax.Array:
-    """`exp(scores - top)` of what is selected, else 0; invisible scores are -inf."""
-    kept = (scores > theta) | (scores == top)
+def _powers(predicted, theta, top) -> jax.Array:
+    """`exp(predicted - top)` of what is selected, else 0; what is not seen is -inf."""
+    kept = (predicted > theta) | (predicted == top)
     shift = jnp.where(top == -jnp.inf, 0.0, top)
-    return jnp.where(kept, jnp.exp(scores - shift), 0.0)
+    return jnp.where(kept, jnp.exp(predicted - shift), 0.0)
 
 
 def _softplus(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,14 +12,15 @@ from sparsejax.ops.gaussian_topk import gaussian_threshold
 
 
 def spark_weights(
-    predicted: Float[Array, "*rows keys"],
-    rest: Float[Array, "*rows keys"],
+    scores: Float[Array, "*rows 2 keys"],
     z: ArrayLike,
     where: Bool[Array, "*#rows keys"],
     *,
+    scales: tuple[float, float],
     dtype: DTypeLike,
 ) -> Float[Array, "*rows keys"]:
     """See the public function."""
+    predicted, rest = (scores[..., i, :] * scales[i] for i in range(2))
     kept = spark_kept(predicted, z, where=where)
     top = highest(predicted, where=where)
     return kept_weights(predicted, rest, kept, top).astype(dtype)

@@ -13,6 +13,7 @@ from sparsejax.ops._rows import Tiles
 from sparsejax.ops.spark_weights import _mosaic_gpu, _reference
 from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
+SCALES = 0.25, 2.0  # exact
 RTOL = {"float32": 2e-5, "float16": 2**-9, "bfloat16": 2**-6}
 
 
@@ -58,11 +59,15 @@ def oracle(grad, predicted, rest, z, where):
 
 
 def value_and_gradients(fn, grad, predicted, rest, z, where):
-    def both(predicted, rest):
-        out, pull = jax.vjp(lambda p, r: fn(p, r, z, where), predicted, rest)
-        return out, *pull(grad)
+    """The scores are given multiplied, and divided by `scales`."""
+    scores = jnp.stack([predicted / SCALES[0], rest / SCALES[1]], axis=-2)
 
-    return jax.jit(both)(predicted, rest)
+    def both(scores):
+        out, pull = jax.vjp(lambda s: fn(s, z, where, scales=SCALES), scores)
+        predicted, rest = jnp.split(pull(grad)[0], 2, axis=-2)
+        return out, predicted[..., 0, :] / SCALES[0], rest[..., 0, :] / SCALES[1]
+
+    return jax.jit(both)(scores)
 
 
 class SparkWeightsTest(parameterized.TestCase):
@@ -100,7 +105,8 @@ class SparkWeightsTest(parameterized.TestCase):
         _, predicted, rest, z, where = operands((5, 512), (5, 512))
         predicted = jnp.where(where, predicted, 0).at[3:, 7].set(jnp.nan)
         where = where.at[3:, 7].set(True)
-        run = functools.partial(ops.spark_weights, predicted, rest, z, where)
+        scores = jnp.stack([predicted, rest], axis=-2)
+        run = functools.partial(ops.spark_weights, scores, z, where)
         with gpu_interpreted():
             for implementation in ("reference", "mosaic_gpu"):
                 nan = np.isnan(run(implementation=implementation))
@@ -134,28 +140,30 @@ def test_lowers_for_hopper(dtype):
     [
         (1000, "float32", "float32", "multiple of 512, at most 11776; got 1000"),
         (13824, "float32", "bfloat16", "at most 13312; got 13824"),
-        (512, "bfloat16", "bfloat16", "scores must be float32; got bfloat16"),
+        (512, "bfloat16", "bfloat16", "`scores` must be float32; got bfloat16"),
         (512, "float32", "float8_e4m3fn", "`dtype` must be bfloat16, float16 or"),
     ],
 )
 def test_unsupported_operands(keys, scores, dtype, reason):
     fn = functools.partial(ops.spark_weights, dtype=dtype, implementation="mosaic_gpu")
-    scores = jax.ShapeDtypeStruct((4, keys), scores)
+    scores = jax.ShapeDtypeStruct((4, 2, keys), scores)
     where = jax.ShapeDtypeStruct((1, keys), jnp.bool_)
     with pytest.raises(NotImplementedError, match=reason):
-        jax.eval_shape(fn, scores, scores, 1.0, where)
+        jax.eval_shape(fn, scores, 1.0, where)
 
 
 def test_errors():
-    fn, x, where = ops.spark_weights, jnp.ones((2, 8)), jnp.ones((1, 8), bool)
+    fn, x, where = ops.spark_weights, jnp.ones((3, 2, 8)), jnp.ones((1, 8), bool)
     with pytest.raises(TypeError, match=r"must be floating; got int32\[8\]"):
-        fn(jnp.arange(8), x, 1.0, where)
-    with pytest.raises(ValueError, match=r"`rest` must be like.*got float32\[8\]"):
-        fn(x, x[0], 1.0, where)
+        fn(jnp.arange(8), 1.0, where)
+    for scores in (x[0, 0], x[:, :1]):
+        with pytest.raises(ValueError, match="`scores` must have shape"):
+            fn(scores, 1.0, where)
     with pytest.raises(TypeError, match="`where` must be bool; got float32"):
-        fn(x, x, 1.0, x)
-    for shape in ((8,), (2, 1), (3, 8)):
-        with pytest.raises(ValueError, match="`where` must have the axes"):
-            fn(x, x, 1.0, jnp.ones(shape, bool))
-    with pytest.raises(ValueError, match=r"`z` must be a scalar.*got shape \(8,\)"):
-        fn(x, x, jnp.ones(8), where)
+        fn(x, 1.0, x[:, 0])
+    for shape in ((8,), (3, 1), (2, 8)):
+        with pytest.raises(ValueError, match=r"`where` must have the shape \(3, 8\)"):
+            fn(x, 1.0, jnp.ones(shape, bool))
+    for shape in ((8,), (2, 1), (1, 3, 1)):
+        with pytest.raises(ValueError, match=r"`z` must be a scalar or .*\(3, 1\)"):
+            fn(x, jnp.ones(shape), where)
