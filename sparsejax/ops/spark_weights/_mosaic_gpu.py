@@ -18,7 +18,7 @@ from sparsejax.ops._rows import COLUMNS, SHARED_BYTES, Tiles
 from sparsejax.ops.gaussian_topk import num_entries
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-_TERMS = 8  # of the series in `_softplus`: the next is below 2**-28 of the sum
+_TERMS = 7  # of the series in `_softplus`: the next is below 2**-26 of the sum
 
 
 def unsupported_reason(

@@ -24,7 +24,8 @@ def operands(shape, where_shape, dtype=jnp.float32):
     rest = rest.at[..., :9].set(jnp.linspace(-40, 40, 9))
     where = jax.random.uniform(keys[3], where_shape) < 0.6
     where = where.at[..., 1, :].set(False)
-    predicted = jnp.where(where, predicted, jnp.nan)  # what is not seen is not read
+    # what is not seen is not read
+    predicted, rest = (jnp.where(where, a, jnp.nan) for a in (predicted, rest))
     predicted = predicted.at[..., 2, :].set(-1.25)
     z = jnp.linspace(0.4, 1.5, shape[-2])[:, None].at[3].set(-jnp.inf)
     return grad.astype(dtype), predicted, rest, z, where
@@ -100,10 +101,17 @@ class SparkWeightsTest(parameterized.TestCase):
         with gpu_interpreted():
             self.check(fn, *operands(shape, where_shape, dtype))
 
+    def test_softplus_of_the_kernel(self):
+        x = jnp.linspace(-80, 80, 401)
+        got, slope = jax.jit(_mosaic_gpu._softplus)(x)
+        wide = np.asarray(x, np.float64)
+        np.testing.assert_allclose(got, np.logaddexp(wide, 0), rtol=5e-7)
+        np.testing.assert_allclose(slope, 1 / (1 + np.exp(-wide)), rtol=5e-7)
+
     @needs_gpu_interpreter
     def test_nan_stays_in_its_row(self):
         _, predicted, rest, z, where = operands((5, 512), (5, 512))
-        predicted = jnp.where(where, predicted, 0).at[3:, 7].set(jnp.nan)
+        predicted = predicted.at[3:, 7].set(jnp.nan)
         where = where.at[3:, 7].set(True)
         scores = jnp.stack([predicted, rest], axis=-2)
         run = functools.partial(ops.spark_weights, scores, z, where)
