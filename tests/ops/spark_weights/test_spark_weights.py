@@ -21,6 +21,8 @@ def operands(shape, where_shape, dtype=jnp.float32):
     """A gradient, scores, z and `where`: rows that are empty, tied, or keep all."""
     keys = jax.random.split(jax.random.key(0), 4)
     grad, predicted, rest = (2 * jax.random.normal(k, shape) for k in keys[:3])
+    # coarse steps: no threshold is within a rounding error of a score
+    predicted = jnp.round(4 * predicted) / 4
     rest = rest.at[..., :9].set(jnp.linspace(-40, 40, 9))
     where = jax.random.uniform(keys[3], where_shape) < 0.6
     where = where.at[..., 1, :].set(False)
@@ -77,11 +79,11 @@ class SparkWeightsTest(parameterized.TestCase):
         fn = functools.partial(fn, dtype=dtype)
         got = value_and_gradients(fn, *operands)
         self.assertEqual([a.dtype for a in got], [dtype, jnp.float32, jnp.float32])
-        want, names = oracle(*operands), (dtype.name, "float32", "float32")
-        for a, b, tolerance in zip(got, want, names, strict=True):
-            np.testing.assert_allclose(
-                np.asarray(a, np.float64), b, rtol=RTOL[tolerance], atol=1e-6
-            )
+        rtols = RTOL[dtype.name], RTOL["float32"], RTOL["float32"]
+        atols = 1e-6, 3e-5, 1e-6  # of `predicted` it is a difference of large numbers
+        for a, b, rtol, atol in zip(got, oracle(*operands), rtols, atols, strict=True):
+            a = np.asarray(a, np.float64)
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
     @parameterized.parameters(((2, 3, 5, 40), (2, 1, 5, 40)), ((5, 40), (5, 40)))
     def test_reference(self, shape, where_shape):
