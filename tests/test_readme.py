@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, and its tables name files that exist."""
+"""The README's examples run as they stand, and its pages name files that exist."""
 
 import pathlib
 import re
@@ -19,9 +19,11 @@ def test_python_examples_run(capsys):
         assert capsys.readouterr().out.splitlines() == expected
 
 
-def test_named_files_exist():
-    names = re.findall(r"`((?:benchmarks|examples|tests)/[\w/.]+)`", README.read_text())
-    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README.read_text())
+@pytest.mark.parametrize("page", ["README.md", "RESULTS.md", "CONTRIBUTING.md"])
+def test_named_files_exist(page):
+    text = (README.parent / page).read_text()
+    names = re.findall(r"`((?:benchmarks|examples|tests)/[\w/.]+)`", text)
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", text)
     assert names or links
     for name in [*names, *links]:
         assert (README.parent / name).exists(), name

@@ -1,0 +1,49 @@
+"""What RESULTS.md says is what the files of its runs hold."""
+
+import json
+import pathlib
+import re
+
+from benchmarks import common
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = (ROOT / "RESULTS.md").read_text()
+
+
+def table_below(first_cell: str) -> dict[str, dict[str, str]]:
+    """The cells of the table whose head begins so, by row and column."""
+    head, _, *lines = re.search(
+        rf"^\| {re.escape(first_cell)} \|.*?(?=\n\n)", PAGE, re.DOTALL | re.MULTILINE
+    )[0].splitlines()
+    _, *columns = cells(head)
+    rows = [cells(line) for line in lines]
+    return {name: dict(zip(columns, found, strict=True)) for name, *found in rows}
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def losses(file: str) -> dict[str, str]:
+    """Mean and standard error over the seeds judged on `test`, by method."""
+    found = {}
+    for row in json.loads((ROOT / "benchmarks/results" / file).read_text())["rows"]:
+        if row["judged_on"] == "test":
+            found.setdefault(row["method"], []).append(row["loss"])
+    return {
+        name: "{:.3f} ± {:.3f}".format(*common.mean_and_error(of_seeds))
+        for name, of_seeds in found.items()
+    }
+
+
+def test_high_sparsity_on_digits():
+    found = losses("high_sparsity_digits_h200.json")
+    assert f"the dense network has {found['dense']}" in PAGE
+    for suffix, head in (
+        ("", "equal steps"),
+        (" at SR-STE's FLOPs", "SR-STE's training FLOPs"),
+    ):
+        for way, of_way in table_below(head).items():
+            of_way.pop("steps", None)
+            for pattern, cell in of_way.items():
+                assert cell == found[f"{pattern} {way}{suffix}"], (way, pattern)
