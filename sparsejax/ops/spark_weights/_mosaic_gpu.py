@@ -84,14 +84,10 @@ def spark_weights(
         tiles or default,
         grad_tiles or default,
     )
-    out = _on_rows(
-        plan,
-        scores.reshape(-1, 2, *row),
-        of_rows(z),
-        of_rows(num_entries(where, where=where)),
-        where.astype(jnp.int8).reshape(-1, *row),
-    )
-    return jnp.reshape(jnp.asarray(out), (*sizes, keys))
+    z, count = of_rows(z), of_rows(num_entries(where, where=where))
+    scores = scores.reshape(-1, 2, *row)
+    where = where.astype(jnp.int8).reshape(-1, *row)
+    return jnp.reshape(_on_rows(plan, scores, z, count, where), (*sizes, keys))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +179,8 @@ def _forward(plan, scores, z, count, where, *, with_statistics):
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out.at[slot], out_gmem.at[row])
             if with_statistics:
-                for gmem, value in zip(
-                    statistics_gmem, (theta, top, scale), strict=True
-                ):
+                statistics = theta, top, scale
+                for gmem, value in zip(statistics_gmem, statistics, strict=True):
                     gmem[row] = value
 
         def copies(row, slot):
