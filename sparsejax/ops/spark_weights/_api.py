@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.spark_weights import _reference
 
-# A row is reduced five times in turn, which takes 12 us however few there are. On an
-# H200 the 32 rows of a decode step, of 512 or 4096 keys, took XLA's programs less.
+# With the 32 rows of a decode step, of 512 or 4096 keys, the kernel's first form took a
+# layer 4 us longer on an H200 than the eight programs that XLA makes of the reference.
 _FEWEST_ROWS = 1024
 
 
