@@ -57,18 +57,28 @@ def parse_args(
         help="timed samples of each case, or seeds of a study (default: "
         f"{repeats}; {quick_repeats} with --quick)",
     )
-    parser.add_argument(
-        "--json", type=pathlib.Path, metavar="PATH", help="write the rows here too"
-    )
+    add_json_option(parser)
     args = parser.parse_args(argv)
     if args.repeats is None:
         args.repeats = quick_repeats if args.quick else repeats
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1; got {args.repeats}")
-    if args.json is not None and not args.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {args.json.parent}")  # before hours
     print(question, flush=True)
     return args
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """`--json PATH`, whose folder must be there before hours of work."""
+
+    def path_in_a_folder(text: str) -> pathlib.Path:
+        path = pathlib.Path(text)
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+        return path
+
+    parser.add_argument(
+        "--json", type=path_in_a_folder, metavar="PATH", help="write the rows here too"
+    )
 
 
 def time_ms(

@@ -303,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--json", type=pathlib.Path, metavar="PATH")
+    common.add_json_option(parser)
     parser.add_argument("job", nargs="*", help="options of train_lm, after --")
     args = parser.parse_args()
     options = args.job or JOB

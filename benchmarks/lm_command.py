@@ -55,11 +55,11 @@ def run_and_tell(
     """
     try:
         runs()
-        state = "all runs are done"
+        complete, state = True, "all runs are done"
     except lm_study.OutOfTime:
-        state = "stopped for time: call again to go on"
+        complete, state = False, "stopped for time: call again to go on"
     lines, notes = table(ledger.rows), conclusions(ledger.rows)
-    ledger.write(notes)
+    ledger.write(notes, complete=complete)
     common.print_table(lines, notes)
     if ledger.path and importlib.util.find_spec("matplotlib"):
         draw(ledger.path.with_suffix(".png"), lines)

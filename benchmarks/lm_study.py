@@ -475,12 +475,18 @@ class Ledger:
         if time.monotonic() + seconds > self._end:
             raise OutOfTime
 
-    def write(self, notes: Sequence[str] = ()) -> None:
-        """Writes the file; a process that is stopped meanwhile leaves the old one."""
+    def write(self, notes: Sequence[str] = (), *, complete: bool = False) -> None:
+        """Writes the file; a process that is stopped meanwhile leaves the old one.
+
+        Args:
+          notes: on the rows.
+          complete: whether all runs are there, as its `env` will say.
+        """
         if self.path is None:
             return
         partial = self.path.with_name(f"{self.path.name}.partial")
-        common.write_json(partial, self._env, self.rows, notes)
+        env = {**self._env, "complete": complete}
+        common.write_json(partial, env, self.rows, notes)
         partial.replace(self.path)
 
     def _estimate(self, case: Mapping[str, Any]) -> float:

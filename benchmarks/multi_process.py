@@ -189,7 +189,7 @@ def stop_one_of_two(runs: pathlib.Path, job: Sequence[str]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=pathlib.Path, metavar="PATH")
+    common.add_json_option(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = study(pathlib.Path(folder))

@@ -103,7 +103,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=pathlib.Path, help="the GGUF file")
     parser.add_argument("--text", type=pathlib.Path, help="the text file, UTF-8")
-    parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
+    common.add_json_option(parser)
     args = parser.parse_args(argv)
     file = args.model or installed(*MODEL)
     text = args.text or installed(*TEXT)

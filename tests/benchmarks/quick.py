@@ -16,6 +16,7 @@ def run_quick(study: ModuleType, path, capsys, *options: str) -> dict[str, Any]:
     assert printed.startswith(study.__doc__.split("\n")[0])
     whole = json.loads(path.read_text())
     assert f"{len(whole['rows'])} runs: all runs are done" in printed
+    assert whole["env"]["complete"]
     assert whole["notes"] and all(note in printed for note in whole["notes"])
     assert path.with_suffix(".png").exists()
     return whole
