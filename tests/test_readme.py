@@ -19,11 +19,25 @@ def test_python_examples_run(capsys):
         assert capsys.readouterr().out.splitlines() == expected
 
 
-@pytest.mark.parametrize("page", ["README.md", "RESULTS.md", "CONTRIBUTING.md"])
+PAGES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
-    text = (README.parent / page).read_text()
-    names = re.findall(r"`((?:benchmarks|examples|tests)/[\w/.]+)`", text)
-    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", text)
+    path = README.parent / page
+    text = path.read_text()
+    folders = "(?:../)?(?:benchmarks|examples|results|tests)/"
+    names = re.findall(rf"`({folders}[\w/.]+)`", text)
+    links = re.findall(r"\]\(((?!https?:)[^)]+)\)", text)
     assert names or links
     for name in [*names, *links]:
-        assert (README.parent / name).exists(), name
+        file, _, anchor = name.partition("#")
+        found = path.parent / file if file else path
+        assert found.exists(), name
+        assert not anchor or anchor in anchors(found.read_text()), name
+
+
+def anchors(text: str) -> set[str]:
+    """Of its headings, as on GitHub."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
