@@ -35,22 +35,25 @@ def block_attention(
     """
     batch, num_queries, heads, _ = q.shape
     num_keys, kv_heads = k.shape[1:3]
-    q = q.reshape(batch, num_queries, kv_heads, -1, q.shape[-1])
-    scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, heads, num_queries, num_keys) * scale
+    group = heads // kv_heads
 
     def cut(by_pair):  # from whole blocks, and to all heads
         by_pair = by_pair[..., :num_queries, :num_keys]
         return of_heads(by_pair, heads)
 
     kept = cut(block_mask.to_dense()) & elementwise(rules, num_queries, num_keys)
+    q = _used(q, kept.any(axis=-1))
+    k, v = (_used(a, kept.any(axis=-2)) for a in (k, v))
+    q = q.reshape(batch, num_queries, kv_heads, group, q.shape[-1])
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, num_queries, num_keys) * scale
     if bias is not None:
         height, width = block_mask.block_shape
         spread = jnp.repeat(jnp.repeat(bias, height, axis=-2), width, axis=-1)
         scores += cut(spread)
     weights, lse = softmax_of_kept(scores, kept)
     weights = weights.astype(v.dtype)
-    weights = weights.reshape(batch, kv_heads, -1, num_queries, num_keys)
+    weights = weights.reshape(batch, kv_heads, group, num_queries, num_keys)
     out = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
     return out.reshape(batch, num_queries, heads, v.shape[-1]), lse
 
@@ -71,6 +74,19 @@ def softmax_of_kept(scores: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.
     total = jnp.where(empty, 1, powers.sum(axis=-1, keepdims=True))
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
     return powers / total, lse
+
+
+def _used(array: jax.Array, used: jax.Array) -> jax.Array:
+    """0 for the tokens of no kept pair, which a kernel does not read: 0 * NaN is NaN.
+
+    Args:
+      array: `[batch, tokens, heads|kv_heads, head_dim]`.
+      used: bool `[batch|1, heads|1, tokens]`.
+    """
+    batch, given, tokens = used.shape
+    own = min(given, array.shape[2])  # a key head is used by all that share it
+    used = used.reshape(batch, own, given // own, tokens).any(axis=2)
+    return jnp.where(used.swapaxes(1, 2)[..., None], array, 0)
 
 
 def of_heads(per_head: jax.Array, heads: int) -> jax.Array:

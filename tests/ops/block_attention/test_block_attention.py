@@ -236,6 +236,21 @@ class BlockAttentionTest(parameterized.TestCase):
         for array in (out, *grads):
             np.testing.assert_array_equal(array, 0)
 
+    def test_what_no_pair_needs_is_not_read(self):
+        """NaN in it reaches neither values nor gradients, as with a kernel."""
+        q, k, v, *rest = operands()
+        kept = blocks(2, 2)
+        by_block = kept[:, :, :, np.arange(KEYS) // BLOCK[1]]
+        keys = by_block.any(axis=2).swapaxes(1, 2)[..., None]
+        by_block = kept[:, :, np.arange(QUERIES) // BLOCK[0]]
+        queries = by_block.any(axis=3).repeat(HEADS // KV_HEADS, axis=1)
+        queries = queries.swapaxes(1, 2)[..., None]
+        assert not keys.all() and not queries.all()
+        used = (queries, q), (keys, k), (keys, v)
+        poisoned = [jnp.where(needed, a, jnp.nan) for needed, a in used]
+        got = run(block_attention, *poisoned, *rest, kept)
+        assert_close(got, oracle(q, k, v, *rest, kept))
+
     def test_is_dot_product_attention(self):
         q, _, _, *_ = operands()
         k, v = q[:, :, :2] + 1, q[:, ::-1, 2:]  # as many keys as queries
