@@ -73,7 +73,8 @@ def block_attention(
     Raises:
       TypeError: if `q`, `k` and `v` are not floating and of one dtype, or the mask is
         no `BlockMask`.
-      ValueError: if shapes disagree, or an option is out of range.
+      ValueError: if shapes disagree, there is no query or no key, or an option is out
+        of range.
       NotImplementedError: if the named implementation cannot take these operands.
 
     Example:
@@ -185,7 +186,8 @@ def _check_mask(block_mask: BlockMask, q, k) -> None:
 def _segments(segment_ids: Any, q, k) -> tuple[Any, Any]:
     if segment_ids is None:
         return None, None
-    pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids,) * 2
+    is_pair = isinstance(segment_ids, tuple | list) and len(segment_ids) == 2
+    pair = segment_ids if is_pair else (segment_ids,) * 2
     of_queries, of_keys = map(jnp.asarray, pair)
     for name, ids, shape in (
         ("queries", of_queries, q.shape[:2]),

@@ -15,10 +15,10 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
                 "`q`, `k` and `v` must be floating and of one dtype; got "
                 f"{jax.typeof(array)} for `{name}`. Cast it."
             )
-        if array.ndim != 4:
+        if array.ndim != 4 or 0 in array.shape[1:]:
             raise ValueError(
-                f"`{name}` must be [batch, seq, heads, head_dim]; got shape "
-                f"{array.shape}."
+                f"`{name}` must be [batch, seq, heads, head_dim], each but batch at "
+                f"least 1; got shape {array.shape}."
             )
     if k.shape != v.shape:
         raise ValueError(
@@ -29,7 +29,7 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             "`q` and `k` must agree on batch and head_dim; got "
             f"{q.shape} and {k.shape}."
         )
-    if not k.shape[2] or q.shape[2] % k.shape[2]:
+    if q.shape[2] % k.shape[2]:
         raise ValueError(
             "the key heads must divide the query heads; got "
             f"{k.shape[2]} and {q.shape[2]}."

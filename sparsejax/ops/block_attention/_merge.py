@@ -27,6 +27,9 @@ def merge_attention(
       Outputs in the dtype of `out_a` and log-sum-exp over both sets: 0 and -inf where
       a query sees no key of either. Differentiable.
 
+    Raises:
+      ValueError: if shapes disagree.
+
     Example:
       >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
       >>> whole, _ = sj.ops.block_attention(q, k, v, with_lse=True)
@@ -42,6 +45,12 @@ def merge_attention(
       Dao et al., 2022, https://arxiv.org/abs/2205.14135, section 3.1: the rescaling of
       two blocks.
     """
+    if out_a.shape != out_b.shape or not lse_a.shape == lse_b.shape == out_a.shape[:3]:
+        raise ValueError(
+            "`out_a` and `out_b` must have one shape, `lse_a` and `lse_b` that without "
+            f"head_dim; got {out_a.shape}, {out_b.shape}, {lse_a.shape} and "
+            f"{lse_b.shape}."
+        )
     top = jax.lax.stop_gradient(jnp.maximum(lse_a, lse_b))
     empty = top == -jnp.inf
     top = jnp.where(empty, 0, top)

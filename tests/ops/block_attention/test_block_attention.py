@@ -211,6 +211,18 @@ class BlockAttentionTest(parameterized.TestCase):
         got = run(block_attention, *args, bias=bias)
         assert_close(got, oracle(*args, bias=bias))
 
+    def test_segments_may_be_a_list(self):
+        """Of one sequence; two arrays in a list are those of queries and keys."""
+        _, k, v, *_ = operands()
+        k, v, ids = k[:1], v[:1], segments(KEYS)[:1]
+        got, want = jax.jit(
+            lambda: [
+                block_attention(k, k, v, segment_ids=given)
+                for given in (ids.tolist(), ids)
+            ]
+        )()
+        np.testing.assert_array_equal(got, want)
+
     def test_no_gradient_for_the_bias(self):
         q, k, v, *_ = operands()
 
@@ -425,6 +437,16 @@ class MergeTest(parameterized.TestCase):
         np.testing.assert_array_equal(merged.astype(jnp.float32), 2)
         np.testing.assert_allclose(total, np.log(2), rtol=1e-6)
 
+    @parameterized.parameters(
+        ({"out_b": (1, 2, 1, 3)}, r"one shape.*; got \(1, 2, 1, 4\), \(1, 2, 1, 3\)"),
+        ({"lse_a": (1, 1, 2)}, r"that without head_dim; got .*\(1, 1, 2\) and"),
+    )
+    def test_shapes_that_do_not_fit_raise(self, changed, message):
+        shapes = dict(out_a=(1, 2, 1, 4), lse_a=(1, 2, 1), out_b=(1, 2, 1, 4))
+        shapes |= dict(lse_b=(1, 2, 1)) | changed
+        with self.assertRaisesRegex(ValueError, message):
+            merge_attention(*map(jnp.ones, shapes.values()))
+
 
 class ShardingTest(parameterized.TestCase):
     @parameterized.parameters(block_attention, as_a_kernel)
@@ -469,10 +491,12 @@ class ErrorsTest(parameterized.TestCase):
         ({"q": "float32[3,10,4,8]"}, ValueError, "agree on batch and head_dim"),
         ({"q": "float32[2,10,4,6]"}, ValueError, "agree on batch and head_dim"),
         ({"q": "float32[2,10,3,8]"}, ValueError, "must divide .*; got 2 and 3"),
+        ({"k": "float32[2,0,2,8]"}, ValueError, r"`k` must .* 1; got .*\(2, 0, 2, 8\)"),
         ({"bias": "float32[1,3,3,5]"}, ValueError, r"`bias` must .*\(1, 3, 3, 5\)"),
         ({"bias": "float32[3,5]"}, ValueError, r"`bias` must have .*shape \(3, 5\)"),
         ({"segment_ids": "int32[2,10]"}, ValueError, r"of the keys .*\(2, 13\); got"),
         ({"segment_ids": "float32[2,10]"}, ValueError, "of the queries must be integ"),
+        ({"segment_ids": "int32[3,2,10]"}, ValueError, r"\(2, 10\); got int32\[3"),
         ({"prefix": "float32[]"}, ValueError, "one integer or one for each of 2; got"),
         ({"prefix": "int32[3]"}, ValueError, r"for each of 2; got int32\[3\]"),
     )
