@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
+from sparsejax.attention._psa_levels import check
 from sparsejax.formats import BlockMask
 
 LEVELS = (1, 2, 4, 8)
@@ -130,8 +131,8 @@ def pyramid_attention(
             f"`levels` must have 1, for blocks that are cut through; got {levels}."
         )
     seen_whole, seen = _in_sight(q.shape[1], k.shape[1], block_shape, causal)
-    level_map = jnp.where(seen, level_map, 0)
-    level_map = jnp.where(seen_whole, level_map, jnp.minimum(level_map, 1))
+    kept = seen & jnp.isin(level_map, jnp.array(levels))
+    level_map = jnp.where(kept, jnp.where(seen_whole, level_map, 1), 0)
     coarse = tuple(sorted(set(levels) - {1}))
     keys_of, values_of = (
         (x, *kv_pyramid(x, block=width, levels=coarse)) for x in (k, v)
@@ -193,17 +194,12 @@ def _in_sight(
 
 
 def _check(q: Any, k: Any, level_map: Any, block_shape: tuple[int, int]) -> None:
-    height, width = block_shape
+    check(q, k, block_shape)
     if not jnp.issubdtype(level_map.dtype, jnp.integer):
         raise TypeError(
             f"`level_map` must be of integers; got {jax.typeof(level_map)}."
         )
-    for name, size, array in (("height", height, q), ("width", width, k)):
-        if not 1 <= size <= array.shape[1]:
-            raise ValueError(
-                f"the {name} of `block_shape` must be in [1, {array.shape[1]}], the "
-                f"length of the sequence; got {block_shape}. Choose smaller blocks."
-            )
+    height, width = block_shape
     blocks = (-(-q.shape[1] // height), -(-k.shape[1] // width))
     if level_map.ndim != 4 or level_map.shape[2:] != blocks:
         raise ValueError(

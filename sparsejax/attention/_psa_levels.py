@@ -51,7 +51,7 @@ def antidiagonal_importance(
       Xu et al., 2025, https://arxiv.org/abs/2503.16428 (XAttention), as it is used by
       the code of PSA, https://arxiv.org/abs/2512.04025, for language models.
     """
-    _check(q, k, block_shape)
+    check(q, k, block_shape)
     if stride < 1 or any(side % stride for side in block_shape):
         raise ValueError(
             f"`stride` must divide both sides of a block; got {stride} and "
@@ -134,7 +134,7 @@ def sampled_importance(
     References:
       PSA, 2025, https://arxiv.org/abs/2512.04025, the code for video.
     """
-    _check(q, k, block_shape)
+    check(q, k, block_shape)
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be in (0, 1]; got {fraction}.")
     q, k = jax.lax.stop_gradient((q, k))
@@ -293,7 +293,8 @@ def level_density(
     return jnp.mean(shares, axis=(-2, -1), dtype=jnp.float32)
 
 
-def _check(q: Any, k: Any, block_shape: tuple[int, int]) -> None:
+def check(q: Any, k: Any, block_shape: tuple[int, int]) -> None:
+    """Raises unless queries and keys fit, and have a whole block."""
     check_heads(q, k, ("q", "k"))
     if (
         min(block_shape) < 1

@@ -176,6 +176,14 @@ class PyramidAttentionTest(parameterized.TestCase):
         later = [x.at[:, 21:].set(7.0) for x in (k, v)]
         np.testing.assert_array_equal(of_early_rows(k, v), of_early_rows(*later))
 
+    @parameterized.parameters(3, 16, -1)
+    def test_other_numbers_drop_a_block(self, number):
+        """Also one that is cut through, which is at level 1 if it is kept."""
+        q, k, v = operands()
+        level_map = random_map()
+        others = np.where(level_map, level_map, number)
+        assert_close(pyramid(q, k, v, others, True), pyramid(q, k, v, level_map, True))
+
     def test_tail_is_not_padded_by_the_last_token(self):
         x = jnp.arange(1.0, 6.0).reshape(1, 5, 1, 1)
         for got, want in zip(
@@ -443,9 +451,9 @@ def test_bad_input_is_named():
     q, k, v = operands()
     ones = np.ones((1, 1, 5, 3), int)
 
-    def attend(level_map=ones, block_shape=BLOCK, **options):
+    def attend(level_map=ones, block_shape=BLOCK, query=q, **options):
         return lambda: attention.pyramid_attention(
-            q, k, v, level_map, block_shape=block_shape, **options
+            query, k, v, level_map, block_shape=block_shape, **options
         )
 
     scores = jnp.zeros((4, 4))
@@ -454,11 +462,12 @@ def test_bad_input_is_named():
         (TypeError, attend(ones.astype(float)), "integers; got float"),
         (ValueError, attend(ones[0]), r"heads\|kv_heads\|1, 5, 3\]; got \(1, 5, 3\)"),
         (ValueError, attend(ones[..., :2]), r"got \(1, 1, 5, 2\)"),
-        (ValueError, attend(block_shape=(8, 64)), r"width .*\[1, 40\].*\(8, 64\)"),
-        (ValueError, attend(block_shape=(64, 8)), r"height .*\[1, 40\]"),
+        (ValueError, attend(block_shape=(8, 64)), r"most \(40, 40\).*\(8, 64\)"),
+        (ValueError, attend(block_shape=(64, 8)), r"got \(64, 8\)"),
         (ValueError, attend(levels=(1, 3)), "divide the 16 keys of a block; got 3"),
         (ValueError, attend(levels=(2, 4)), r"must have 1.*got \(2, 4\)"),
         (ValueError, attend(np.ones((1, 3, 5, 3), int)), "leading axes"),
+        (ValueError, attend(query=q[0]), r"`q` and `k` must be .*; got \(40, 4, 8\)"),
         (ValueError, lambda: attention.kv_pyramid(k, block=64), "got 64"),
         (
             ValueError,
