@@ -123,7 +123,8 @@ def topk_blocks(
       [1 2 2 2] [0.4375 0.4375]
     """
     check(query, key, block_shape)
-    least = most_diagonal(block_shape) if causal else 1
+    columns = -(-key.shape[1] // block_shape[1])
+    least = min(most_diagonal(block_shape), columns) if causal else 1
     if num_kept < least:
         raise ValueError(
             f"`num_kept` must be at least {least}, as many blocks as a row always "
@@ -135,7 +136,7 @@ def topk_blocks(
     )
     visible, diagonal = in_sight(query, key, block_shape, causal)
     ranks = ranked(scores, visible, diagonal)
-    return highest_blocks(ranks, block_shape, min(num_kept, scores.shape[-1]))
+    return highest_blocks(ranks, block_shape, min(num_kept, columns))
 
 
 def statistical_topk_blocks(

@@ -170,6 +170,13 @@ class SelectorsTest(parameterized.TestCase):
         ):
             np.testing.assert_array_equal(blocks_of(mask), [[below] * 2] * 2)
 
+    def test_rows_taller_than_the_sequence(self):
+        """All of its blocks hold keys at the queries' own positions."""
+        mask = topk_blocks(
+            *operands(8, 8), num_kept=2, block_shape=(16, 4), causal=True
+        )
+        np.testing.assert_array_equal(mask.num, 2)
+
     def test_k_may_be_traced(self):
         x = operands()
         fn = chex.assert_max_traces(attention.statistical_topk_blocks, n=1)
