@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from sparsejax.attention import _window
 from sparsejax.attention._label_channels import LabelChannels
-from sparsejax.attention._slots import change_slots
+from sparsejax.attention._slots import change_slots, check_next, lengths_of
 from sparsejax.formats import KeyLists
 
 
@@ -62,8 +62,8 @@ def key_labels(
         entry of each label; None for full precision.
 
     Raises:
-      ValueError: if `channels` are of another model or of several layers, or `bits` is
-        out of range.
+      ValueError: if `channels` are of another model or of several layers, `lengths` are
+        not integers that fit the keys, or `bits` is out of range.
 
     Example:
       >>> key = jnp.array([4.0, 9.0, 1.0, 6.0]).reshape(1, 1, 1, 4)
@@ -75,9 +75,7 @@ def key_labels(
     _check_channels("key", key, channels, channels.num_kv_heads)
     if bits is not None and not 1 <= bits <= 8:
         raise ValueError(f"`bits` must be in [1, 8], or None; got {bits}.")
-    room = key.shape[1]
-    lengths = jnp.asarray(room if lengths is None else lengths, jnp.int32)
-    lengths = jnp.broadcast_to(lengths, key.shape[:1])
+    lengths = lengths_of(key, lengths)
     stored = _stored(_label(jax.lax.stop_gradient(key), channels), bits)
     return KeyLabels(*stored, lengths, channels, bits)
 
@@ -90,8 +88,13 @@ def append_label(
     Args:
       labels: with room for it: a label beyond the room is dropped.
       key: rotated; written to the cache by its owner.
+
+    Raises:
+      ValueError: if `key` does not fit `labels`.
     """
-    label = _label(jax.lax.stop_gradient(key), labels.channels)
+    channels = labels.channels
+    check_next("key", key, len(labels.values), channels.num_kv_heads, channels.head_dim)
+    label = _label(jax.lax.stop_gradient(key), channels)
 
     def written(old, new):
         return change_slots(old, labels.lengths, lambda _: new)

@@ -1,6 +1,7 @@
 """Quest: pages of a cache whose keys may score high for the query at hand."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 
 from sparsejax import ops
 from sparsejax.attention import _window
-from sparsejax.attention._slots import change_slots
+from sparsejax.attention._slots import change_slots, check_next, lengths_of
 from sparsejax.formats import KeyLists
 
 
@@ -49,7 +50,8 @@ def page_bounds(
       page_size: keys of a page; the last page may have fewer.
 
     Raises:
-      ValueError: if `key` has other axes, or `page_size` is below 1 or above the room.
+      ValueError: if `key` has other axes, `lengths` are not integers that fit it, or
+        `page_size` is below 1 or above the room.
 
     Example:
       >>> key = jnp.array([3.0, 1.0, 2.0, 9.0]).reshape(1, 4, 1, 1)
@@ -68,8 +70,7 @@ def page_bounds(
             f"{page_size}. Choose smaller pages, or attend to all of so short a cache."
         )
     key = jax.lax.stop_gradient(key)
-    lengths = jnp.asarray(room if lengths is None else lengths, jnp.int32)
-    lengths = jnp.broadcast_to(lengths, (batch,))
+    lengths = lengths_of(key, lengths)
     there = (jnp.arange(room) < lengths[:, None])[..., None, None]
 
     def reduced(reduce, fill):
@@ -91,12 +92,17 @@ def append_key(
       bounds: with room for it: a key beyond the last page is dropped.
       key: rotated; written to the cache by its owner.
 
+    Raises:
+      ValueError: if `key` does not fit `bounds`.
+
     Example:
       >>> bounds = sj.attention.page_bounds(jnp.ones((1, 4, 1, 1)), 2, page_size=2)
       >>> bounds = sj.attention.append_key(bounds, jnp.full((1, 1, 1, 1), 5.0))
       >>> print(bounds.low.ravel(), bounds.lengths)
       [1. 5.] [3]
     """
+    batch, _, kv_heads, head_dim = bounds.low.shape
+    check_next("key", key, batch, kv_heads, head_dim)
     key = jax.lax.stop_gradient(key)
     page = bounds.lengths // bounds.page_size
     return dataclasses.replace(
@@ -128,11 +134,15 @@ def page_scores(
     Returns:
       float32; -inf for a page without keys. No gradient.
 
+    Raises:
+      ValueError: if `query` does not fit `bounds`.
+
     Example:
       >>> bounds = sj.attention.page_bounds(jnp.ones((1, 4, 1, 2)), 2, page_size=2)
       >>> print(sj.attention.page_scores(jnp.array([[[[1.0, -2.0]]]]), bounds))
       [[[ -1. -inf]]]
     """
+    _check_query(query, bounds)
     query, low, high = jax.lax.stop_gradient((query[:, 0], bounds.low, bounds.high))
     return ops.page_scores(
         query,
@@ -184,6 +194,21 @@ def quest(
       https://arxiv.org/abs/2504.17768 (The Sparse Frontier), which sums over the query
       heads of a key head and needs more pages than are kept; here there may be fewer.
     """
+    _check_query(query, bounds)
+    pages = bounds.low.shape[1]
+    _window.check_count("num_kept", num_kept, 0, pages - 1, "earlier pages")
+    return ops.highest_pages(
+        query[:, 0],
+        bounds.low,
+        bounds.high,
+        bounds.lengths,
+        page_size=bounds.page_size,
+        num_kept=num_kept + 1,
+        per_head=per_head,
+    )
+
+
+def _check_query(query: Any, bounds: PageBounds) -> None:
     low = bounds.low
     if (
         query.ndim != 4
@@ -196,14 +221,3 @@ def quest(
             "to `bounds`, whose key heads must divide its heads; got "
             f"{query.shape} and bounds {low.shape}."
         )
-    pages = low.shape[1]
-    _window.check_count("num_kept", num_kept, 0, pages - 1, "earlier pages")
-    return ops.highest_pages(
-        query[:, 0],
-        low,
-        bounds.high,
-        bounds.lengths,
-        page_size=bounds.page_size,
-        num_kept=num_kept + 1,
-        per_head=per_head,
-    )

@@ -18,6 +18,7 @@ from sparsejax.attention._seer import (
     threshold_kept,
     topk_kept,
 )
+from sparsejax.attention._slots import check_next
 from sparsejax.formats import BlockMask
 
 
@@ -223,11 +224,7 @@ def append_to_seer_cache(
       ValueError: if `key` does not fit the cache.
     """
     batch, block, kv_heads, head_dim = cache.tail.shape
-    if key.shape != (batch, 1, kv_heads, head_dim):
-        raise ValueError(
-            f"`key` must be of one token, {(batch, 1, kv_heads, head_dim)}; got "
-            f"{key.shape}."
-        )
+    check_next("key", key, batch, kv_heads, head_dim)
     slot, row = cache.length % block, cache.length // block
     tail = cache.tail.at[:, slot].set(key[:, 0].astype(cache.tail.dtype))
     starts = (row * block)[None, None]

@@ -1,9 +1,11 @@
 """Writing what belongs to the next token into an array with a slot for each."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Shaped
 
 
@@ -34,3 +36,26 @@ def change_slots(
     rows = jnp.arange(len(at)), at
     new = change(array.at[rows].get(mode="clip")[:, None])[:, 0]
     return array.at[rows].set(new.astype(array.dtype), mode="drop")
+
+
+def lengths_of(key: Any, lengths: ArrayLike | None) -> jax.Array:
+    """The keys of each sequence of a cache, int32 `[batch]`; all slots by default."""
+    batch, slots = key.shape[:2]
+    lengths = jnp.asarray(slots if lengths is None else lengths)
+    fits = lengths.shape in ((), (batch,))
+    if not fits or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"`lengths` must be one integer, or one for each of {batch} sequences; got "
+            f"{jax.typeof(lengths)}."
+        )
+    return jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
+
+
+def check_next(name: str, x: Any, batch: int, heads: int, head_dim: int) -> None:
+    """Raises unless `x` is of one position in each sequence of a cache."""
+    want = (batch, 1, heads, head_dim)
+    if x.shape != want:
+        raise ValueError(
+            f"`{name}` must be of one position in each sequence of the cache, {want}; "
+            f"got shape {x.shape}."
+        )

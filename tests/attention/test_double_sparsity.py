@@ -328,6 +328,24 @@ def test_bad_settings_raise(changed, message):
         jax.eval_shape(run, *prompts.prompt(ROOM))
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 2, 8), (2, 1, 1, 8), (1, 1, 2, 8), (2, 2, 8)])
+def test_a_next_key_of_another_shape_raises(shape):
+    query, key = prompts.prompt(ROOM)
+    scores = attention.channel_scores(query, key)
+    channels = attention.select_channels(scores, num_channels=3)
+    labels = attention.key_labels(key, channels, 3)
+    with pytest.raises(ValueError, match=r"`key` must be .*\(2, 1, 2, 8\); got shape"):
+        attention.append_label(labels, jnp.ones(shape))
+
+
+def test_lengths_that_do_not_fit_raise():
+    query, key = prompts.prompt(ROOM)
+    scores = attention.channel_scores(query, key)
+    channels = attention.select_channels(scores, num_channels=3)
+    with pytest.raises(ValueError, match=r"`lengths` must be .* of 2 .*int32\[3\]"):
+        attention.key_labels(key, channels, jnp.ones(3, jnp.int32))
+
+
 def test_scores_of_another_shape_raise():
     with pytest.raises(ValueError, match=r"\[\*lead, kv_.*; got shape \(4, 8\)"):
         attention.select_channels(jnp.ones((4, 8)), num_channels=2)

@@ -196,3 +196,22 @@ def test_bad_settings_raise(changed, message):
 def test_keys_of_another_shape_raise():
     with pytest.raises(ValueError, match=r"`key` must be \[batch, .*got shape \(4, 2"):
         attention.page_bounds(jnp.ones((4, 2, 8)))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 8), (2, 1, 1, 8), (1, 1, 2, 8), (2, 2, 8)])
+def test_a_next_key_of_another_shape_raises(shape):
+    bounds = attention.page_bounds(prompts.prompt(ROOM)[1], 3, page_size=PAGE)
+    with pytest.raises(ValueError, match=r"`key` must be .*\(2, 1, 2, 8\); got shape"):
+        attention.append_key(bounds, jnp.ones(shape))
+
+
+def test_scores_of_another_query_raise():
+    bounds = attention.page_bounds(prompts.prompt(ROOM)[1], page_size=PAGE)
+    with pytest.raises(ValueError, match=r"must divide its heads; got \(2, 1, 3, 8\)"):
+        attention.page_scores(jnp.ones((2, 1, 3, 8)), bounds)
+
+
+@pytest.mark.parametrize("lengths", [np.array([1, 2, 3]), 2.5])
+def test_lengths_that_do_not_fit_raise(lengths):
+    with pytest.raises(ValueError, match="`lengths` must be one integer, or one for e"):
+        attention.page_bounds(prompts.prompt(ROOM)[1], lengths, page_size=PAGE)

@@ -494,7 +494,7 @@ def test_bad_input_is_named():
         ),
         (
             lambda: attention.append_to_seer_cache(decoding, cache, key, rotate=rotate),
-            r"one token, \(2, 1, 2, 8\); got \(2, 8, 2, 8\)",
+            r"one position .*\(2, 1, 2, 8\); got shape \(2, 8, 2, 8\)",
         ),
         (
             lambda: attention.seer_cached_scores(decoding, cache, query, rotate=rotate),
