@@ -260,10 +260,10 @@ def seer_threshold(
 def topk_kept(scores: jax.Array, own: jax.Array, num_kept: ArrayLike) -> jax.Array:
     """The `num_kept` highest of each row, the block `own` of the row among them."""
     _, heads, _, columns = scores.shape
-    if jnp.shape(num_kept) not in ((), (heads,)):
+    if np.shape(num_kept) not in ((), (heads,)):
         raise ValueError(
             f"`num_kept` must be one number or one for each of {heads} heads; got "
-            f"shape {jnp.shape(num_kept)}."
+            f"shape {np.shape(num_kept)}."
         )
     if not isinstance(num_kept, Tracer):
         counts = np.asarray(num_kept)
@@ -303,15 +303,11 @@ def key_features(key: jax.Array, block: int) -> jax.Array:
 
 def check_sequences(query: Any, key: Any, block: int) -> None:
     """Raises if queries and keys are not of one sequence, or it is below a block."""
-    if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2]:
+    _blocks.check_heads(query, key)
+    if query.shape[1] != key.shape[1]:
         raise ValueError(
-            "`query` and `key` must be [batch, seq, heads, head_dim] of one sequence; "
-            f"got {query.shape} and {key.shape}."
-        )
-    if query.shape[3] != key.shape[3] or query.shape[2] % key.shape[2]:
-        raise ValueError(
-            "`query` and `key` must agree on head_dim, and the key heads must divide "
-            f"the query heads; got {query.shape} and {key.shape}."
+            "`query` and `key` must be of one sequence; got "
+            f"{query.shape} and {key.shape}."
         )
     if not 1 <= block <= query.shape[1]:
         raise ValueError(
