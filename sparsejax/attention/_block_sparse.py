@@ -1,6 +1,7 @@
 """Block-sparse: the blocks of highest mean score, with the first and the nearest."""
 
 import bisect
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -16,6 +17,7 @@ def block_sparse(
     num_kept: int = 64,
     block_shape: tuple[int, int] = (16, 16),
     per_head: bool = True,
+    causal: Literal[True] = True,
 ) -> BlockMask:
     """Keeps the `num_kept` key blocks of highest mean score for each block of queries.
 
@@ -30,6 +32,7 @@ def block_sparse(
         blocks that are always kept count: three, where blocks are square.
       block_shape: `(height, width)`, queries and keys of a block.
       per_head: a mask for each query head; else for each key head.
+      causal: there is no other form; taken as `sj.nn.BlockAttention` passes it.
 
     Returns:
       A mask `[batch, heads | kv_heads, seq, seq]`, rounded up to whole blocks; use it
@@ -37,7 +40,7 @@ def block_sparse(
 
     Raises:
       ValueError: if shapes disagree, a block is longer than the sequence, or `num_kept`
-        is more than its blocks or below what is always kept.
+        is more than its blocks or below what is always kept; or `causal` is False.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
@@ -49,6 +52,7 @@ def block_sparse(
       Jiang et al., 2024, https://arxiv.org/abs/2407.02490 (MInference), as in Nawrot et
       al., 2025, https://arxiv.org/abs/2504.17768 (The Sparse Frontier).
     """
+    _window.check_causal(causal)
     _window.check_square(query, key, block_shape)
     columns = -(-key.shape[1] // block_shape[1])
     least = min(_blocks.most_diagonal(block_shape) + 2, columns)

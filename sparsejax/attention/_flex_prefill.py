@@ -1,5 +1,7 @@
 """FlexPrefill: vertical-slash with as many lines as a share of the attention takes."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -21,6 +23,7 @@ def flex_prefill(
     local: int = 64,
     block_shape: tuple[int, int] = (64, 64),
     per_head: bool = True,
+    causal: Literal[True] = True,
 ) -> BlockMask:
     """Keeps the columns and diagonals that hold a share `alpha` of the last weights.
 
@@ -39,6 +42,7 @@ def flex_prefill(
       local: shortest distances that are always kept, at least 1; they count too.
       block_shape: `(height, width)`, queries and keys of a block.
       per_head: see `vertical_slash`.
+      causal: there is no other form; taken as `sj.nn.BlockAttention` passes it.
 
     Returns:
       As `vertical_slash`. The lists have room for all blocks, since no shape may depend
@@ -61,6 +65,7 @@ def flex_prefill(
       Lai et al., 2025, https://arxiv.org/abs/2502.20766, without its query-aware
       branch, as in Nawrot et al., 2025, https://arxiv.org/abs/2504.17768.
     """
+    _window.check_causal(causal)
     _window.check_square(query, key, block_shape)
     _window.check_prompt(query, key, window)
     keys = key.shape[1]

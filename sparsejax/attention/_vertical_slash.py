@@ -1,5 +1,7 @@
 """Vertical-slash: some keys for all queries, and some distances from query to key."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -19,6 +21,7 @@ def vertical_slash(
     local: int = 64,
     block_shape: tuple[int, int] = (64, 64),
     per_head: bool = True,
+    causal: Literal[True] = True,
 ) -> BlockMask:
     """Keeps the columns and the diagonals that the last queries attend to most.
 
@@ -41,6 +44,7 @@ def vertical_slash(
       block_shape: `(height, width)`, queries and keys of a block.
       per_head: a mask for each query head; else for each key head, by the mean of the
         weights over its query heads: fewer blocks to read, and ours.
+      causal: there is no other form; taken as `sj.nn.BlockAttention` passes it.
 
     Returns:
       A mask `[batch, heads | kv_heads, seq, seq]`, rounded up to whole blocks; use it
@@ -49,7 +53,8 @@ def vertical_slash(
 
     Raises:
       ValueError: if shapes disagree, a block or `window` is longer than the sequence,
-        or a budget is larger than it or below what is always kept.
+        or a budget is larger than it or below what is always kept; or `causal` is
+        False.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
@@ -65,6 +70,7 @@ def vertical_slash(
       al., 2025, https://arxiv.org/abs/2504.17768 (The Sparse Frontier), whose kernel
       reads leftover columns one by one: here they are rounded up to blocks.
     """
+    _window.check_causal(causal)
     _window.check_square(query, key, block_shape)
     _window.check_prompt(query, key, window)
     keys = key.shape[1]

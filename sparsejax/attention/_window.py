@@ -104,6 +104,15 @@ def check_prompt(query: Any, key: Any, window: int) -> None:
     check_count("window", window, 1, queries, "queries")
 
 
+def check_causal(causal: bool) -> None:
+    """Raises unless attention is causal, where a selector knows no other."""
+    if not causal:
+        raise ValueError(
+            f"`causal` must be True; got {causal}. Take `topk_blocks` for attention in "
+            "both directions."
+        )
+
+
 def check_square(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
     """Raises unless there are as many queries as keys, and a whole block of them."""
     _blocks.check(query, key, block_shape)

@@ -1,6 +1,6 @@
 """Attention to the blocks that a selector keeps."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,14 @@ from sparsejax.nn._attention import Attention
 class BlockSelector(Protocol):
     """Chooses blocks; `sj.attention.topk_blocks` with its settings bound is one.
 
+    So are `statistical_topk_blocks`, `block_sparse`, `vertical_slash`, `flex_prefill`.
+
     Takes rotated queries and keys `[batch, seq, heads, head_dim]` and gives a mask
     `[batch | 1, heads | kv_heads | 1, seq, seq]`, rounded up to whole blocks.
     """
 
     def __call__(
-        self, query: jax.Array, key: jax.Array, /, *, causal: bool
+        self, query: jax.Array, key: jax.Array, /, *, causal: Literal[True]
     ) -> BlockMask: ...
 
 
@@ -36,7 +38,8 @@ class BlockAttention(Attention):
     A block of queries selects as one, so a token has a say in what the tokens shortly
     before it attend to. Decoding a token at a time cannot repeat that: there each token
     attends to all before it, or to the pages that `sj.decode.prepare` is told to
-    select, and only the prompt is read by blocks.
+    select, and only the prompt is read by blocks. What fills up a shorter prompt of a
+    batch has such a say too, in its last block.
 
     Args:
       d_model: width of input and output.

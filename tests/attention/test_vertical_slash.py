@@ -140,6 +140,7 @@ class PairDensityTest(parameterized.TestCase):
         ({"block_shape": (0, 4)}, r"`block_shape` must be positive; got \(0, 4\)"),
         ({"heads": 3}, r"key heads must divide .*got \(2, 32, 3, 8\)"),
         ({"queries": 31}, "of one whole prompt; got 31 queries and 32 keys"),
+        ({"causal": False}, "`causal` must be True; got False. Take `topk_blocks`"),
     ],
 )
 def test_bad_settings_raise(changed, message):

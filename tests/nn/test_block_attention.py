@@ -18,7 +18,14 @@ topk = functools.partial(attention.topk_blocks, num_kept=2, block_shape=BLOCK)
 statistical = functools.partial(
     attention.statistical_topk_blocks, k=1.5, block_shape=BLOCK
 )
-
+block_sparse = functools.partial(
+    attention.block_sparse, num_kept=3, block_shape=BLOCK, per_head=False
+)
+lines = dict(window=4, sink=1, local=2, block_shape=BLOCK, per_head=False)
+by_lines = functools.partial(
+    attention.vertical_slash, num_vertical=1, num_slash=2, **lines
+)
+by_shares = functools.partial(attention.flex_prefill, alpha=0.1, min_budget=2, **lines)
 
 make = functools.partial(attending.make, nn.BlockAttention)
 
@@ -31,7 +38,7 @@ class BlockAttentionTest(parameterized.TestCase):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
-    @parameterized.parameters(topk, statistical)
+    @parameterized.parameters(topk, statistical, block_sparse, by_lines, by_shares)
     def test_equals_attention_under_the_mask(self, select):
         layer = make(select=select)
         ((_, (y, density)), grads) = value_and_grads(layer)
