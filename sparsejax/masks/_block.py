@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.masks._check import check_scores
+from sparsejax.masks._check import check_floating, check_scores
 from sparsejax.masks._topk import topk_mask
 from sparsejax.masks._units import expand, pool
 from sparsejax.patterns import Block, Leaf
@@ -28,12 +28,14 @@ def block_mask(
     Raises:
       ValueError: if a block does not divide its axis, `num_kept` is out of range, or a
         concrete score is NaN.
+      TypeError: if the scores are not floating, or `num_kept` is no whole number.
 
     Example:
       >>> block_mask(jnp.array([[1.0, 1.0, 9.0, 0.0]]), (1, 2), 1)
       Array([[False, False,  True,  True]], dtype=bool)
     """
     scores = jnp.asarray(scores)
+    check_floating(scores)
     check_scores(scores)
     leaf = Leaf("scores", scores.shape, Block(shape), stacked=0)
     return expand(topk_mask(pool(scores, leaf), num_kept), leaf, scores)

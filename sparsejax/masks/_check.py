@@ -3,14 +3,22 @@
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from sparsejax.typing import ScoreTree
 
 
-def check_floating(scores: jax.Array) -> None:
-    """Raises a TypeError unless scores are floating: the search reads their bits."""
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
-        raise TypeError(f"`scores` must be floating; got {scores.dtype}. Convert them.")
+def check_floating(scores: ArrayLike, *, at: str = "") -> None:
+    """Raises a TypeError unless scores are floating: the search reads their bits.
+
+    Args:
+      scores: any array.
+      at: the leaf it is, for the message.
+    """
+    dtype = jnp.result_type(scores)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        at = f" at {at}" if at else ""
+        raise TypeError(f"`scores` must be floating; got {dtype}{at}. Convert them.")
 
 
 def check_scores(scores: ScoreTree, name: str = "scores") -> None:

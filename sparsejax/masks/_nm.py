@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.masks._check import check_floating, check_scores
+from sparsejax.patterns import NM
 
 
 def nm_mask(
@@ -28,7 +29,8 @@ def nm_mask(
     Raises:
       ValueError: if `n`, `m` or `axis` is out of range, `m` does not divide the axis,
         or a concrete score is NaN.
-      TypeError: if the scores are not floating.
+      TypeError: if the scores are not floating, or `n`, `m` or `axis` is no whole
+        number.
 
     Example:
       >>> nm_mask(jnp.array([1.0, 1.0, 3.0, 0.0]), 2, 4, axis=0)
@@ -39,8 +41,7 @@ def nm_mask(
       code leaves ties to the order of a sort; here the lower index wins.
     """
     scores = jnp.asarray(scores)
-    if not 0 < n <= m:
-        raise ValueError(f"N:M needs 0 < n <= m; got n={n}, m={m}.")
+    NM(n, m, axis)  # checks them
     if not -scores.ndim <= axis < scores.ndim:
         raise ValueError(
             f"`axis` must be an axis of the scores; got {axis} for shape "

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.masks._check import check_scores
+from sparsejax.masks._check import check_floating, check_scores
 from sparsejax.masks._order import ordered_keys
 from sparsejax.typing import MaskTree, ScoreTree
 
@@ -40,7 +40,7 @@ def topk_mask(
     Raises:
       ValueError: if a concrete `num_kept` lies outside its range, or a concrete score
         is NaN.
-      TypeError: if the scores are not floating.
+      TypeError: if the scores are not floating, or `num_kept` is no whole number.
 
     Example:
       >>> topk_mask(jnp.array([0.1, 3.0, 2.0]), 2)
@@ -70,13 +70,15 @@ def global_topk(scores: ScoreTree, num_kept: ArrayLike) -> MaskTree:
     Raises:
       ValueError: if a concrete `num_kept` lies outside its range, a concrete score is
         NaN, or the tree has 2**31 entries or more (int32 counts).
-      TypeError: if the scores are not floating.
+      TypeError: if scores are not floating, or `num_kept` is no whole number.
 
     Example:
       >>> global_topk({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 2)
       {'a': Array([False,  True], dtype=bool), 'b': Array([ True, False], dtype=bool)}
     """
     check_scores(scores)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(scores)[0]:
+        check_floating(leaf, at=jax.tree_util.keystr(path))
     leaves, treedef = jax.tree.flatten(scores)
     _check_count(num_kept, sum(leaf.size for leaf in leaves))
     if not leaves:
@@ -87,6 +89,12 @@ def global_topk(scores: ScoreTree, num_kept: ArrayLike) -> MaskTree:
 
 
 def _check_count(num_kept: ArrayLike, size: int) -> None:
+    is_whole = jnp.issubdtype(jnp.result_type(num_kept), jnp.integer)
+    if not is_whole or jnp.ndim(num_kept):
+        raise TypeError(
+            f"`num_kept` must be one whole number; got {num_kept!r}. Of a share of the "
+            f"{size} entries, take `round(share * {size})`."
+        )
     if isinstance(num_kept, Tracer):
         return
     if not 0 <= int(num_kept) <= size:  # pyright: ignore[reportArgumentType] - real

@@ -238,7 +238,7 @@ def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
     try:
         pattern.unit_shape(shape, stacked)
     except ValueError as error:
-        raise ValueError(f"{error}; leaf {name}.") from None
+        raise ValueError(f"{str(error).rstrip('.')}; leaf {name}.") from None
     part = shape_on_a_device(leaf)
     whole = pattern.whole_shape(shape)
     if any(size % own for size, own in zip(part, whole, strict=True)):

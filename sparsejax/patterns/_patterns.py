@@ -83,7 +83,7 @@ class NM:
         if shape[axis] % self.m:
             raise ValueError(
                 f"`m` must divide the pruned axis; got m={self.m} for axis "
-                f"{self.axis} of shape {shape}. Pad it or exclude the leaf"
+                f"{self.axis} of shape {shape}. Pad it or exclude the leaf."
             )
         return shape
 
@@ -133,14 +133,14 @@ class Block:
         if split < stacked:
             raise ValueError(
                 f"blocks of {self.shape} need {len(self.shape)} axes beyond the "
-                f"{stacked} stacked ones; got shape {shape}. Exclude the leaf"
+                f"{stacked} stacked ones; got shape {shape}. Exclude the leaf."
             )
         if any(
             size % block for size, block in zip(shape[split:], self.shape, strict=True)
         ):
             raise ValueError(
                 f"blocks of {self.shape} must divide the last axes; got shape "
-                f"{shape}. Pad it, choose other blocks or exclude the leaf"
+                f"{shape}. Pad it, choose other blocks or exclude the leaf."
             )
         tiles = (
             size // block for size, block in zip(shape[split:], self.shape, strict=True)
@@ -200,6 +200,6 @@ def _own_axis(axis: int, shape: tuple[int, ...], stacked: int) -> int:
     if not stacked <= from_first < len(shape):
         raise ValueError(
             f"axis {axis} must be one of the axes beyond the {stacked} stacked ones "
-            f"of shape {shape}. Pass a per-leaf pattern or exclude the leaf"
+            f"of shape {shape}. Pass a per-leaf pattern or exclude the leaf."
         )
     return from_first

@@ -106,6 +106,10 @@ class NMTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, match):
             masks.nm_mask(jnp.ones(shape), n, m, axis)
 
+    def test_sizes_must_be_whole(self):
+        with self.assertRaisesRegex(TypeError, "`n` must hold whole numbers; got 2.0"):
+            masks.nm_mask(jnp.ones((8, 4)), 2.0, 4)
+
     def test_integers_are_refused(self):
         with self.assertRaisesRegex(TypeError, "must be floating; got int32"):
             masks.nm_mask(jnp.ones((4, 2), jnp.int32), 2, 4)

@@ -119,6 +119,18 @@ class TopKTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, rf"in \[0, 6\].*got {num_kept}"):
             masks.topk_mask(jnp.arange(6.0), num_kept)
 
+    @parameterized.parameters(
+        (0.5, r"one whole number; got 0.5. .*`round\(share \* 6\)`"),
+        (2.0, "got 2.0"),
+        (np.array([1, 2]), r"got array\(\[1, 2\]\)"),
+        (True, "got True"),
+    )
+    def test_count_must_be_whole(self, num_kept, match):
+        with self.assertRaisesRegex(TypeError, match):
+            masks.topk_mask(jnp.arange(6.0), num_kept)
+        with self.assertRaisesRegex(TypeError, "`num_kept` must be one whole number"):
+            jax.jit(masks.topk_mask)(jnp.arange(6.0), jnp.asarray(num_kept))
+
     def test_integers_are_refused(self):
         # negative ones would rank by their bits, the wrong way round
         for fn in (masks.topk_mask, masks.global_topk):
@@ -196,6 +208,8 @@ class GlobalTopKTest(parameterized.TestCase):
             masks.global_topk({"a": jnp.ones(2), "b": jnp.ones(2)}, 5)
         with self.assertRaisesRegex(ValueError, r"NaN; got 1 of 2 NaN at \['b'\]"):
             masks.global_topk({"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])}, 2)
+        with self.assertRaisesRegex(TypeError, r"floating; got int32 at \['b'\]"):
+            masks.global_topk({"a": jnp.ones(2), "b": jnp.arange(2)}, 2)
 
     def test_nothing_to_rank(self):
         self.assertEqual(masks.global_topk({"a": None}, 0), {"a": None})
