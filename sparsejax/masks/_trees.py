@@ -60,12 +60,15 @@ def apply_masks(params: Params, masks: MaskTree) -> Params:
       Params of the same structure, shapes and dtypes. A pruned NaN becomes 0 too.
 
     Raises:
-      ValueError: if the trees have different numbers of leaves.
+      ValueError: if the trees have different numbers of leaves, or a mask has not the
+        shape of its leaf (which may have further axes in front).
+      TypeError: if a mask is not bool.
 
     Example:
       >>> apply_masks({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([True, False])})
       {'a': Array([1., 0.], dtype=float32)}
     """
+    _check_masks(masks, params)
 
     def apply(mask, param):
         # a scalar zero: `zeros_like` loses the sharding of an array that a trace closes
@@ -73,3 +76,26 @@ def apply_masks(params: Params, masks: MaskTree) -> Params:
         return jnp.where(mask, param, jnp.zeros([], jnp.result_type(param)))
 
     return map_masked(apply, masks, params)
+
+
+def _check_masks(masks: MaskTree, params: Params) -> None:
+    """Raises if a mask does not fit its leaf; `map_masked` counts the leaves."""
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
+    flat_masks = jax.tree.leaves(masks, is_leaf=is_none)
+    if len(flat) != len(flat_masks):
+        return
+    for (path, param), mask in zip(flat, flat_masks, strict=True):
+        if mask is None or param is None:
+            continue
+        dtype, shape, own = jnp.result_type(mask), jnp.shape(mask), jnp.shape(param)
+        at = jax.tree_util.keystr(path)
+        if dtype != jnp.bool_:
+            raise TypeError(
+                f"masks must be bool, True = kept; got {dtype} at {at}. The params are "
+                "the first argument, the masks the second."
+            )
+        if own[max(len(own) - len(shape), 0) :] != shape:
+            raise ValueError(
+                f"a mask must have the shape of its leaf; got {shape} for shape {own} "
+                f"at {at}. Make the masks from these params."
+            )

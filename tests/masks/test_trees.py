@@ -51,6 +51,21 @@ class TreesTest(parameterized.TestCase):
         np.testing.assert_array_equal(grads["a"], [1, 0])
         np.testing.assert_array_equal(grads["b"], [1])
 
+    @parameterized.parameters(
+        (jnp.ones(3, bool), ValueError, r"got \(3,\) for shape \(2, 3, 4\) at \['a'\]"),
+        (jnp.ones((1, 4), bool), ValueError, r"got \(1, 4\) for shape \(2, 3, 4\)"),
+        (jnp.ones((5, 2, 3, 4), bool), ValueError, "must have the shape of its leaf"),
+        (jnp.ones((2, 3, 4)), TypeError, r"must be bool.*got float32 at \['a'\]"),
+    )
+    def test_a_mask_that_does_not_fit(self, mask, error, match):
+        with self.assertRaisesRegex(error, match):
+            masks.apply_masks({"a": jnp.ones((2, 3, 4))}, {"a": mask})
+
+    def test_axes_in_front(self):
+        mask = jnp.arange(12).reshape(3, 4) < 5
+        got = masks.apply_masks({"a": jnp.ones((2, 3, 4))}, {"a": mask})["a"]
+        np.testing.assert_array_equal(got, np.stack([mask, mask]))
+
     def test_different_numbers_of_leaves(self):
         with self.assertRaisesRegex(
             ValueError, "masks with 3 leaves for a tree with 2"
