@@ -1,6 +1,7 @@
 """Schedules of a sparsity, or of any number that holds or rises in steps."""
 
 import itertools
+import numbers
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,16 +28,16 @@ def cubic(
     `begin` and `end`; `initial` before, `final` after.
 
     Args:
-      final: sparsity at the end, a fraction.
+      final: sparsity at the end, in [0, 1).
       begin: first step of the ramp.
       end: last step of the ramp, after `begin`.
-      initial: sparsity until `begin`.
+      initial: sparsity until `begin`, in [0, 1).
 
     Returns:
       A schedule from the step to a sparsity.
 
     Raises:
-      ValueError: unless `begin < end`.
+      ValueError: unless `begin < end` and the sparsities lie in their range.
 
     Example:
       >>> [round(float(cubic(0.9, begin=0, end=100)(t)), 4) for t in (0, 50, 100)]
@@ -46,6 +47,8 @@ def cubic(
       Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878, equation 1.
     """
     _check_span(begin, end)
+    _check_fraction("final", final)
+    _check_fraction("initial", initial)
 
     def schedule(step: ArrayLike) -> jax.Array:
         progress = (jnp.asarray(step, jnp.float32) - begin) / (end - begin)
@@ -89,6 +92,13 @@ def stepwise(
         return table[sum(passed, jnp.zeros(step.shape, jnp.int32))]
 
     return schedule
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if isinstance(value, numbers.Real) and not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` must be the share of zeros, a fraction in [0, 1); got {value}."
+        )
 
 
 def _check_span(begin: int, end: int) -> None:

@@ -72,6 +72,12 @@ class SparsityTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "begin=5, end=5"):
             schedules.cubic(0.9, begin=5, end=5)
 
+    def test_cubic_range(self):
+        with self.assertRaisesRegex(ValueError, r"`final` must .* \[0, 1\); got 90"):
+            schedules.cubic(90, begin=0, end=5)
+        with self.assertRaisesRegex(ValueError, "`initial` must be .* got -0.1"):
+            schedules.cubic(0.9, begin=0, end=5, initial=-0.1)
+
     def test_stepwise(self):
         schedule = schedules.stepwise([0.0, 0.5, 0.75], [10, 20])
         got = [float(schedule(step)) for step in (0, 9, 10, 19, 20, 99)]
