@@ -35,6 +35,7 @@ def distillation_loss(
     Raises:
       ValueError: if the shapes disagree, `eta` is a number outside [0, 1], or
         `temperature` is not positive.
+      TypeError: if the labels are not integers, or `where` is not bool.
 
     Example:
       >>> logits = jnp.zeros((3, 4))
@@ -55,6 +56,19 @@ def distillation_loss(
     if labels.shape != student_logits.shape[:-1]:
         raise ValueError(
             f"`labels` must have shape {student_logits.shape[:-1]}; got {labels.shape}."
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"`labels` must be class indices, integers; got {labels.dtype}."
+        )
+    if where is not None and jnp.shape(where) != labels.shape:
+        raise ValueError(
+            f"`where` must have the shape of the labels, {labels.shape}; got "
+            f"{jnp.shape(where)}. Broadcast it."
+        )
+    if where is not None and jnp.result_type(where) != jnp.bool_:
+        raise TypeError(
+            f"`where` must be bool, True = counts; got {jnp.result_type(where)}."
         )
     if isinstance(eta, int | float) and not 0 <= eta <= 1:
         raise ValueError(f"`eta` must be in [0, 1]; got {eta}.")

@@ -138,8 +138,14 @@ class DistillationTest(parameterized.TestCase):
         (dict(labels=jnp.zeros((3,), int)), r"`labels` must have shape \(2,\)"),
         (dict(eta=1.5), r"`eta` must be in \[0, 1\]; got 1.5"),
         (dict(temperature=0.0), "`temperature` must be positive; got 0.0"),
+        (
+            dict(where=jnp.ones((2, 1), bool)),
+            r"shape of the labels, \(2,\); got \(2, 1\)",
+        ),
+        (dict(where=jnp.ones(2)), "`where` must be bool.* got float32", TypeError),
+        (dict(labels=jnp.zeros(2)), "`labels` must be .* got float32", TypeError),
     )
-    def test_errors(self, change, match):
+    def test_errors(self, change, match, error=ValueError):
         logits = jnp.ones((2, 3))
         arguments = dict(
             student_logits=logits,
@@ -147,5 +153,5 @@ class DistillationTest(parameterized.TestCase):
             labels=jnp.zeros((2,), int),
             eta=0.5,
         )
-        with self.assertRaisesRegex(ValueError, match):
+        with self.assertRaisesRegex(error, match):
             penalties.distillation_loss(**(arguments | change))
