@@ -77,7 +77,8 @@ def apply(params: Params, scales: Params) -> Params:
       Params of the same structure, shapes and dtypes; differentiable in both.
 
     Raises:
-      ValueError: if the trees have different numbers of leaves.
+      ValueError: if the trees have different numbers of leaves, or scales are not those
+        of their kernel.
 
     Example:
       >>> params = {"kernel": jnp.ones((4, 1))}
@@ -99,7 +100,8 @@ def fold(params: Params, scales: Params, masks: MaskTree) -> Params:
       Sparse params that need no scales any more.
 
     Raises:
-      ValueError: if the trees have different numbers of leaves.
+      ValueError: as `apply` and `sj.apply_masks` do.
+      TypeError: if a mask is not bool.
 
     Example:
       >>> params = {"kernel": jnp.ones((4, 1))}
@@ -112,7 +114,13 @@ def fold(params: Params, scales: Params, masks: MaskTree) -> Params:
 
 
 def _scaled(scale: ArrayLike, weight: jax.Array) -> jax.Array:
-    groups = jnp.shape(scale)[-2]
     *lead, d_in, d_out = weight.shape
+    groups = jnp.shape(scale)[-2] if jnp.ndim(scale) > 1 else 0
+    if jnp.shape(scale) != (*lead, groups, d_out) or not groups or d_in % groups:
+        raise ValueError(
+            "scales must be [*stacked, num_groups, d_out] of their kernel; got "
+            f"{jnp.shape(scale)} for a kernel {weight.shape}. Make them by `init`."
+        )
     blocks = weight.reshape(*lead, groups, d_in // groups, d_out)
-    return (blocks * jnp.asarray(scale)[..., None, :]).reshape(weight.shape)
+    scaled = (blocks * jnp.asarray(scale)[..., None, :]).reshape(weight.shape)
+    return scaled.astype(weight.dtype)

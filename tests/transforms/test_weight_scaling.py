@@ -140,6 +140,8 @@ class WeightScalingTest(parameterized.TestCase):
         assert scales["b"] is None and scales["a"].dtype == jnp.bfloat16
         got = ws.apply(params, scales)
         assert got["a"].dtype == jnp.bfloat16 and got["b"] is params["b"]
+        got = ws.apply(params, {"a": jnp.ones((2, 2)), "b": None})  # float32 scales
+        assert got["a"].dtype == jnp.bfloat16
 
 
 BAD = {
@@ -155,6 +157,12 @@ def test_bad_arguments_raise(case):
     leaf, kwargs, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         ws.init({"k": leaf}, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 3), (3, 2, 2), (2,), (0, 2)])
+def test_scales_of_another_kernel_raise(shape):
+    with pytest.raises(ValueError, match=r"num_groups, d_out\].*for a kernel \(6, 2\)"):
+        ws.apply({"a": jnp.ones((6, 2))}, {"a": jnp.ones(shape)})
 
 
 def test_trees_of_another_size_raise():
