@@ -5,6 +5,7 @@ from sparsejax.formats._bits import bit_of_rank as bit_of_rank
 from sparsejax.formats._bits import count_bits as count_bits
 from sparsejax.formats._bits import to_words as to_words
 from sparsejax.formats._block_mask import BlockMask as BlockMask
+from sparsejax.formats._block_mask import check_block_shape as check_block_shape
 from sparsejax.formats._block_sparse import BlockSparse as BlockSparse
 from sparsejax.formats._block_sparse import block_positions as block_positions
 from sparsejax.formats._block_sparse import block_slots as block_slots

@@ -7,6 +7,8 @@ block column, and never meets the blocks that are not in it.
 import dataclasses
 import functools
 import math
+import numbers
+from collections.abc import Iterable
 from typing import Self, TypeAlias
 
 import jax
@@ -78,7 +80,7 @@ class BlockMask:
           The mask, of `lead`.
 
         Raises:
-          TypeError: if `kept` is not bool.
+          TypeError: if `kept` is not bool, or a size or capacity is no whole number.
           ValueError: if it has no rows or columns, or a size or capacity is below 1.
 
         Example:
@@ -93,9 +95,7 @@ class BlockMask:
             raise ValueError(
                 f"a mask must have rows and columns; got shape {kept.shape}."
             )
-        height, width = map(int, block_shape)
-        if height < 1 or width < 1:
-            raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
+        block_shape = check_block_shape(block_shape)
         row_room, column_room = _rooms(capacity, kept.shape[-2:])
         # the lists by row take nothing from the rest, which is compiled to nothing in a
         # forward, as that reads no more
@@ -106,7 +106,7 @@ class BlockMask:
             num, indices = _lists(fitting, row_room)
         num_t, indices_t = _lists(fitting.mT, column_room)
         overflowed = jnp.any(kept != fitting, axis=(-2, -1))
-        return cls(num, indices, num_t, indices_t, overflowed, (height, width))
+        return cls(num, indices, num_t, indices_t, overflowed, block_shape)
 
     @classmethod
     def from_dense(
@@ -124,7 +124,7 @@ class BlockMask:
           capacity: as in `from_blocks`.
 
         Raises:
-          TypeError: if `mask` is not bool.
+          TypeError: as in `from_blocks`.
           ValueError: as in `from_blocks`, or if a block does not divide its axis.
 
         Example:
@@ -134,8 +134,8 @@ class BlockMask:
            [False  True]]
         """
         mask = jnp.asarray(mask)
-        height, width = block_shape
-        if mask.dtype != jnp.bool_ or mask.ndim < 2 or height < 1 or width < 1:
+        height, width = check_block_shape(block_shape)
+        if mask.dtype != jnp.bool_ or mask.ndim < 2:
             return cls.from_blocks(mask, block_shape)  # says which, and raises
         if mask.shape[-2] % height or mask.shape[-1] % width:
             raise ValueError(
@@ -166,7 +166,8 @@ class BlockMask:
           capacity: as in `from_blocks`; by default `num_kept` blocks in a row.
 
         Raises:
-          TypeError: if `scores` are not floating.
+          TypeError: as in `from_blocks`, or if `scores` are not floating or `num_kept`
+            is no whole number.
           ValueError: as in `from_blocks`, or if `num_kept` is out of range.
 
         Example:
@@ -178,6 +179,7 @@ class BlockMask:
         scores = jax.lax.stop_gradient(jnp.asarray(scores))
         if not jnp.issubdtype(scores.dtype, jnp.floating):
             raise TypeError(f"`scores` must be floating; got {jax.typeof(scores)}.")
+        _check_whole("num_kept", num_kept)
         columns = scores.shape[-1] if scores.ndim else 0
         if not 1 <= num_kept <= columns:
             raise ValueError(
@@ -269,12 +271,45 @@ class BlockMask:
         return dataclasses.replace(made, overflowed=overflowed)
 
 
+def check_block_shape(block_shape: tuple[int, int]) -> tuple[int, int]:
+    """The height and width of a block, as Python integers.
+
+    Raises:
+      TypeError: unless they are two whole numbers.
+      ValueError: if one is below 1.
+
+    Example:
+      >>> check_block_shape((64, 128))
+      (64, 128)
+    """
+    sizes = tuple(block_shape) if isinstance(block_shape, Iterable) else ()
+    if len(sizes) != 2:
+        raise TypeError(
+            "`block_shape` must be `(height, width)`, as in (128, 128); got "
+            f"{block_shape!r}."
+        )
+    for size in sizes:
+        _check_whole("block_shape", size)
+    if min(sizes) < 1:
+        raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
+    return int(sizes[0]), int(sizes[1])
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must hold whole numbers; got {value!r}.")
+
+
 def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
     """The lengths of the lists of a row and of a column."""
     rows, columns = blocks
     asked = capacity if isinstance(capacity, tuple) else (capacity, None)
-    if any(room is not None and room < 1 for room in asked):
-        raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
+    for room in asked:
+        if room is None:
+            continue
+        _check_whole("capacity", room)
+        if room < 1:
+            raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
     row_room, column_room = (math.inf if room is None else room for room in asked)
     return int(min(row_room, columns)), int(min(column_room, rows))
 

@@ -57,6 +57,7 @@ class BlockSparse:
             of all blocks where that number is traced.
 
         Raises:
+          TypeError: if the mask is no `BlockMask`.
           ValueError: if the shapes differ, the mask has leading axes, or a concrete
             mask keeps more blocks than there is room for.
 
@@ -64,6 +65,11 @@ class BlockSparse:
           See `BlockSparse`.
         """
         matrix = jnp.asarray(matrix)
+        if not isinstance(mask, BlockMask):
+            raise TypeError(
+                f"`mask` must be a BlockMask; got {type(mask).__name__}. Build one by "
+                "`sj.BlockMask.from_dense`."
+            )
         if len(mask.shape) != 2 or matrix.shape != mask.shape:
             raise ValueError(
                 "`matrix` must have the shape of a mask without leading axes; got "

@@ -31,7 +31,8 @@ class BlockSparseFFN(GatedFFN):
       rngs: draws the kernels.
 
     Raises:
-      ValueError: If blocks do not divide a kernel.
+      TypeError: if `block_shape` holds no two whole numbers.
+      ValueError: if blocks do not divide a kernel.
 
     Example:
       >>> import functools

@@ -41,7 +41,8 @@ class BlockSparseLinear(nnx.Module):
       rngs: draws the kernel.
 
     Raises:
-      ValueError: If blocks do not divide the kernel.
+      TypeError: if `block_shape` holds no two whole numbers.
+      ValueError: if blocks do not divide the kernel.
 
     Example:
       >>> from flax import nnx
@@ -68,7 +69,7 @@ class BlockSparseLinear(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        height, width = block_shape
+        height, width = formats.check_block_shape(block_shape)
         if d_in % height or d_out % width:
             raise ValueError(
                 f"`block_shape` must divide the kernel; got blocks of {block_shape} "

@@ -288,6 +288,28 @@ class ErrorsTest(parameterized.TestCase):
             ValueError,
             r"`block_shape` must be positive; got \(0, 3\)",
         ),
+        (
+            (4, 6),
+            "bool",
+            {"block_shape": 2},
+            TypeError,
+            r"`block_shape` must be `\(height, width\)`.* got 2",
+        ),
+        (
+            (4, 6),
+            "bool",
+            {"block_shape": (2, 3, 1)},
+            TypeError,
+            r"`block_shape` must be `\(height, width\)`.* got \(2, 3, 1\)",
+        ),
+        (
+            (4, 6),
+            "bool",
+            {"block_shape": (2, 1.5)},
+            TypeError,
+            "whole numbers; got 1.5",
+        ),
+        ((4, 6), "bool", {"capacity": 2.5}, TypeError, "`capacity` must .* got 2.5"),
     )
     def test_from_blocks_and_from_dense(self, shape, dtype, settings, error, message):
         settings = {"block_shape": BLOCK} | settings
@@ -305,6 +327,7 @@ class ErrorsTest(parameterized.TestCase):
     @parameterized.parameters(
         ((4, 6), "int32", 2, TypeError, r"`scores` must be floating; got int32\[4,6\]"),
         ((4, 6), "float32", 0, ValueError, r"in \[1, 6\], the block columns; got 0"),
+        ((4, 6), "float32", 1.5, TypeError, "`num_kept` must hold whole .* got 1.5"),
         ((4, 6), "float32", 7, ValueError, r"in \[1, 6\], the block columns; got 7"),
         ((6,), "float32", 2, ValueError, r"must have rows and columns; got shape"),
         ((), "float32", 1, ValueError, r"in \[1, 0\]"),

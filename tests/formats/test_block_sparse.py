@@ -113,6 +113,8 @@ class BlockSparseTest(parameterized.TestCase):
         stacked = from_blocks(self.kept[None])
         with self.assertRaisesRegex(ValueError, "without leading axes"):
             build(matrix[None], stacked)
+        with self.assertRaisesRegex(TypeError, "`mask` must be a BlockMask; got Array"):
+            build(matrix, self.mask.to_dense())
         total = self.kept.sum()
         for capacity in (0, total - 1):
             with self.assertRaisesRegex(

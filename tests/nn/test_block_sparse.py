@@ -102,6 +102,8 @@ class LayerTest(parameterized.TestCase):
     def test_blocks_must_divide_the_kernel(self):
         with pytest.raises(ValueError, match=r"\(8, 8\) for d_in=16 and d_out=20"):
             nn.BlockSparseLinear(16, 20, block_shape=BLOCK, rngs=nnx.Rngs(0))
+        with pytest.raises(TypeError, match=r"`\(height, width\)`.* got 8"):
+            nn.BlockSparseLinear(16, 16, block_shape=8, rngs=nnx.Rngs(0))  # type: ignore
 
 
 class TrainingTest(parameterized.TestCase):
