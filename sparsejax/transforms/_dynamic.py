@@ -17,7 +17,7 @@ from sparsejax.typing import Params, Where, is_none
 
 def sparse_evolution(
     inner: optax.GradientTransformation,
-    sparsity,
+    sparsity=None,
     *,
     update_every: int,
     stop_step: int,
@@ -97,7 +97,7 @@ def sparse_evolution(
 
 def rigl(
     inner: optax.GradientTransformation,
-    sparsity,
+    sparsity=None,
     *,
     update_every: int,
     stop_step: int,

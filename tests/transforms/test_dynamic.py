@@ -431,6 +431,7 @@ BAD = {
     "period": (dict(update_every=0), "`update_every`.*got 0"),
     "stop": (dict(stop_step=0), "`stop_step`.*got 0"),
     "fraction": (dict(drop_fraction=1.5), r"`drop_fraction`.*\[0, 1\]; got 1.5"),
+    "missing": (dict(sparsity=None), "`sparsity` must be given under Unstructured"),
     "sparsity": (dict(sparsity=-0.1), r"\[0, 1\); got -0.1"),
     "contradiction": (dict(pattern=sj.NM(1, 4)), "under 1:4.*0.75; got 0.5 at"),
     "no leaf": (dict(where=lambda path, leaf: False), "at least one leaf"),
@@ -444,3 +445,12 @@ def test_bad_arguments_raise(method, case):
     kwargs = dict(sparsity=0.5, update_every=1, stop_step=1, key=KEY) | kwargs
     with pytest.raises(ValueError, match=message):
         METHODS[method](optax.sgd(0.1), **kwargs).init({"kernel": jnp.ones((4, 2))})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_n_m_needs_no_sparsity(method):
+    tx = METHODS[method](
+        optax.sgd(0.1), pattern=sj.NM(1, 4), update_every=1, stop_step=1, key=KEY
+    )
+    mask = sj.masks_of(tx.init({"kernel": jnp.ones((8, 2))}))["kernel"]
+    np.testing.assert_array_equal(mask.reshape(2, 4, 2).sum(1), 1)
