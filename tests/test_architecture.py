@@ -51,7 +51,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 ROOMS = {*MAY_IMPORT, "training"}
 MAY_IMPORT["training"] = ROOMS
 MAY_IMPORT["__init__"] = ROOMS  # the front door
-MAY_IMPORT["_compat"] = set()  # differences between versions; every room may import it
+# Lone modules that every room may import: versions of jax, packages that are missing.
+FOR_ALL = {"_compat", "_extras"}
+MAY_IMPORT |= {name: set() for name in FOR_ALL}
 
 # Third-party packages that only some rooms may import.
 ONLY_IN = {
@@ -100,7 +102,7 @@ def check_own(room: str, name: str) -> str | None:
             return None
         return f"imports {name}: neither a room nor a name of a room"
     other = parts[0]
-    if other in (room, "_compat"):
+    if other == room or other in FOR_ALL:
         return None
     if other not in MAY_IMPORT[room]:
         return f"imports {name}: {room} may not import {other}"

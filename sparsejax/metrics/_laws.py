@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
+from sparsejax._extras import Extra
+
 
 class ReluLaw(NamedTuple):
     """`A(D) = exp(-c * D**alpha + b) + limit`: falls towards `limit`."""
@@ -181,7 +183,8 @@ def _line(x: np.ndarray, y: np.ndarray) -> _Line | None:
 def _least_squares(
     residuals: Callable[[np.ndarray], np.ndarray], start: tuple[float, ...]
 ) -> list[float]:
-    from scipy import optimize  # of the extra `examples`
+    with Extra("examples"):
+        from scipy import optimize
 
     with np.errstate(over="ignore", invalid="ignore"):  # a wild step is rejected
         found = optimize.least_squares(

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import ArrayLike, Real
 
+from sparsejax._extras import Extra
+
 
 def plot_density(
     steps: Real[ArrayLike, " points"],
@@ -58,7 +60,8 @@ def plot_density(
             f"`names` must have one entry for each of the {num_layers} layers; got "
             f"{len(names)}."
         )
-    from matplotlib.figure import Figure  # of the extra `examples`
+    with Extra("examples"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

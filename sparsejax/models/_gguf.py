@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsejax._extras import Extra
 from sparsejax.models._checkpoint import Checkpoint, Settings, StoredTensor
 from sparsejax.models._config import DecoderConfig
 
@@ -94,7 +95,8 @@ def _shortest(value: float) -> float:
 
 def _read(file: Path) -> tuple[Any, dict[str, Any]]:
     """The package's reader of the file, and the settings of the model."""
-    import gguf  # of the extra `models`
+    with Extra("models"):
+        import gguf
 
     try:
         reader = gguf.GGUFReader(file)

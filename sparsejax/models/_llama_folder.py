@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax._extras import Extra
 from sparsejax.models._checkpoint import Checkpoint, Settings, StoredTensor
 from sparsejax.models._config import DecoderConfig
 
@@ -111,7 +112,8 @@ def write_folder(
       settings: further entries of config.json.
       max_shard_bytes: tensors go to a new file before they exceed it.
     """
-    from safetensors.numpy import save_file  # of the extra `models`
+    with Extra("models"):
+        from safetensors.numpy import save_file
 
     described = _describe(config)
     if clash := described.keys() & settings.keys():
@@ -218,7 +220,8 @@ def _indexed(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:
-    from safetensors import SafetensorError, safe_open
+    with Extra("models"):
+        from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise FileNotFoundError(
