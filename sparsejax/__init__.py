@@ -3,6 +3,33 @@
 Weight sparsity is an optax transformation around your optimizer: `sj.rigl`,
 `sj.adams`, `sj.sr_ste` and the others take an optax optimizer and return one. Patterns
 say what may be zero, masks are trees of bools, everything is a pure function.
+
+- methods: `static_sparse`, `magnitude_prune`, `sparse_evolution` (SET), `rigl`,
+  `sr_ste`, `mask_decay`, `structure_decay`, `adams`, `scale_by_adams`
+- what a method's state tells: `forward_params`, `sparse_params`, `masks_of`,
+  `is_mask_update`
+- beside a method: `weight_scaling`, `distillation_loss`, `schedules`
+- patterns: `Unstructured`, `NM`, `Block`, `Channel`; more in `patterns`
+- allocations: `uniform`, `erdos_renyi`, `erdos_renyi_kernel`
+- masks: `prune`, `apply_masks`, `topk_mask`, `nm_mask`, `block_mask`, `global_topk`;
+  more in `masks`, scores in `scores`
+- measures: `sparsity_report`, `sad`; FLOPs, activations and pictures in `metrics`
+- sparse activations: `statistical_topk`, `statistical_threshold`, `statistical_glu`,
+  `topk_activation`, `block_statistical_topk`; more in `activations`
+- what kernels read: `BlockMask`, `BlockSparse`; more in `formats`
+- rooms of their own: `attention` (which blocks and keys), `ops` (kernels); and, loaded
+  with Flax when they are first used, `nn` (layers), `models` (a decoder, checkpoints),
+  `decode` (generation), `training` (a loop)
+
+Example:
+  >>> params = {"kernel": jnp.arange(8.0).reshape(4, 2)}
+  >>> tx = sj.sr_ste(optax.sgd(0.1), pattern=sj.NM(2, 4))
+  >>> opt_state = tx.init(params)
+  >>> sj.forward_params(opt_state, params)["kernel"]  # what the loss is computed with
+  Array([[0., 0.],
+         [0., 0.],
+         [4., 5.],
+         [6., 7.]], dtype=float32)
 """
 
 import importlib
@@ -59,6 +86,7 @@ if TYPE_CHECKING:
     from sparsejax import decode as decode
     from sparsejax import models as models
     from sparsejax import nn as nn
+    from sparsejax import training as training
 
 __version__ = "0.1.0"
 

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import pathlib
+import re
 import types
 
 import jax
@@ -62,3 +63,13 @@ def test_exported_names_have_docstrings(path):
 def test_a_wrong_example_is_reported():
     module = types.ModuleType("wrong", ">>> 1 + 1\n3")
     assert "Got:\n    2" in failures(module)
+
+
+def test_the_front_door_tells_of_every_name_behind_it():
+    names = {
+        alias.name
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module != "typing"
+        for alias in node.names
+    }
+    assert set(re.findall(r"`(?:sj\.)?(\w+)`", sj.__doc__ or "")) == names
