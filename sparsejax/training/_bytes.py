@@ -79,7 +79,7 @@ def standard_library_text() -> ByteText:
     return ByteText(name, _concatenate(parts[False]), _concatenate(parts[True]))
 
 
-def text_from_files(paths: Sequence[Path]) -> ByteText:
+def text_from_files(paths: Sequence[str | Path]) -> ByteText:
     """Reads files of any kind; the last twentieth of each is for validation.
 
     Raises:
@@ -87,7 +87,7 @@ def text_from_files(paths: Sequence[Path]) -> ByteText:
     """
     train, validation = [], []
     for path in paths:
-        data = _read(path)
+        data = _read(Path(path))
         cut = len(data) - len(data) // _VALIDATION_SHARE
         train.append(data[:cut])
         validation.append(data[cut:])
@@ -97,6 +97,11 @@ def text_from_files(paths: Sequence[Path]) -> ByteText:
 
 def require_length(text: ByteText, *, batch_size: int, seq_len: int) -> None:
     """Raises `ValueError` unless each part of `text` holds one batch."""
+    if min(batch_size, seq_len) < 1:
+        raise ValueError(
+            "`batch_size` and `seq_len` must be at least 1; got "
+            f"{batch_size} and {seq_len}."
+        )
     needed = batch_size * (seq_len + 1)
     for part in ("train", "validation"):
         size = getattr(text, part).size
@@ -151,9 +156,17 @@ def validation_batches(
       num_batches: how many are wanted; fewer come where `data` does not hold them.
       batch_size: windows in a batch.
       seq_len: bytes to predict in a window.
+
+    Raises:
+      ValueError: if not one batch is wanted, or `data` does not hold one.
     """
-    batch_bytes = batch_size * (seq_len + 1)
-    num_batches = min(num_batches, data.size // batch_bytes)
+    there = data.size // (batch_size * (seq_len + 1))
+    if min(num_batches, there) < 1:
+        raise ValueError(
+            f"`data` must hold a batch of {batch_size} x ({seq_len} + 1) bytes, and "
+            f"`num_batches` be at least 1; got {data.size} bytes and {num_batches}."
+        )
+    num_batches = min(num_batches, there)
     num_windows = num_batches * batch_size
     starts = np.arange(num_windows) * (data.size // num_windows)
     windows = data[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)

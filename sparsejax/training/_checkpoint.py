@@ -18,7 +18,9 @@ Tree = TypeVar("Tree")
 _MAX_STEP = 2**31 - 1
 
 
-def save_checkpoint(folder: Path, step: int, tree: object, *, keep: int = 2) -> None:
+def save_checkpoint(
+    folder: str | Path, step: int, tree: object, *, keep: int = 2
+) -> None:
     """Saves a pytree of arrays as `folder/step`, then drops all but the newest `keep`.
 
     Orbax writes to a temporary folder and renames it, so a process that dies on the
@@ -28,9 +30,15 @@ def save_checkpoint(folder: Path, step: int, tree: object, *, keep: int = 2) -> 
     that all see and a tree of global arrays, and writes its own shards.
 
     Raises:
+      ValueError: if `step` is not in [0, 2**31 - 1], or `keep` is below 1.
       OSError: the system refused to write, as on a full disk. The older checkpoints
         are as they were.
     """
+    if not 0 <= step <= _MAX_STEP or keep < 1:
+        raise ValueError(
+            f"`step` must be in [0, {_MAX_STEP}] and `keep` at least 1; got "
+            f"step={step} and keep={keep}."
+        )
     saved = {"tree": tree, "checksums": np.asarray(_checksums(tree))}
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -38,7 +46,7 @@ def save_checkpoint(folder: Path, step: int, tree: object, *, keep: int = 2) -> 
         enable_async_checkpointing=False,
     )
     try:
-        with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        with ocp.CheckpointManager(Path(folder).absolute(), options=options) as manager:
             manager.save(step, args=ocp.args.StandardSave(saved), force=True)
     except (OSError, ValueError) as error:
         # TensorStore has the system's errors in the text of a ValueError.
@@ -50,7 +58,7 @@ def save_checkpoint(folder: Path, step: int, tree: object, *, keep: int = 2) -> 
         ) from error
 
 
-def restore_checkpoint(folder: Path, like: Tree) -> Tree | None:
+def restore_checkpoint(folder: str | Path, like: Tree) -> Tree | None:
     """Restores the newest checkpoint in `folder` that is sound.
 
     If that is not the newest one there, a warning says so, and each damaged one is
@@ -72,6 +80,7 @@ def restore_checkpoint(folder: Path, like: Tree) -> Tree | None:
     Raises:
       ValueError: no checkpoint there can be read as `like`; nothing is renamed.
     """
+    folder = Path(folder)
     steps = _steps(folder)
     damaged: dict[int, Exception] = {}
     while (step := as_first_says(max(steps, default=-1))) >= 0:

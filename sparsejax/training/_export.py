@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from sparsejax._extras import Extra
 from sparsejax.training._files import write_atomic
 from sparsejax.typing import plain_path
 
@@ -22,7 +23,7 @@ _DTYPE_NAMES = {
 }
 
 
-def save_weights(path: Path, params: object, metadata: Mapping[str, str]) -> None:
+def save_weights(path: str | Path, params: object, metadata: Mapping[str, str]) -> None:
     """Writes the leaves of `params` to a safetensors file, named `a.b.kernel`.
 
     Pruned weights are stored as the zeros they are, so that any reader can load the
@@ -36,14 +37,16 @@ def save_weights(path: Path, params: object, metadata: Mapping[str, str]) -> Non
     Raises:
       ValueError: two leaves would have one name.
     """
-    from safetensors.numpy import save  # of the extra `examples`
+    with Extra("models"):
+        from safetensors.numpy import save
 
     named, _ = _named_leaves(params)
-    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named.items()}
+    # in order, as its bytes are taken; `ascontiguousarray` gives a scalar an axis
+    tensors = {name: np.asarray(leaf, order="C") for name, leaf in named.items()}
     write_atomic(path, save(tensors, dict(metadata)))
 
 
-def load_weights(path: Path, like: Tree) -> tuple[Tree, dict[str, str]]:
+def load_weights(path: str | Path, like: Tree) -> tuple[Tree, dict[str, str]]:
     """Reads what `save_weights` wrote into a tree like `like`.
 
     Nothing in the file is run; a name in it is only compared.
@@ -61,8 +64,10 @@ def load_weights(path: Path, like: Tree) -> tuple[Tree, dict[str, str]]:
         not that of `like`; checked for all of them before a tensor is read.
       FileNotFoundError: there is no such file.
     """
-    from safetensors import SafetensorError, safe_open
+    with Extra("models"):
+        from safetensors import SafetensorError, safe_open
 
+    path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} must be a safetensors file; it is no file at all.")
     wanted, treedef = _named_leaves(like)

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
+def write_atomic(path: str | Path, data: str | bytes) -> None:
     """Writes `data` to `path` so that a crash leaves the old file or the new one.
 
     The bytes go to a neighbour first, reach the disk, and then take the name.
     """
+    path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from sparsejax._extras import Extra
 from sparsejax.training._checkpoint import restore_checkpoint, save_checkpoint
 from sparsejax.training._processes import asked_to_stop, is_first
 from sparsejax.training._runs import Run
@@ -84,7 +85,18 @@ def fit(
 
     Returns:
       The state at `num_steps`.
+
+    Raises:
+      ValueError: if `evaluate_every` or `checkpoint_every` is below 1, or as
+        `restore_checkpoint`.
+      OSError: the system refused to write, see `save_checkpoint` and `Run.log`.
+      Stopped: a signal came.
     """
+    if min(evaluate_every, checkpoint_every) < 1:
+        raise ValueError(
+            "`evaluate_every` and `checkpoint_every` must be at least 1 step; got "
+            f"{evaluate_every} and {checkpoint_every}."
+        )
     folder = run.checkpoints(phase)
     restored = restore_checkpoint(folder, state)
     if restored is None:
@@ -138,7 +150,8 @@ def fit(
 
 def _progress_bar(phase: str, seen: int, total: int):
     """A bar that counts tokens; in a log file it is written less often."""
-    from tqdm import tqdm  # of the extra `examples`
+    with Extra("examples"):
+        from tqdm import tqdm
 
     return tqdm(
         desc=phase,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from sparsejax._extras import Extra
 from sparsejax.training._files import write_atomic
 from sparsejax.training._runs import Row
 
@@ -45,7 +46,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_report(
-    path: Path,
+    path: str | Path,
     rows: Sequence[Row],
     *,
     title: str,
@@ -68,7 +69,8 @@ def draw_report(
       mask: True = kept.
       mask_name: stands above the mask.
     """
-    from matplotlib.figure import Figure  # of the extra `examples`
+    with Extra("examples"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     figure.suptitle(title)

@@ -83,7 +83,7 @@ class Run:
             write_atomic(self.metrics_file, text)
 
 
-def open_run(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Run:
+def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> Run:
     """Starts the run `folder`, or goes on with it.
 
     Args:
@@ -97,6 +97,7 @@ def open_run(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Run:
       ValueError: `folder` holds a run and `resume` is False, or a run of another
         configuration, or a config.json that is not ours. Nothing is written.
     """
+    folder = Path(folder)
     file = folder / "config.json"
     wanted = json.loads(json.dumps(config))
     if file.exists():

@@ -67,6 +67,17 @@ def test_short_texts_are_refused_with_sizes(tmp_path):
         training.require_length(text, batch_size=10, seq_len=99)
 
 
+def test_less_than_one_batch_is_refused():
+    text = training.ByteText("", np.ones(90, np.uint8), np.ones(20, np.uint8))
+    for sizes in ({"batch_size": 0, "seq_len": 4}, {"batch_size": 2, "seq_len": -1}):
+        with pytest.raises(ValueError, match="must be at least 1; got"):
+            training.require_length(text, **sizes)
+    sizes = {"batch_size": 3, "seq_len": 9}
+    for data, num_batches in ((text.validation, 2), (text.train, 0)):
+        with pytest.raises(ValueError, match=rf"3 x \(9 \+ 1\) .* and {num_batches}\."):
+            training.validation_batches(data, num_batches=num_batches, **sizes)
+
+
 def test_a_batch_depends_on_seed_and_step_alone():
     data = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
     sizes = {"batch_size": 8, "seq_len": 16}

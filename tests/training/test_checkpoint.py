@@ -69,6 +69,13 @@ def test_keeps_the_newest(tmp_path):
     assert training.restore_checkpoint(tmp_path, make_state(0)).step == 10
 
 
+@pytest.mark.parametrize(("step", "keep"), [(-1, 2), (2**31, 2), (0, 0)])
+def test_what_would_not_be_found_again_is_not_saved(tmp_path, step, keep):
+    with pytest.raises(ValueError, match=f"got step={step} and keep={keep}"):
+        training.save_checkpoint(tmp_path / "a", step, {"x": jnp.ones(1)}, keep=keep)
+    assert not (tmp_path / "a").exists()
+
+
 def test_empty_nodes_and_numbers(tmp_path):
     """What optax and mask trees are made of, beside arrays."""
     state = (

@@ -37,6 +37,14 @@ def test_round_trip(tmp_path, dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(loaded, params)
 
 
+def test_a_scalar_stays_one_and_a_path_may_be_a_text(tmp_path):
+    path, params = str(tmp_path / "w"), {"a": jnp.float32(2), "b": jnp.ones(1)}
+    training.save_weights(path, params, {})
+    loaded, _ = training.load_weights(path, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, params)
+    assert loaded["a"] == 2
+
+
 def test_other_readers_see_plain_names_and_zeros(tmp_path):
     params = make_params()
     training.save_weights(tmp_path / "w", params, {})
@@ -76,7 +84,7 @@ def test_a_file_of_another_model_is_refused(tmp_path, like, message):
 
 
 def test_two_leaves_of_one_name_are_refused(tmp_path):
-    params = {"a.b": np.ones(1), "a": {"b": np.ones(1)}}
+    params = {"a.b": np.ones(1), "a": {"b": jnp.ones(1)}}
     for call in (
         lambda: training.save_weights(tmp_path / "w", params, {}),
         lambda: training.load_weights(tmp_path / "w", params),

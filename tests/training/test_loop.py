@@ -37,18 +37,21 @@ def batch_fn(step):
     return np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
 
 
-def fit(run, state=None, *, phase="a", batch_fn=batch_fn, num_steps=NUM_STEPS):
+def fit(run, state=None, *, batch_fn=batch_fn, **options):
     return training.fit(
         run,
-        phase,
+        options.pop("phase", "a"),
         initial_state() if state is None else state,
         step_fn,
         batch_fn,
-        num_steps=num_steps,
-        evaluate=lambda state: {"norm": jnp.sum(state.params["w"] ** 2)},
-        evaluate_every=5,
-        checkpoint_every=4,
-        tokens_per_step=10,
+        **{
+            "num_steps": NUM_STEPS,
+            "evaluate": lambda state: {"norm": jnp.sum(state.params["w"] ** 2)},
+            "evaluate_every": 5,
+            "checkpoint_every": 4,
+            "tokens_per_step": 10,
+            **options,
+        },
     )
 
 
@@ -78,6 +81,14 @@ def test_is_a_plain_loop(uninterrupted):
     chex.assert_trees_all_equal(state, want)
     assert [row["step"] for row in rows if "loss" in row] == [*range(1, NUM_STEPS + 1)]
     assert [row["step"] for row in rows if "norm" in row] == [0, 5, 10, NUM_STEPS]
+
+
+@pytest.mark.parametrize("name", ["evaluate_every", "checkpoint_every"])
+def test_periods_are_at_least_a_step(tmp_path, name):
+    run = open_run(tmp_path)
+    with pytest.raises(ValueError, match=f"`{name}`.* must be at least 1 step; got"):
+        fit(run, **{name: 0})
+    assert not run.rows()
 
 
 def test_the_first_state_stays_usable(tmp_path):
