@@ -1,10 +1,12 @@
 """The one description of a decoder: sizes, numerics, and the layers it is made of."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -76,6 +78,20 @@ class DecoderConfig:
       ffn: builds the feed-forward part of every layer; a tuple has one for each.
       dtype: of the computation; norm statistics, softmax and logits are float32.
       param_dtype: of the weights.
+
+    Raises:
+      ValueError: if a size is below 1, `head_dim` is odd, `num_kv_heads` does not
+        divide `num_heads`, `rope_base` or `norm_eps` is not positive, or a tuple has
+        not one factory for each layer.
+      TypeError: if a size is no integer, or `attention` or `ffn` no factory and no
+        tuple of such.
+
+    Example:
+      >>> import functools
+      >>> spark = functools.partial(sj.nn.SparkFFN, k=32, split=64)
+      >>> config = DecoderConfig(num_layers=2, ffn=(sj.nn.GatedFFN, spark))
+      >>> config.ffn_of(1) is spark
+      True
     """
 
     vocab_size: int = 256
@@ -96,8 +112,14 @@ class DecoderConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.type is int and not isinstance(value, int | np.integer):
+                raise TypeError(f"`{field.name}` must be an integer; got {value!r}.")
             if field.type is int and value < 1:
                 raise ValueError(f"`{field.name}` must be at least 1; got {value}.")
+            if field.type is float and not 0 < value < math.inf:
+                raise ValueError(
+                    f"`{field.name}` must be positive and finite; got {value}."
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "`num_kv_heads` must divide `num_heads`; got "
@@ -109,10 +131,16 @@ class DecoderConfig:
             )
         for name in ("attention", "ffn"):
             factories = getattr(self, name)
-            if isinstance(factories, tuple) and len(factories) != self.num_layers:
+            several = isinstance(factories, tuple)
+            if several and len(factories) != self.num_layers:
                 raise ValueError(
                     f"`{name}` must have one factory for each of the {self.num_layers} "
                     f"layers, or be one for all; got {len(factories)}."
+                )
+            if not all(map(callable, factories if several else [factories])):
+                raise TypeError(
+                    f"`{name}` must be a factory, such as a class of `sj.nn`, or a "
+                    f"tuple of one for each layer; got {factories!r}."
                 )
 
     def attention_of(self, layer: int) -> AttentionFactory:

@@ -235,6 +235,8 @@ class DecoderTest(parameterized.TestCase):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("rope_base", 0.0, "`rope_base` must be positive and finite; got 0.0"),
+        ("norm_eps", float("nan"), "`norm_eps` must be positive and finite; got nan"),
         ("num_layers", 0, "`num_layers` must be at least 1; got 0"),
         ("num_kv_heads", 3, "num_kv_heads=3 and num_heads=4"),
         ("head_dim", 5, "`head_dim` must be even"),
@@ -243,4 +245,17 @@ class DecoderTest(parameterized.TestCase):
 )
 def test_bad_configurations_raise(field, value, message):
     with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("d_ff", 20.0, "`d_ff` must be an integer; got 20.0"),
+        ("ffn", [nn.GatedFFN] * 2, r"`ffn` must be a factory.* or a tuple.*got \[<cl"),
+        ("attention", (nn.Attention, None), "`attention` must be a factory"),
+    ],
+)
+def test_configurations_of_another_kind_raise(field, value, message):
+    with pytest.raises(TypeError, match=message):
         dataclasses.replace(SMALL, **{field: value})
