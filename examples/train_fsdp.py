@@ -1,4 +1,4 @@
-"""Trains a sparse transformer on many devices and hosts: FSDP, and a safe restart.
+r"""Trains a sparse transformer on many devices and hosts: FSDP, and a safe restart.
 
     python examples/train_fsdp.py                  # one host, all of its devices
     srun python examples/train_fsdp.py --cluster   # Slurm, MPI, a TPU pod, Kubernetes
@@ -37,8 +37,15 @@ def main(argv=None) -> training.TrainState:
     # One axis over all devices of all processes.
     axis_types = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=axis_types)
-    try:
+
+    def begin():
+        params = nnx.state(make_model(args), nnx.Param)
+        return training.TrainState(jnp.int32(0), params, tx.init(params))
+
+    try:  # what is wrong with the input shows here, before anything is written
         text = read_text(args, mesh)
+        tx = make_optimizer(args)
+        shapes = jax.eval_shape(begin)
         settings = run_config(args, text)
         run = training.open_run(args.runs / args.name, settings, resume=args.resume)
     except (OSError, ValueError) as error:
@@ -46,18 +53,7 @@ def main(argv=None) -> training.TrainState:
 
     # --- The state: made in its shards, so that no host ever holds all of it ---
 
-    config = models.DecoderConfig(
-        d_model=args.d_model, num_layers=args.num_layers, d_ff=3 * args.d_model
-    )
-    tx = make_optimizer(args)
-
-    def begin():
-        params = nnx.state(make_model(config, args.seed), nnx.Param)
-        return training.TrainState(jnp.int32(0), params, tx.init(params))
-
-    shardings = jax.tree.map(
-        functools.partial(fsdp_sharding, mesh), jax.eval_shape(begin)
-    )
+    shardings = jax.tree.map(functools.partial(fsdp_sharding, mesh), shapes)
     state = jax.jit(begin, out_shardings=shardings)()
     say(
         f"{jax.process_count()} processes, {mesh.size} devices; "
@@ -67,7 +63,7 @@ def main(argv=None) -> training.TrainState:
 
     # --- One step. XLA gathers the weights of a layer where they are used ---
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, args.seed)))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(args)))
 
     def loss_fn(params, opt_state, batch):
         weights = sj.forward_params(opt_state, params)
@@ -155,8 +151,11 @@ def fsdp_sharding(mesh, leaf) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def make_model(config, seed) -> models.Decoder:
-    return models.Decoder(config, rngs=nnx.Rngs(seed))
+def make_model(args) -> models.Decoder:
+    config = models.DecoderConfig(
+        d_model=args.d_model, num_layers=args.num_layers, d_ff=3 * args.d_model
+    )
+    return models.Decoder(config, rngs=nnx.Rngs(args.seed))
 
 
 def make_optimizer(args):
@@ -216,18 +215,18 @@ def parse_args(argv) -> argparse.Namespace:
     add("--runs", type=Path, default=Path("runs"))
     add("--resume", action="store_true", help="go on with the run NAME, or start it")
     add("--text", type=Path, nargs="+", metavar="FILE", help="learn these files")
-    add("--steps", type=int, default=300)
+    add("--steps", type=count, default=300)
     add("--sparsity", type=float, default=0.8)
-    add("--update-every", type=int, default=20, help="steps between mask updates")
-    add("--stop-step", type=int, default=225, help="masks are fixed from there on")
+    add("--update-every", type=positive, default=20, help="steps between mask updates")
+    add("--stop-step", type=count, default=225, help="masks are fixed from there on")
     add("--lr", type=float, default=2e-3)
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=8, help="rows, over all devices")
-    add("--seq-len", type=int, default=128)
-    add("--d-model", type=int, default=128)
-    add("--num-layers", type=int, default=4)
-    add("--evaluate-every", type=int, default=50, metavar="STEPS")
-    add("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    add("--seed", type=count, default=0)
+    add("--batch-size", type=positive, default=8, help="rows, over all devices")
+    add("--seq-len", type=positive, default=128)
+    add("--d-model", type=positive, default=128)
+    add("--num-layers", type=positive, default=4)
+    add("--evaluate-every", type=positive, default=50, metavar="STEPS")
+    add("--checkpoint-every", type=positive, default=100, metavar="STEPS")
     args = parser.parse_args(argv)
     plain = (args.coordinator, args.num_processes, args.process_id)
     if None in plain and any(value is not None for value in plain):
@@ -236,6 +235,15 @@ def parse_args(argv) -> argparse.Namespace:
             f"{args.coordinator}, {args.num_processes}, {args.process_id}"
         )
     return args
+
+
+def count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more; got {text!r}")
+    return int(text)
+
+
+positive = functools.partial(count, least=1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains a sparse transformer on real text: dense first, then sparse from its weights.
+r"""Trains a sparse transformer on real text: dense first, then sparse from its weights.
 
     python examples/train_lm.py              # CAST to exact 2:4, about three minutes
     python examples/train_lm.py --resume     # after Ctrl-C, a crash or kill -9
@@ -114,6 +114,7 @@ def main(argv=None) -> list[dict]:
             )
         for method in methods.values():
             jax.eval_shape(functools.partial(try_begin, method, make_model), weights)
+        jax.eval_shape(functools.partial(prune, args), weights)
         config = run_config(args, text, sizes)
         run = training.open_run(args.runs / args.name, config, resume=args.resume)
     except (OSError, ValueError) as error:
@@ -185,8 +186,7 @@ def main(argv=None) -> list[dict]:
     fork = train("dense", methods["dense"], state, fork_step)
     dense_on = train("dense-continued", methods["dense"], fork, last_step)
 
-    one_shot = sj.prune(dense_on.params, args.sparsity, pattern=args.pattern)
-    final = sj.apply_masks(dense_on.params, one_shot)
+    final = sj.apply_masks(dense_on.params, prune(args, dense_on.params))
     compared = [
         ("dense at the fork", fork_step, fork.params),
         ("dense, trained on", last_step, dense_on.params),
@@ -270,6 +270,11 @@ def clipped_adam(learning_rate):
     )
 
 
+def prune(args, weights):
+    """Masks of the largest weights, for what is judged after a prune."""
+    return sj.prune(weights, args.sparsity, pattern=args.pattern)
+
+
 def dense(args) -> Method:
     """The learning rate warms up, is constant until the fork, then falls."""
     constant = optax.warmup_constant_schedule(0.0, args.lr, 30)
@@ -325,8 +330,7 @@ def cast(args) -> Method:
 
     def finish(opt_state, params):
         weights, scales = params["weights"], params["scales"]
-        masks = sj.prune(weights, args.sparsity, pattern=args.pattern)
-        return sj.weight_scaling.fold(weights, scales, masks)
+        return sj.weight_scaling.fold(weights, scales, prune(args, weights))
 
     def masks(opt_state):
         return sj.masks_of(opt_state)["weights"]
@@ -415,41 +419,50 @@ METHODS = {
 # --- The command line ---
 
 
+class Help(
+    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+):
+    """The docstring above as it stands, and the default of each option."""
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--name", default="train_lm", help="the run's folder is RUNS/NAME")
-    add("--runs", type=Path, default=Path("runs"))
+    add("--runs", type=Path, default=Path("runs"), help="holds the folders of all runs")
     add("--resume", action="store_true", help="go on with the run NAME")
     add(
         "--text", type=Path, nargs="+", metavar="FILE", help="learn these files instead"
     )
-    add("--method", choices=METHODS, default="cast")
+    add("--method", choices=METHODS, default="cast", help="of training after the fork")
     add(
         "--pattern",
         type=parse_pattern,
-        default=sj.NM(2, 4),
-        help="N:M, unstructured, block:HEIGHTxWIDTH or channel (default: 2:4)",
+        default="2:4",
+        help="N:M, unstructured, block:HEIGHTxWIDTH or channel",
     )
     add("--sparsity", type=float, help="share of zeros; an N:M pattern has its own")
-    add("--seed", type=int, default=0)
+    add("--seed", type=count, default=0, help="of weights, batches and masks")
     add("--dense-steps", type=count, default=1000, help="steps before the fork")
     add("--steps", type=count, default=600, help="steps after it, on each way")
-    add("--batch-size", type=positive, default=4)
-    add("--seq-len", type=positive, default=128)
-    add("--d-model", type=positive, default=128)
-    add("--num-layers", type=positive, default=4)
-    add("--num-heads", type=positive, default=4)
-    add("--ffn", choices=FFNS, default="gated")
+    add("--batch-size", type=positive, default=4, help="sequences of a step")
+    add("--seq-len", type=positive, default=128, help="bytes to predict in each")
+    add("--d-model", type=positive, default=128, help="width of the model")
+    add("--num-layers", type=positive, default=4, help="blocks of the model")
+    add("--num-heads", type=positive, default=4, help="query heads of a block")
+    add("--ffn", choices=FFNS, default="gated", help="feed-forward part of a block")
     add(
         "--density",
-        type=float,
+        type=share,
         default=0.08,
         help="share of the neurons that a spark or gemma3n layer uses for a token",
     )
-    add("--attention", choices=("dense", "spark"), default="dense")
+    add(
+        "--attention",
+        choices=("dense", "spark"),
+        default="dense",
+        help="attention of a block",
+    )
     add(
         "--attended",
         type=positive,
@@ -457,17 +470,29 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="tokens that spark attention attends to",
     )
-    add("--lr", type=float, default=2e-3, help="peak learning rate")
+    add("--lr", type=number, default=2e-3, help="peak learning rate")
     add(
         "--cast-lr",
-        type=float,
+        type=number,
         default=8e-4,
         help="that of AdamS: its steps are longer",
     )
-    add("--l1-decay", type=float, default=1e-2, help="pull of AdamS")
-    add("--eta", type=float, default=0.1, help="share of the teacher in CAST's loss")
-    add("--evaluate-every", type=positive, default=100, metavar="STEPS")
-    add("--checkpoint-every", type=positive, default=200, metavar="STEPS")
+    add("--l1-decay", type=number, default=1e-2, help="pull of AdamS")
+    add("--eta", type=share, default=0.1, help="share of the teacher in CAST's loss")
+    add(
+        "--evaluate-every",
+        type=positive,
+        default=100,
+        metavar="STEPS",
+        help="from one validation to the next",
+    )
+    add(
+        "--checkpoint-every",
+        type=positive,
+        default=200,
+        metavar="STEPS",
+        help="from one checkpoint to the next",
+    )
     return parser
 
 
@@ -478,6 +503,20 @@ def count(text: str, least: int = 0) -> int:
 
 
 positive = functools.partial(count, least=1)
+
+
+def number(text: str, most: float = math.inf) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and 0 <= value <= most):
+        limit = "0 or more" if most == math.inf else f"in [0, {most:g}]"
+        raise argparse.ArgumentTypeError(f"must be {limit}; got {text!r}")
+    return value
+
+
+share = functools.partial(number, most=1)
 
 
 def parse_pattern(text: str):

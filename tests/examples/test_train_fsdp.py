@@ -74,6 +74,9 @@ def test_one_process_restores_what_two_saved(tmp_path, monkeypatch, capsys):
         (("--coordinator", "localhost:1"), "go together; got localhost:1, None, None"),
         (("--batch-size", "12"), "must be a multiple of the 8 devices; got 12"),
         (("--text", "no-such-file"), "cannot read the text no-such-file"),
+        (("--sparsity", "1.5"), "`sparsity` must be the share of zeros"),
+        (("--evaluate-every", "0"), "--evaluate-every: must be 1 or more; got '0'"),
+        (("--seed=-1",), "--seed: must be 0 or more; got '-1'"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(

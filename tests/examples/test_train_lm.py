@@ -163,6 +163,14 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, text, capsys):
         (("--steps=-1",), "must be 0 or more; got '-1'"),
         (("--evaluate-every", "0"), "must be 1 or more; got '0'"),
         (("--num-heads", "32"), "`head_dim` must be even"),
+        (("--seed=-1",), "must be 0 or more; got '-1'"),
+        (("--lr", "nan"), "must be 0 or more; got 'nan'"),
+        (("--eta", "two"), r"must be in \[0, 1\]; got 'two'"),
+        (
+            ("--method", "dense", "--pattern", "unstructured"),
+            "`sparsity` must be given",
+        ),
+        (("--method", "structure_decay", "--sparsity", "0.9"), "is 0.5; got 0.9"),
     ]:
         said = refused(capsys, *runs, *options)
         assert re.search(message, said, re.DOTALL), (options, said)
