@@ -1,13 +1,13 @@
 """Models raced by the clock: held-out loss against seconds of training.
 
 An arm is a decoder, from nothing, and a way to train it. Each is tuned over the same
-learning rates by short runs judged on one part of the text, then trained for equal
-seconds and judged on another; compiling and judging do not count. The first arm is the
-dense one, others that are not sparse are controls. Dense, controls and the sparse arm
-whose first seed is best, which flatters that seed a little, are repeated for other
-seeds. Schedules follow the clock (`lm_study.Seconds`), so a loss on the way is one at a
-high learning rate: what a shorter run comes to is measured by runs of `LESS` of the
-time, of the best sparse arm.
+learning rates by short runs judged on one part of the text, which favours higher rates
+a little, then trained for equal seconds and judged on another; compiling and judging do
+not count. The first arm is the dense one, others that are not sparse are controls.
+Dense, controls and the sparse arm whose first seed is best, which flatters that seed a
+little, are repeated for other seeds. Schedules follow the clock (`lm_study.Seconds`),
+so a loss on the way is one at a high learning rate: what a shorter run comes to is
+measured by runs of `LESS` of the time, of the best sparse arm.
 """
 
 import dataclasses
@@ -253,10 +253,10 @@ def conclusions(
             if not arms[control].is_sparse:
                 notes += lm_report.compare(rows, name, control, "loss")
         gains = [lm_report.gain(rows, of, dense, "loss") for of in (name, less)]
-        holds = any(found is not None and found[0] > 0 for found in gains)
+        verdicts = [lm_report.verdict(*found) for found in gains if found is not None]
         notes.append(
             f"the aim, a loss below the dense one in equal time or in {LESS:g} of it: "
-            + ("holds" if holds else "DOES NOT HOLD")
+            + min(verdicts, key=lm_report.VERDICTS.index)
         )
     return notes + lm_report.ends_of_grids(rows, arms)
 

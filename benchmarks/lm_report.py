@@ -14,6 +14,7 @@ from benchmarks import common
 
 Row = Mapping[str, Any]
 BEFORE, AFTER = "loss_before", "loss_after"
+VERDICTS = ("holds", "holds, but within two standard errors", "DOES NOT HOLD")
 
 
 def loss_of(row: Row, column: str = AFTER) -> float:
@@ -78,6 +79,13 @@ def gain(
     return common.mean_and_error(gains) if gains else None
 
 
+def verdict(by: float, error: float) -> str:
+    """One of `VERDICTS` on a loss that is to be lower, by what `gain` gives."""
+    if not by > 0:
+        return VERDICTS[2]
+    return VERDICTS[1] if by <= 2 * error else VERDICTS[0]
+
+
 def compare(
     rows: Sequence[Row], better: str, worse: str, column: str = AFTER
 ) -> list[str]:
@@ -87,12 +95,9 @@ def compare(
         return []
     by, error = found
     spread = "one seed" if math.isnan(error) else f"+- {error:.1g}"
-    verdict = "holds" if by > 0 else "DOES NOT HOLD"
-    if by > 0 and not math.isnan(error) and by <= 2 * error:
-        verdict += ", but within two standard errors"
     return [
         f"{better} better than {worse} in {column}: by {by:.4f} nats ({spread}): "
-        f"{verdict}"
+        f"{verdict(by, error)}"
     ]
 
 

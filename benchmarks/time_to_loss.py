@@ -48,7 +48,7 @@ from benchmarks.spark_models import Size
 from sparsejax.typing import KeyPath, plain_path
 
 KERNELS = ("gate", "up", "down")
-NEVER = 10**9  # RigL's masks change to the end, ever fewer blocks
+NEVER = 10**9  # steps: RigL's masks come to rest by its drop fraction
 
 FULL = Sizes(
     16,

@@ -208,6 +208,11 @@ def test_verdicts_of_equal_and_of_less_time():
     assert any("after 7.5 s, 0.75 of the time" in note for note in notes)
     assert any("the aim" in note and note.endswith("of it: holds") for note in notes)
 
+    rows += [recorded("dense", 2.5, seed=1), recorded("rigl", 2.4, seed=1)]
+    notes = lm_race.conclusions(rows, arms, 10.0)
+    (aim,) = [note for note in notes if "the aim" in note]
+    assert aim.endswith("of it: holds, but within two standard errors")
+
 
 def test_installed_text_has_each_file_once_and_folders_in_one_part(
     tmp_path, monkeypatch
