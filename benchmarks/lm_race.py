@@ -278,7 +278,7 @@ def picture(
             (shorter(name), ":"),
         ):
             for row in lm_report.tested(rows, called)[:1]:
-                seconds, _, losses = zip(*row["history"], strict=True)
+                seconds, _, losses = np.array(row["history"], float).T
                 label = f"{called}: {row['loss']:.4f}" if row["loss"] else called
                 axes.plot(seconds, losses, style, color=f"C{index}", label=label)
                 if index == 0:

@@ -94,7 +94,8 @@ def compare(
     if found is None:
         return []
     by, error = found
-    spread = "one seed" if math.isnan(error) else f"+- {error:.1g}"
+    is_single = math.isnan(error) and math.isfinite(by)  # none has diverged
+    spread = "one seed" if is_single else f"+- {error:.1g}"
     return [
         f"{better} better than {worse} in {column}: by {by:.4f} nats ({spread}): "
         f"{verdict(by, error)}"

@@ -228,7 +228,7 @@ def conclusions(rows: Sequence[lm_report.Row]) -> list[str]:
     for line in table(rows)[1:]:
         percent, error = line["to_dense_percent"], line.get("to_dense_percent_se")
         holds = percent <= 100 * MOST_LOSS
-        sure = error is None or abs(percent - 100 * MOST_LOSS) > 2 * error
+        sure = error is None or not abs(percent - 100 * MOST_LOSS) <= 2 * error
         fewer = line["times_fewer_flops"]
         notes.append(
             f"{line['method']}: loss {percent:+.2f} % "

@@ -214,6 +214,21 @@ def test_verdicts_of_equal_and_of_less_time():
     assert aim.endswith("of it: holds, but within two standard errors")
 
 
+def test_a_run_that_diverged_is_told_and_drawn(tmp_path):
+    arms = {
+        name: lm_race.Arm(
+            models.DecoderConfig(), lm_race.plain, is_sparse=name != "dense"
+        )
+        for name in ("dense", "rigl")
+    }
+    rows = [recorded("dense", 3.0), recorded("rigl", None)]
+    assert lm_race.table(rows, arms, ())[1]["loss"] == np.inf
+    (compared,) = [n for n in lm_race.conclusions(rows, arms, 10.0) if "better" in n]
+    assert compared.endswith("by -inf nats (+- nan): DOES NOT HOLD")
+    lm_race.picture(tmp_path / "race.png", rows, arms, "")
+    assert (tmp_path / "race.png").exists()
+
+
 def test_installed_text_has_each_file_once_and_folders_in_one_part(
     tmp_path, monkeypatch
 ):
