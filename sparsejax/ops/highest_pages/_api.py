@@ -45,7 +45,8 @@ def highest_pages(
       Lists `[batch, heads|kv_heads, num_kept]`. No gradient.
 
     Raises:
-      ValueError: if shapes disagree, or `num_kept` is out of range.
+      ValueError: if shapes disagree, `lengths` are not integers, or `page_size` or
+        `num_kept` is out of range.
       NotImplementedError: if the named implementation cannot take these operands.
 
     Example:
@@ -65,14 +66,18 @@ def highest_pages(
         or low.ndim != 4
         or low.shape != high.shape
         or lengths.shape != low.shape[:1]
+        or not jnp.issubdtype(lengths.dtype, jnp.integer)
         or query.shape[::2] != low.shape[::3]
         or query.shape[1] % low.shape[2]
     ):
         raise ValueError(
             "`query` must be [batch, heads, head_dim], `low` and `high` [batch, pages, "
-            "kv_heads, head_dim] and `lengths` [batch], where kv_heads divides heads; "
-            f"got {query.shape}, {low.shape}, {high.shape} and {lengths.shape}."
+            "kv_heads, head_dim] and `lengths` integers [batch], where kv_heads "
+            f"divides heads; got {query.shape}, {low.shape}, {high.shape} and "
+            f"{jax.typeof(lengths)}."
         )
+    if page_size < 1:
+        raise ValueError(f"`page_size` must be at least 1; got {page_size}.")
     if not 1 <= num_kept <= low.shape[1]:
         raise ValueError(
             f"`num_kept` must be in [1, {low.shape[1]}], the pages; got {num_kept}."

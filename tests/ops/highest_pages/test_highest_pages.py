@@ -98,17 +98,19 @@ class HighestPagesTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ({"query": jnp.zeros((1, 3, 8))}, r"divides heads; got \(1, 3, 8\), \(1, 4"),
-        ({"high": jnp.zeros((1, 5, 2, 8))}, r"and \(1,\)\."),
-        ({"lengths": jnp.zeros(2, jnp.int32)}, r"and \(2,\)\."),
+        ({"high": jnp.zeros((1, 5, 2, 8))}, r"\(1, 5, 2, 8\) and int32\[1\]\."),
+        ({"lengths": jnp.zeros(2, jnp.int32)}, r"and int32\[2\]\."),
+        ({"lengths": jnp.ones(1)}, r"`lengths` integers .* and float32\[1\]\."),
+        ({"page_size": 0}, "`page_size` must be at least 1; got 0"),
         ({"num_kept": 5}, r"`num_kept` must be in \[1, 4\], the pages; got 5"),
         ({"num_kept": 0}, r"must be in \[1, 4\], .*got 0"),
     )
     def test_refuses(self, change, message):
         names = ("query", "low", "high")
         given = dict(zip(names, operands(1, 4, 2, 4, 8), strict=True))
-        given |= {"lengths": jnp.array([9]), "num_kept": 2}
+        given |= {"lengths": jnp.array([9]), "num_kept": 2, "page_size": PAGE}
         with self.assertRaisesRegex(ValueError, message):
-            highest_pages(**given | change, page_size=PAGE)
+            highest_pages(**given | change)
 
 
 @pytest.mark.gpu
