@@ -40,6 +40,7 @@ def main(argv=None) -> list[dict]:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
+        check(args)
         text = training.standard_library_text()
         shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
         training.require_length(text, **shape)
@@ -53,11 +54,6 @@ def main(argv=None) -> list[dict]:
         graph, gates, weights = nnx.split(
             models.Decoder(config, rngs=nnx.Rngs(args.seed)), nn.GateParam, nnx.Param
         )
-        if args.block > args.seq_len:
-            raise ValueError(
-                f"--block must be at most --seq-len; got {args.block} and "
-                f"{args.seq_len}"
-            )
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
 
@@ -184,6 +180,19 @@ def recalled(graph, weights, gates, tokens, *, key):
         density: jax.tree.map(lambda *layers: sum(layers) / len(layers), *found)
         for density, found in masses.items()
     }
+
+
+def check(args) -> None:
+    if args.block > args.seq_len:
+        raise ValueError(
+            f"--block must be at most --seq-len; got {args.block} and {args.seq_len}"
+        )
+    for option, steps in (
+        ("--steps", args.steps),
+        ("--distill-steps", args.distill_steps),
+    ):
+        if steps < 1:
+            raise ValueError(f"{option} must be at least 1; got {steps}")
 
 
 def make_parser() -> argparse.ArgumentParser:

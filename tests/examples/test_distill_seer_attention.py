@@ -27,6 +27,8 @@ def test_trained_gates_recall_more(capsys):
 def test_bad_input_is_named(capsys):
     for options, message in [
         (("--block", "129"), "--block must be at most --seq-len; got 129 and 128"),
+        (("--steps", "0"), "--steps must be at least 1; got 0"),
+        (("--distill-steps", "0"), "--distill-steps must be at least 1; got 0"),
         (("--block", "0"), "`block` must be at least 1; got 0"),
         (("--d-model", "0"), "`d_model` must be at least 1; got 0"),
     ]:
