@@ -54,13 +54,14 @@ def block_sparse(
     """
     _window.check_causal(causal)
     _window.check_square(query, key, block_shape)
-    columns = -(-key.shape[1] // block_shape[1])
+    length = key.shape[1]
+    columns = -(-length // block_shape[1])
     least = min(_blocks.most_diagonal(block_shape) + 2, columns)
     _window.check_count("num_kept", num_kept, least, columns, "blocks")
     scores = _blocks.block_scores(
         query, key, block_shape=block_shape, per_head=per_head
     )
-    visible, own = _blocks.in_sight(query, key, block_shape, causal=True)
+    visible, own = _blocks.in_sight(length, length, block_shape, causal=True)
     before = jnp.pad(own[:, 1:], [(0, 0), (0, 1)]) & ~own  # ends where its own begin
     first = jnp.arange(columns) == 0
     ranked = _blocks.ranked(scores, visible, own | before | first)

@@ -134,7 +134,7 @@ def topk_blocks(
     scores = block_scores(
         query, key, block_shape=block_shape, pool=pool, per_head=per_head
     )
-    visible, diagonal = in_sight(query, key, block_shape, causal)
+    visible, diagonal = in_sight(query.shape[1], key.shape[1], block_shape, causal)
     ranks = ranked(scores, visible, diagonal)
     return highest_blocks(ranks, block_shape, min(num_kept, columns))
 
@@ -196,7 +196,7 @@ def statistical_topk_blocks(
     scores = block_scores(
         query, key, block_shape=block_shape, pool=pool, per_head=per_head
     )
-    visible, diagonal = in_sight(query, key, block_shape, causal)
+    visible, diagonal = in_sight(query.shape[1], key.shape[1], block_shape, causal)
     kept = spark_selection(scores, visible, k=k) | diagonal
     if capacity is None or capacity >= scores.shape[-1]:
         return BlockMask.from_blocks(kept, block_shape)
@@ -279,13 +279,13 @@ def pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
 
 
 def in_sight(
-    query: jax.Array, key: jax.Array, block_shape: tuple[int, int], causal: bool
+    num_queries: int, num_keys: int, block_shape: tuple[int, int], causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Which blocks may be kept, and which must; `[block_rows, block_columns]`."""
-    (height, width), num_queries = block_shape, query.shape[1]
+    height, width = block_shape
     first = height * jnp.arange(-(-num_queries // height))[:, None]
     last = jnp.minimum(first + height, num_queries) - 1
-    columns = jnp.arange(-(-key.shape[1] // width))
+    columns = jnp.arange(-(-num_keys // width))
     if not causal:
         everywhere = jnp.ones((len(first), len(columns)), jnp.bool_)
         return everywhere, ~everywhere

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
+from sparsejax.attention._blocks import in_sight
 from sparsejax.attention._psa_levels import check
 from sparsejax.formats import BlockMask
 
@@ -130,7 +131,9 @@ def pyramid_attention(
         raise ValueError(
             f"`levels` must have 1, for blocks that are cut through; got {levels}."
         )
-    seen_whole, seen = _in_sight(q.shape[1], k.shape[1], block_shape, causal)
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    seen, _ = in_sight(num_queries, num_keys, block_shape, causal)
+    seen_whole = _seen_whole(num_queries, num_keys, block_shape, causal)
     kept = seen & jnp.isin(level_map, jnp.array(levels))
     level_map = jnp.where(kept, jnp.where(seen_whole, level_map, 1), 0)
     coarse = tuple(sorted(set(levels) - {1}))
@@ -176,21 +179,17 @@ def check_levels(levels: Sequence[int], width: int, length: int | None = None) -
         )
 
 
-def _in_sight(
+def _seen_whole(
     num_queries: int, num_keys: int, block_shape: tuple[int, int], causal: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Which blocks all queries see whole, and which any of them sees at all."""
+) -> jax.Array:
+    """Which blocks are not cut through, `[block_rows | 1, block_columns]`."""
     height, width = block_shape
-    first_query = height * jnp.arange(-(-num_queries // height))[:, None]
-    last_query = jnp.minimum(first_query + height, num_queries) - 1
-    first_key = width * jnp.arange(-(-num_keys // width))
-    last_key = first_key + width - 1
-    seen_whole = jnp.broadcast_to(
-        last_key < num_keys, (len(first_query), len(first_key))
-    )
+    last_key = width * (1 + jnp.arange(-(-num_keys // width))) - 1
+    whole = last_key < num_keys
     if not causal:
-        return seen_whole, jnp.ones_like(seen_whole)
-    return seen_whole & (last_key <= first_query), first_key <= last_query
+        return whole[None]
+    first_query = height * jnp.arange(-(-num_queries // height))[:, None]
+    return whole & (last_key <= first_query)
 
 
 def _check(q: Any, k: Any, level_map: Any, block_shape: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sparsejax.attention._blocks import check_heads
+from sparsejax.attention._blocks import check_heads, in_sight
 
 Bounds: TypeAlias = Sequence[tuple[int, float]]
 """Pairs of a level and a share in [0, 1], both ascending."""
@@ -95,8 +95,8 @@ def antidiagonal_importance(
 
     size = -(-rows // (_CAUSAL_PARTS if causal else 1))
     parts = [of_rows(i, min(i + size, rows)) for i in range(0, rows, size)]
-    importance = jnp.concatenate(parts, axis=2)
-    return _hidden(importance, num_queries, block_shape, causal)
+    visible, _ = in_sight(num_queries, num_keys, block_shape, causal)
+    return jnp.where(visible, jnp.concatenate(parts, axis=2), -jnp.inf)
 
 
 def sampled_importance(
@@ -160,7 +160,8 @@ def sampled_importance(
     highest = weights.max(axis=(3, 5))
     total = highest.sum(axis=-1, keepdims=True)
     shares = highest / jnp.where(total > 0, total, 1)
-    return _hidden(shares, num_queries, block_shape, causal)
+    visible, _ = in_sight(num_queries, num_keys, block_shape, causal)
+    return jnp.where(visible, shares, -jnp.inf)
 
 
 def quota_levels(
@@ -261,20 +262,22 @@ def pyramid_full_blocks(
 
     These are at level 1 in the paper's language models: `full` of `quota_levels`.
 
+    Args:
+      num_queries: positions 0, 1, 2, ...
+      num_keys: likewise.
+      block_shape: `(height, width)`, queries and keys of a block.
+
+    Returns:
+      True where marked.
+
     Example:
       >>> print(pyramid_full_blocks(6, 6, (2, 2)).astype(int))
       [[1 0 0]
        [1 1 0]
        [1 0 1]]
     """
-    height, width = block_shape
-    rows, columns = _blocks(num_queries, num_keys, block_shape)
-    first_query, first_key = (
-        height * jnp.arange(rows)[:, None],
-        width * jnp.arange(columns),
-    )
-    diagonal = (first_key < first_query + height) & (first_query < first_key + width)
-    return diagonal | (first_key == 0)
+    _, diagonal = in_sight(num_queries, num_keys, block_shape, causal=True)
+    return diagonal | (jnp.arange(diagonal.shape[1]) == 0)
 
 
 def level_density(
@@ -284,6 +287,12 @@ def level_density(
 
     A block of level `h` counts as `1 / h`. Of all blocks, in sight or not: causal maps
     have at most about 1/2.
+
+    Args:
+      level_map: levels, 0 where a block is dropped.
+
+    Returns:
+      float32 in [0, 1].
 
     Example:
       >>> print(level_density(jnp.array([[1, 2, 4, 0]])))
@@ -343,16 +352,6 @@ def _draw(key, heads: int, length: int, block: int, fraction: float) -> jax.Arra
     sizes = np.minimum(block, length - starts)
     offsets = offsets[:, None, :samples] % sizes[:, None]
     return jnp.reshape(starts[:, None] + offsets, (heads, -1))
-
-
-def _hidden(importance, num_queries: int, block_shape, causal: bool) -> jax.Array:
-    if not causal:
-        return importance
-    height, width = block_shape
-    rows, columns = importance.shape[-2:]
-    first_query = height * jnp.arange(rows)[:, None]
-    last_query = jnp.minimum(first_query + height, num_queries) - 1
-    return jnp.where(width * jnp.arange(columns) <= last_query, importance, -jnp.inf)
 
 
 def _ranked(importance: jax.Array) -> tuple[jax.Array, jax.Array]:
