@@ -172,7 +172,7 @@ def fill_seer_cache(
     *,
     rotate: Rotate,
 ) -> SeerCache:
-    """Takes in a prompt at once: equal to appending its keys to an empty cache.
+    """Takes in a prompt at once: scores are as if its keys were appended one by one.
 
     Args:
       gate: weights.
@@ -249,8 +249,23 @@ def seer_cached_scores(
       query: of that token, before rotation.
       rotate: see `Rotate`.
 
+    Returns:
+      float32; -inf for the token's own block and those after it.
+
     Raises:
       ValueError: if `query` or `gate` do not fit.
+
+    Example:
+      >>> import functools
+      >>> rotate = functools.partial(sj.nn.apply_rope, base=1e4)
+      >>> gate = init_seer_decode_gate(2, 2, 8, d_gate=8, key=jax.random.key(0))
+      >>> x = jax.random.normal(jax.random.key(1), (1, 10, 2, 8))
+      >>> cache = init_seer_cache(gate, 1, 16, block=4)
+      >>> cache = fill_seer_cache(gate, cache, x[:, :9], rotate=rotate)
+      >>> cache = append_to_seer_cache(gate, cache, x[:, 9:], rotate=rotate)
+      >>> scores = seer_cached_scores(gate, cache, x[:, 9:], rotate=rotate)
+      >>> print(jnp.isfinite(scores[0, 0]))  # the token is in the third block
+      [[ True  True False False]]
     """
     if query.ndim != 4 or query.shape[1] != 1:
         raise ValueError(f"`query` must be of one token; got shape {query.shape}.")
