@@ -33,6 +33,10 @@ def llama_config(path: str | Path) -> DecoderConfig:
       NotImplementedError: The model computes what `Decoder` does not: another
         architecture, scaled rotary angles, biases, quantized safetensors.
       FileNotFoundError: There is no such checkpoint.
+
+    Example:
+      As in `load_llama`; `dataclasses.replace(llama_config(path), dtype=jnp.bfloat16)`
+      is the same model with other numerics.
     """
     return _open(path).config
 
@@ -123,6 +127,9 @@ def save_llama(
       ValueError: A leaf is missing, unexpected, or of another shape or dtype; the
         layers are not those of Llama; `settings` repeats an entry.
       FileExistsError: The folder holds a model.
+
+    Example:
+      As in `load_llama`.
     """
     if max_shard_bytes < 1:
         raise ValueError(

@@ -35,6 +35,13 @@ class Attention(nnx.Module):
 
     Raises:
       ValueError: If `num_kv_heads` does not divide `num_heads`, or `window` is below 1.
+
+    Example:
+      >>> from flax import nnx
+      >>> attention = sj.nn.Attention(64, 4, num_kv_heads=2, rngs=nnx.Rngs(0))
+      >>> positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+      >>> attention(jnp.ones((2, 5, 64)), positions).shape
+      (2, 5, 64)
     """
 
     def __init__(

@@ -159,6 +159,12 @@ def validation_batches(
 
     Raises:
       ValueError: if not one batch is wanted, or `data` does not hold one.
+
+    Example:
+      >>> data = np.arange(100, dtype=np.uint8)
+      >>> validation_batches(data, num_batches=2, batch_size=1, seq_len=3)
+      array([[[ 0,  1,  2,  3]],
+             [[50, 51, 52, 53]]], dtype=int32)
     """
     there = data.size // (batch_size * (seq_len + 1))
     if min(num_batches, there) < 1:

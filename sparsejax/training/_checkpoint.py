@@ -29,8 +29,14 @@ def save_checkpoint(
     methods need nothing special. Of several processes each calls this, with a folder
     that all see and a tree of global arrays, and writes its own shards.
 
+    Args:
+      folder: made if it is not there; holds a folder for each step.
+      step: names the checkpoint, in [0, 2**31 - 1]; the highest is the newest.
+      tree: what is saved.
+      keep: how many checkpoints stay, at least 1.
+
     Raises:
-      ValueError: if `step` is not in [0, 2**31 - 1], or `keep` is below 1.
+      ValueError: if `step` or `keep` is out of its range.
       OSError: the system refused to write, as on a full disk. The older checkpoints
         are as they were.
     """
@@ -79,6 +85,15 @@ def restore_checkpoint(folder: str | Path, like: Tree) -> Tree | None:
 
     Raises:
       ValueError: no checkpoint there can be read as `like`; nothing is renamed.
+
+    Example:
+      >>> import tempfile
+      >>> state = {"params": jnp.arange(3.0), "step": jnp.int32(10)}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_checkpoint(folder, 10, state)
+      ...     restored = restore_checkpoint(folder, jax.tree.map(jnp.zeros_like, state))
+      >>> restored["params"]
+      Array([0., 1., 2.], dtype=float32)
     """
     folder = Path(folder)
     steps = _steps(folder)

@@ -63,6 +63,15 @@ def load_weights(path: str | Path, like: Tree) -> tuple[Tree, dict[str, str]]:
       ValueError: it is no sound safetensors file, or a name, shape or dtype in it is
         not that of `like`; checked for all of them before a tensor is read.
       FileNotFoundError: there is no such file.
+
+    Example:
+      >>> import tempfile
+      >>> weights = {"kernel": jnp.array([[1.0, 0.0]])}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_weights(f"{folder}/w.safetensors", weights, {"pattern": "1:2"})
+      ...     loaded, metadata = load_weights(f"{folder}/w.safetensors", weights)
+      >>> print(loaded["kernel"], metadata)
+      [[1. 0.]] {'pattern': '1:2'}
     """
     with Extra("models"):
         from safetensors import SafetensorError, safe_open

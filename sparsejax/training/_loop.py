@@ -91,6 +91,28 @@ def fit(
         `restore_checkpoint`.
       OSError: the system refused to write, see `save_checkpoint` and `Run.log`.
       Stopped: a signal came.
+
+    Example:
+      >>> import tempfile
+      >>> tx, params = optax.sgd(0.1), {"w": jnp.ones(3)}
+      >>> state = TrainState(jnp.int32(0), params, tx.init(params))
+      >>> @jax.jit
+      ... def step_fn(state, batch):
+      ...     loss_fn = lambda params: jnp.sum((params["w"] - batch) ** 2)
+      ...     loss, grads = jax.value_and_grad(loss_fn)(state.params)
+      ...     updates, opt_state = tx.update(grads, state.opt_state)
+      ...     params = optax.apply_updates(state.params, updates)
+      ...     return TrainState(state.step + 1, params, opt_state), {"loss": loss}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     run = sj.training.open_run(folder, {"learning_rate": 0.1}, resume=True)
+      ...     state = fit(
+      ...         run, "dense", state, step_fn, batch_fn=jnp.float32, num_steps=5,
+      ...         evaluate=lambda state: {"norm": jnp.linalg.norm(state.params["w"])},
+      ...         evaluate_every=5, checkpoint_every=5, tokens_per_step=1,
+      ...     )
+      ...     rows = run.rows()
+      >>> int(state.step), [row["step"] for row in rows if "norm" in row]
+      (5, [0, 5])
     """
     if min(evaluate_every, checkpoint_every) < 1:
         raise ValueError(

@@ -30,6 +30,11 @@ def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, dict[str, float]
       By the dotted name of the leaf, `leaf_sparsity`: the share of zeros in the mask,
       and `leaf_pruned_magnitude`: the share of the weights' L1 norm that lies outside
       the mask, which a soft method has to bring to 0 before the hard prune.
+
+    Example:
+      >>> masks = {"kernel": jnp.array([True, True, True, False])}
+      >>> leaf_metrics(masks, {"kernel": jnp.array([2.0, 1.0, 4.0, 1.0])})
+      {'leaf_sparsity': {'kernel': 0.25}, 'leaf_pruned_magnitude': {'kernel': 0.125}}
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_none)
     leaves = jax.tree.leaves(weights, is_leaf=is_none) if flat else []

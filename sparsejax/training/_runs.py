@@ -96,6 +96,14 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     Raises:
       ValueError: `folder` holds a run and `resume` is False, or a run of another
         configuration, or a config.json that is not ours. Nothing is written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     run = open_run(folder, {"learning_rate": 0.1}, resume=False)
+      ...     _ = run.log({"phase": "dense", "step": 1, "loss": jnp.float32(0.5)})
+      ...     open_run(folder, {"learning_rate": 0.1}, resume=True).rows()
+      [{'phase': 'dense', 'step': 1, 'loss': 0.5}]
     """
     folder = Path(folder)
     file = folder / "config.json"
