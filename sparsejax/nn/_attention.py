@@ -114,7 +114,8 @@ class Attention(nnx.Module):
         return query, key, value
 
     def _heads(self, y: jax.Array) -> jax.Array:
-        return y.reshape(*y.shape[:-1], -1, self.head_dim)
+        heads = y.shape[-1] // self.head_dim
+        return y.reshape(*y.shape[:-1], heads, self.head_dim)
 
     def project(
         self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
@@ -160,7 +161,8 @@ class Attention(nnx.Module):
         self, y: Float[Array, "batch seq heads head_dim"]
     ) -> Float[Array, "batch seq d_model"]:
         """Projects what the heads give, side by side, back to the model's width."""
-        return self.out(y.reshape(*y.shape[:-2], -1))
+        *lead, heads, head_dim = y.shape
+        return self.out(y.reshape(*lead, heads * head_dim))
 
     def __call__(
         self,

@@ -111,6 +111,11 @@ class DecoderTest(parameterized.TestCase):
             want = decoder_oracle(weights_of(model), config, tokens)
             np.testing.assert_allclose(row, want, rtol=1e-4, atol=1e-5)
 
+    @parameterized.parameters((0, 3), (2, 0))
+    def test_of_no_tokens_there_are_no_logits(self, *shape):
+        logits = make(SMALL)(np.zeros(shape, np.int32))
+        self.assertEqual(logits.shape, (*shape, 11))
+
     def test_the_past_does_not_see_the_future(self):
         model = make(SMALL)
         changed = TOKENS.copy()
