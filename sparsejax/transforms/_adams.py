@@ -10,14 +10,13 @@ from jax.core import Tracer
 
 from sparsejax import allocation as allocations
 from sparsejax import masks
-from sparsejax.patterns import Leaf
 from sparsejax.transforms._arguments import (
     check_count,
     check_number,
     check_params,
     check_update,
 )
-from sparsejax.transforms._forward import by_magnitude
+from sparsejax.transforms._soft import current_masks
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
     Plain,
@@ -175,8 +174,8 @@ def scale_by_adams(
     Raises:
       ValueError: if an argument is out of range, `total_steps` differs from that of the
         state, or at `init` if a pattern does not suit its leaf or a weight is NaN.
-      TypeError: at `init` if a governed leaf is narrower than float32, in which the
-        pull would vanish.
+      TypeError: if an argument is of another kind, or at `init` if a governed leaf is
+        narrower than float32, in which the pull would vanish.
 
     Example:
       >>> tx = optax.chain(optax.clip_by_global_norm(1.0),
@@ -215,7 +214,7 @@ def scale_by_adams(
             sparsities=tuple(rule.at(params, leaves, 0)),
             update_every=mask_period,
         )
-        found = _masks_by_magnitude(params, settings)
+        found = current_masks(params, settings, {})
         return SparseState(
             jnp.zeros([], jnp.int32),
             store_masks(found, params, pack_masks),
@@ -236,7 +235,9 @@ def scale_by_adams(
         stored = jax.lax.cond(
             is_due(state),
             lambda: store_masks(
-                _masks_by_magnitude(params, state.settings), state.masks, pack_masks
+                current_masks(params, state.settings, state.arrays),
+                state.masks,
+                pack_masks,
             ),
             lambda: state.masks,
         )
@@ -279,19 +280,6 @@ def scale_by_adams(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _masks_by_magnitude(params: Params, settings: Settings) -> list[jax.Array | None]:
-    leaves: tuple[Leaf | None, ...] = settings.leaves
-    return [
-        None if leaf is None else by_magnitude(weight, leaf, sparsity)
-        for weight, leaf, sparsity in zip(
-            jax.tree.leaves(params, is_leaf=is_none),
-            leaves,
-            settings.sparsities,
-            strict=True,
-        )
-    ]
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

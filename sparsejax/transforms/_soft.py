@@ -69,7 +69,7 @@ def soft_method(
         found = [
             None if mask is None else mask | jnp.zeros_like(weight, jnp.bool_)
             for mask, weight in zip(
-                _current_masks(params, settings, arrays),
+                current_masks(params, settings, arrays),
                 jax.tree.leaves(params, is_leaf=is_none),
                 strict=True,
             )
@@ -92,7 +92,7 @@ def soft_method(
             # a mask of whole channels, or out of a switch, leaves it to a guess
             None if mask is None else jnp.where(state.step < 0, weight != 0, mask)
             for mask, weight in zip(
-                _current_masks(params, state.settings, state.arrays),
+                current_masks(params, state.settings, state.arrays),
                 jax.tree.leaves(params, is_leaf=is_none),
                 strict=True,
             )
@@ -113,10 +113,16 @@ def soft_method(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _current_masks(
+def current_masks(
     params: Params, settings: Settings, arrays: dict[str, Any]
 ) -> list[jax.Array | None]:
-    """The masks that the forward of these params uses."""
+    """The masks of these params by magnitude, one entry a leaf; None = not governed.
+
+    Args:
+      params: the dense weights.
+      settings: of a soft method.
+      arrays: of its state; holds the frame where the forward is `Framed`.
+    """
     flat = jax.tree.leaves(params, is_leaf=is_none)
     found: list[jax.Array | None] = []
     for i, (weight, leaf) in enumerate(zip(flat, settings.leaves, strict=True)):
