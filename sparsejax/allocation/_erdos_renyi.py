@@ -35,6 +35,7 @@ def erdos_renyi(
 
     Raises:
       ValueError: if the sparsity is out of range or no leaf is governed.
+      TypeError: if it is no number.
 
     Example:
       >>> params = {"a": jnp.ones((784, 300)), "b": jnp.ones((300, 100))}
@@ -71,6 +72,7 @@ def erdos_renyi_kernel(
 
     Raises:
       ValueError: if the sparsity is out of range or no leaf is governed.
+      TypeError: if it is no number.
 
     Example:
       >>> params = {"conv": jnp.ones((3, 3, 16, 16)), "head": jnp.ones((32, 10))}

@@ -23,6 +23,7 @@ def uniform(
 
     Raises:
       ValueError: if the sparsity is out of range or no leaf is governed.
+      TypeError: if it is no number.
 
     Example:
       >>> uniform({"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}, 0.5)

@@ -123,6 +123,9 @@ class BlockMask:
           block_shape: `(height, width)`; must divide rows and columns.
           capacity: as in `from_blocks`.
 
+        Returns:
+          The mask, of `lead`.
+
         Raises:
           TypeError: as in `from_blocks`.
           ValueError: as in `from_blocks`, or if a block does not divide its axis.
@@ -164,6 +167,9 @@ class BlockMask:
           num_kept: blocks to keep in each block row; of equal scores the one further
             left wins.
           capacity: as in `from_blocks`; by default `num_kept` blocks in a row.
+
+        Returns:
+          The mask, of `lead`. It has no gradient.
 
         Raises:
           TypeError: as in `from_blocks`, or if `scores` are not floating or `num_kept`

@@ -56,6 +56,9 @@ class BlockSparse:
           capacity: blocks to make room for. By default the number of kept blocks, or
             of all blocks where that number is traced.
 
+        Returns:
+          The kept blocks, of the dtype of `matrix`.
+
         Raises:
           TypeError: if the mask is no `BlockMask`.
           ValueError: if the shapes differ, the mask has leading axes, or a concrete

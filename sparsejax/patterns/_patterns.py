@@ -103,6 +103,7 @@ class Block:
 
     Raises:
       ValueError: if `shape` is empty or an entry is below 1.
+      TypeError: if it holds no whole numbers.
 
     Example:
       >>> Block((32, 32)).unit_shape((64, 96), stacked=0)
@@ -159,6 +160,9 @@ class Channel:
     Attributes:
       axis: the axis of the channels; `-1` prunes the outputs of a kernel `[..., d_in,
         d_out]`, `-2` its inputs. A non-negative axis counts from the leaf's first.
+
+    Raises:
+      TypeError: if it is no whole number.
 
     Example:
       >>> Channel(-1).unit_shape((8, 4), stacked=0)

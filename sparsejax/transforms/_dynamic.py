@@ -61,6 +61,7 @@ def sparse_evolution(
     Raises:
       ValueError: if an argument is out of range or, at `init`, does not suit a leaf or
         a weight is NaN.
+      TypeError: if an argument is of another kind.
 
     Example:
       >>> tx = sparse_evolution(optax.sgd(0.1), 0.5, update_every=10, stop_step=100,
@@ -145,6 +146,7 @@ def rigl(
     Raises:
       ValueError: if an argument is out of range or, at `init`, does not suit a leaf or
         a weight is NaN.
+      TypeError: if an argument is of another kind.
 
     Example:
       >>> tx = rigl(optax.adam(1e-3), 0.5, update_every=100, stop_step=750,

@@ -55,6 +55,7 @@ def magnitude_prune(
     Raises:
       ValueError: if an argument is out of range, or at `init` if the patterns do not
         suit the leaves or a weight is NaN.
+      TypeError: if an argument is of another kind.
 
     Example:
       >>> schedule = sj.schedules.cubic(0.9, begin=0, end=1000)

@@ -63,6 +63,7 @@ def mask_decay(
     Raises:
       ValueError: if `decay` is a number outside [0, 1], or at `init` if a pattern does
         not suit its leaf or a weight is NaN.
+      TypeError: if an argument is of another kind.
 
     Example:
       >>> decay = sj.schedules.exponential_decay(1e-4, hard_after=90_000)
@@ -137,6 +138,7 @@ def structure_decay(
     Raises:
       ValueError: if the lengths differ or the boundaries decrease, or at `init` if a
         pattern does not suit its leaf or a weight is NaN.
+      TypeError: if an argument is of another kind.
 
     Example:
       >>> frames = sj.patterns.stepwise_frames(sj.NM(1, 4))  # 3:4, 2:4, 1:4

@@ -42,6 +42,7 @@ def prune(
       ValueError: if the sparsity is out of range, missing or contradicts an N:M
         pattern, a pattern does not suit its leaf, no leaf is governed, or a concrete
         weight is NaN (under jit NaN ranks lowest).
+      TypeError: if an argument is of another kind.
 
     Example:
       >>> params = {"bias": jnp.ones(2), "kernel": jnp.array([[3.0, -4.0], [1.0, 2.0]])}

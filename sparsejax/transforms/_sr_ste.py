@@ -53,6 +53,7 @@ def sr_ste(
     Raises:
       ValueError: if `decay` is negative, or at `init` if a pattern does not suit its
         leaf or a weight is NaN.
+      TypeError: if an argument is of another kind.
 
     Example:
       >>> tx = sr_ste(optax.sgd(0.1, momentum=0.9), pattern=sj.NM(2, 4))

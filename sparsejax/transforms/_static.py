@@ -60,6 +60,7 @@ def static_sparse(
       ValueError: unless exactly one of `masks` and `key` (with `sparsity` or an N:M
         pattern) is given, or at `init` if a mask does not fit its leaf or a weight is
         NaN.
+      TypeError: if an argument is of another kind.
 
     Example:
       >>> tx = static_sparse(optax.adam(1e-3), 0.5, key=jax.random.key(0))
