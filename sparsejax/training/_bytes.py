@@ -96,7 +96,16 @@ def text_from_files(paths: Sequence[str | Path]) -> ByteText:
 
 
 def require_length(text: ByteText, *, batch_size: int, seq_len: int) -> None:
-    """Raises `ValueError` unless each part of `text` holds one batch."""
+    """Checks that each part of a text holds one batch, before anything is computed.
+
+    Args:
+      text: to learn and to validate on.
+      batch_size: windows in a batch, at least 1.
+      seq_len: bytes to predict in a window, at least 1.
+
+    Raises:
+      ValueError: if a part is too short, or a size is below 1.
+    """
     if min(batch_size, seq_len) < 1:
         raise ValueError(
             "`batch_size` and `seq_len` must be at least 1; got "
@@ -126,8 +135,18 @@ def sample_batch(
     """Cuts `batch_size` windows of `seq_len + 1` bytes at random places.
 
     A pure function of its arguments: a resumed run sees what an uninterrupted one
-    would have seen. Inputs are `batch[:, :-1]`, targets `batch[:, 1:]`. With `rows`
-    only that part of the batch is cut: what one of several processes needs of it.
+    would have seen. Inputs are `batch[:, :-1]`, targets `batch[:, 1:]`.
+
+    Args:
+      data: at least `seq_len + 1` bytes.
+      seed: of the run, at least 0.
+      step: of the batch.
+      batch_size: windows in a batch.
+      seq_len: bytes to predict in a window.
+      rows: the part of the batch that is cut: what one of several processes needs.
+
+    Raises:
+      ValueError: if `data` is shorter than a window.
 
     Example:
       >>> data = np.arange(100, dtype=np.uint8)
@@ -135,6 +154,10 @@ def sample_batch(
       array([[77, 78, 79, 80],
              [ 3,  4,  5,  6]], dtype=int32)
     """
+    if data.size <= seq_len:
+        raise ValueError(
+            f"`data` must hold a window of {seq_len} + 1 bytes; got {data.size}."
+        )
     rng = np.random.default_rng((seed, step))
     starts = rng.integers(0, data.size - seq_len, size=batch_size)[rows]
     return data[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)

@@ -72,6 +72,8 @@ def test_less_than_one_batch_is_refused():
     for sizes in ({"batch_size": 0, "seq_len": 4}, {"batch_size": 2, "seq_len": -1}):
         with pytest.raises(ValueError, match="must be at least 1; got"):
             training.require_length(text, **sizes)
+    with pytest.raises(ValueError, match=r"window of 20 \+ 1 bytes; got 20"):
+        training.sample_batch(text.validation, seed=0, step=0, batch_size=1, seq_len=20)
     sizes = {"batch_size": 3, "seq_len": 9}
     for data, num_batches in ((text.validation, 2), (text.train, 0)):
         with pytest.raises(ValueError, match=rf"3 x \(9 \+ 1\) .* and {num_batches}\."):
