@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import operator
 import statistics
 from typing import Any
 
@@ -24,7 +23,7 @@ def check_floating(x: Any) -> jax.Array:
 def check_values(x: Any, axis: int) -> jax.Array:
     """`x` as a floating array that has `axis`, or an error that says what it is."""
     x = check_floating(x)
-    if not -x.ndim <= operator.index(axis) < x.ndim:
+    if not -x.ndim <= check_int("axis", axis) < x.ndim:
         raise ValueError(f"`axis` must be an axis of `x`, {jax.typeof(x)}; got {axis}.")
     return x
 

@@ -45,8 +45,8 @@ def block_statistical_topk(
       is 0. A row with a NaN is kept whole and NaN.
 
     Raises:
-      TypeError: if `x` is not floating, `where` is not bool, or `k` or `block` is not
-        a number of the right kind.
+      TypeError: if `x` is not floating, `where` is not bool, or `k`, `block` or `axis`
+        is not a number of the right kind.
       ValueError: if `block` does not divide the axis, `k` is less than `block`, or
         another argument is out of range.
 

@@ -33,7 +33,7 @@ def topk_activation(
       The values, `x` where kept and 0 elsewhere, and the mask, True = kept.
 
     Raises:
-      TypeError: if `x` is not floating, or `k` is not a Python int.
+      TypeError: if `x` is not floating, or `k` or `axis` is not a Python int.
       ValueError: if `k` is less than 1, or `x` has no such axis.
 
     Example:

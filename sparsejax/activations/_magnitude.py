@@ -14,8 +14,8 @@ def magnitude_threshold(
 
     Args:
       x: any floating dtype.
-      threshold: at least 0, broadcastable to `x`: one number, or one
-        a layer or channel.
+      threshold: at least 0, broadcastable to `x`: a Python number, or an array with one
+        a layer or channel, whose values are not checked.
 
     Returns:
       The values, `x` where kept and 0 elsewhere, and the mask, True = kept. The
@@ -23,7 +23,8 @@ def magnitude_threshold(
 
     Raises:
       TypeError: if `x` is not floating.
-      ValueError: if `threshold` does not broadcast to the shape of `x`.
+      ValueError: if `threshold` does not broadcast to the shape of `x`, or is a number
+        below 0 or NaN.
 
     Example:
       >>> magnitude_threshold(jnp.array([0.5, -2.0, 1.0]), 1.0)[0]
@@ -34,6 +35,8 @@ def magnitude_threshold(
       2024 (TEAL), https://arxiv.org/abs/2408.14690.
     """
     x = _arguments.check_floating(x)
+    if isinstance(threshold, int | float) and not threshold >= 0:
+        raise ValueError(f"`threshold` must be at least 0; got {threshold}.")
     threshold = jnp.asarray(threshold)
     _arguments.check_broadcasts("threshold", threshold, x)
     mask = jnp.abs(x) > threshold

@@ -1,6 +1,5 @@
 """The statistical top-k: about k entries of a row survive, without a sort."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -54,8 +53,8 @@ def statistical_topk(
       or an infinite entry is NaN (where `where` is True).
 
     Raises:
-      TypeError: if `x` is not floating, `where` is not bool, or `k` is not a real
-        number.
+      TypeError: if `x` is not floating, `where` is not bool, `k` is not a real number,
+        or `axis` is not an int.
       ValueError: if `k` is less than 1 or NaN, or `axis`, `where`, `ddof` or
         `huber_delta` is out of range.
       NotImplementedError: if the named implementation cannot take these operands.
@@ -71,8 +70,6 @@ def statistical_topk(
       statistics; the Huber form, of which the paper gives no formula here, is ours.
     """
     x, z, where = _rows(x, k, axis, where, ddof, axis_name)
-    if isinstance(z, float) and z == -math.inf:
-        return jnp.moveaxis(x, -1, axis)
     out = ops.gaussian_topk(
         x,
         z,
@@ -124,8 +121,8 @@ def statistical_glu(
       As `x`.
 
     Raises:
-      TypeError: if `x` is not floating, `where` is not bool, or `k` is not a real
-        number.
+      TypeError: if `x` is not floating, `where` is not bool, `k` is not a real number,
+        or `axis` is not an int.
       ValueError: if `up` is not like `x`, `k` is less than 1 or NaN, or `axis`,
         `where`, `ddof` or `huber_delta` is out of range.
       NotImplementedError: if the named implementation cannot take these operands.
@@ -184,8 +181,8 @@ def statistical_threshold(
       `where` aside.
 
     Raises:
-      TypeError: if `x` is not floating, `where` is not bool, or `k` is not a real
-        number.
+      TypeError: if `x` is not floating, `where` is not bool, `k` is not a real number,
+        or `axis` is not an int.
       ValueError: if `k` is less than 1 or NaN, or `axis`, `where` or `ddof` is out of
         range.
 

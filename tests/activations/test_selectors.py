@@ -223,3 +223,6 @@ class MagnitudeTest(parameterized.TestCase):
             activations.magnitude_threshold(jnp.ones((2, 8)), np.ones(3))
         with self.assertRaisesRegex(TypeError, "`x` must be floating"):
             activations.magnitude_threshold(jnp.arange(3), 1)
+        for threshold in (-0.5, float("nan")):
+            with self.assertRaisesRegex(ValueError, f"at least 0; got {threshold}"):
+                activations.magnitude_threshold(jnp.ones(8), threshold)

@@ -378,6 +378,9 @@ class ErrorsTest(parameterized.TestCase):
             fn(x, 2, axis=2)
         with self.assertRaisesRegex(ValueError, r"`axis` must be an axis.*got -1"):
             fn(jnp.float32(1), 2)
+        for axis in ((0, 1), 1.0, None):
+            with self.assertRaisesRegex(TypeError, "`axis` must be a Python int; got"):
+                fn(x, 2, axis=axis)
         with self.assertRaisesRegex(TypeError, r"`where` must be bool; got float32"):
             fn(x, 2, where=x)
         with self.assertRaisesRegex(
@@ -390,7 +393,15 @@ class ErrorsTest(parameterized.TestCase):
             with self.assertRaisesRegex(ValueError, "`ddof` must be 0 or 1; got"):
                 fn(x, 2, ddof=ddof)
 
-    @parameterized.parameters(-0.1, float("nan"), float("inf"))
-    def test_bad_huber_delta(self, delta):
+    @parameterized.product(delta=[-0.1, float("nan"), float("inf")], k=[2, 8])
+    def test_bad_huber_delta(self, delta, k):
         with self.assertRaisesRegex(ValueError, "`huber_delta` must be at least 0"):
-            sj.statistical_topk(jnp.ones((2, 8)), 2, huber_delta=delta)
+            sj.statistical_topk(jnp.ones((2, 8)), k, huber_delta=delta)
+
+    @parameterized.parameters(2, 8)  # 8 is the identity, in kernels too
+    def test_bad_implementation(self, k):
+        x = jnp.ones((2, 8))
+        with self.assertRaisesRegex(ValueError, "`implementation` must be None or one"):
+            sj.statistical_topk(x, k, implementation="fast")
+        with self.assertRaisesRegex(NotImplementedError, "multiple of 512; got 8"):
+            sj.statistical_topk(x, k, implementation="mosaic_gpu")

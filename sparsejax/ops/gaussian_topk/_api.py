@@ -71,7 +71,8 @@ def gaussian_topk(
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3 (statistical top-k).
       The form of the Huber variant is ours.
     """
-    x, up = jnp.asarray(x), None if up is None else jnp.asarray(up)
+    x = jnp.asarray(x)
+    up, where = (None if a is None else jnp.asarray(a) for a in (up, where))
     _check(x, z, up, huber_delta, where)
     elementwise = {"activation": activation, "huber_delta": huber_delta}
     reference = functools.partial(

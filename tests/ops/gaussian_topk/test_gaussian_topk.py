@@ -161,7 +161,7 @@ class ReferenceTest(parameterized.TestCase):
         with self.assertRaisesRegex(TypeError, "`where` must be bool; got float32"):
             fn(x, 1.0, where=x)
         with self.assertRaisesRegex(ValueError, r"`where` must broadcast.*got \(3,\)"):
-            fn(x, 1.0, where=jnp.ones(3, bool))
+            fn(x, 1.0, where=[True] * 3)
         with self.assertRaisesRegex(ValueError, "`implementation` must be None or one"):
             fn(x, 1.0, implementation="triton")
 
