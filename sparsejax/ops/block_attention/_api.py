@@ -60,7 +60,8 @@ def block_attention(
         the query's own segment are seen.
       scale: of the products, positive; `1 / sqrt(head_dim)` by default.
       bias: added to the scaled scores of all pairs of a block; float32, on the grid of
-        the blocks. No gradient is given for it.
+        the blocks; -inf weighs a block as if it were dropped. No gradient is given for
+        it.
       with_lse: return `(out, lse)`.
       implementation: "reference" (all scores, quadratic memory), "pallas_tpu",
         "mosaic_gpu" (Hopper), or None for the fastest that serves.

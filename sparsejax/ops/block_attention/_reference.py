@@ -63,12 +63,13 @@ def softmax_of_kept(scores: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.
 
     Args:
       scores: float32.
-      kept: bool, to be broadcast; where none is, weights are 0 and lse is -inf.
+      kept: bool, to be broadcast; where none is, or all of those are at -inf, weights
+        are 0 and lse is -inf.
     """
     top = jax.lax.stop_gradient(
         jnp.max(scores, axis=-1, keepdims=True, where=kept, initial=-jnp.inf)
     )
-    empty = ~kept.any(axis=-1, keepdims=True)
+    empty = top == -jnp.inf
     top = jnp.where(empty, 0, top)
     powers = jnp.exp(jnp.where(kept, scores - top, -jnp.inf))
     total = jnp.where(empty, 1, powers.sum(axis=-1, keepdims=True))

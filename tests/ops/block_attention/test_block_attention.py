@@ -211,6 +211,13 @@ class BlockAttentionTest(parameterized.TestCase):
         got = run(block_attention, *args, bias=bias)
         assert_close(got, oracle(*args, bias=bias))
 
+    def test_a_bias_of_minus_infinity_drops_a_block(self):
+        """Also all blocks of a row: there the kernels give 0 and not NaN."""
+        args, kept = operands(), blocks(1, 4)
+        bias = np.where(kept, 0, -np.inf).astype(np.float32)
+        got = run(block_attention, *args, np.ones(BLOCKS, bool), bias=bias)
+        assert_close(got, oracle(*args, kept))
+
     def test_segments_may_be_a_list(self):
         """Of one sequence; two arrays in a list are those of queries and keys."""
         _, k, v, *_ = operands()
