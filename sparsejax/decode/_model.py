@@ -58,7 +58,8 @@ def prepare(
 
     Args:
       model: any `sj.models.Decoder`; dense and sparse layers may be mixed.
-      sparse: False computes sparse layers densely: the same tokens, to compare with.
+      sparse: False computes sparse layers densely: the same tokens, to compare with. It
+        leaves `select_keys` aside too.
       capacity_factor: room for active neurons and attended keys, as a multiple of the
         expected number; at least 1. A step that needs more is computed densely, and
         counted: results do not depend on it.
@@ -66,7 +67,7 @@ def prepare(
         `KeySelector`, or a sequence with one for each layer, None where it reads all;
         all by default. It is for layers of `nn.Attention` and those that attend as it
         does with a cache, `nn.BlockAttention` say, without a window: others have a rule
-        of their own. Prompts are read in full.
+        of their own. Prompts are read as without it.
 
     Returns:
       A pytree, to be passed through `jax.jit` as any other.
