@@ -10,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from sparsejax.patterns import check_sparsity, governed
+from sparsejax.patterns import StackedTree, check_sparsity, governed
 from sparsejax.typing import Params, SparsityTree, Where, is_none
 
 
 def erdos_renyi(
-    params: Params, sparsity: ArrayLike, *, where: Where = None, stacked: int = 0
+    params: Params,
+    sparsity: ArrayLike,
+    *,
+    where: Where = None,
+    stacked: StackedTree = 0,
 ) -> SparsityTree:
     """Density proportional to `(d_in + d_out) / (d_in * d_out)`.
 
@@ -52,7 +56,11 @@ def erdos_renyi(
 
 
 def erdos_renyi_kernel(
-    params: Params, sparsity: ArrayLike, *, where: Where = None, stacked: int = 0
+    params: Params,
+    sparsity: ArrayLike,
+    *,
+    where: Where = None,
+    stacked: StackedTree = 0,
 ) -> SparsityTree:
     """Density proportional to `sum(shape) / prod(shape)` over all axes (ERK).
 

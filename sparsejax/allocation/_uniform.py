@@ -3,12 +3,16 @@
 import jax
 from jax.typing import ArrayLike
 
-from sparsejax.patterns import check_sparsity, governed
+from sparsejax.patterns import StackedTree, check_sparsity, governed
 from sparsejax.typing import Params, SparsityTree, Where, is_none
 
 
 def uniform(
-    params: Params, sparsity: ArrayLike, *, where: Where = None, stacked: int = 0
+    params: Params,
+    sparsity: ArrayLike,
+    *,
+    where: Where = None,
+    stacked: StackedTree = 0,
 ) -> SparsityTree:
     """Gives every governed leaf the same sparsity.
 

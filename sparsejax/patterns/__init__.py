@@ -3,6 +3,8 @@
 from sparsejax.patterns._frames import geometric_frames as geometric_frames
 from sparsejax.patterns._frames import stepwise_frames as stepwise_frames
 from sparsejax.patterns._leaves import Leaf as Leaf
+from sparsejax.patterns._leaves import PatternTree as PatternTree
+from sparsejax.patterns._leaves import StackedTree as StackedTree
 from sparsejax.patterns._leaves import broadcast_prefix as broadcast_prefix
 from sparsejax.patterns._leaves import governed as governed
 from sparsejax.patterns._leaves import is_default_governed as is_default_governed

@@ -8,7 +8,7 @@ trees of other node types (a dict here, an `nnx.State` there) align by order.
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,12 @@ from jax.core import Tracer
 
 from sparsejax.patterns._patterns import NM, Pattern, Unstructured
 from sparsejax.typing import KeyPath, Params, Where, is_none, plain_path
+
+PatternTree: TypeAlias = Pattern | Callable[[KeyPath, Any], Pattern] | Any
+"""One pattern, a tree prefix of patterns, or a function of `(path, leaf)` to one."""
+
+StackedTree: TypeAlias = int | Callable[[KeyPath, Any], int] | Any
+"""How many leading axes are stacked layers: a number, a tree prefix, or a function."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +116,8 @@ def governed(
     params: Params,
     *,
     where: Where = None,
-    pattern: Pattern | Any = Unstructured(),  # noqa: B008 - frozen
-    stacked: int | Any = 0,
+    pattern: PatternTree = Unstructured(),  # noqa: B008 - frozen
+    stacked: StackedTree = 0,
 ) -> tuple[Leaf | None, ...]:
     """Resolves which leaves are governed, each with its pattern.
 

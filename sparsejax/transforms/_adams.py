@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from sparsejax import allocation as allocations
 from sparsejax import masks
+from sparsejax.patterns import PatternTree, StackedTree
 from sparsejax.transforms._arguments import (
     check_count,
     check_number,
@@ -27,7 +28,7 @@ from sparsejax.transforms._state import (
     settled,
     store_masks,
 )
-from sparsejax.typing import Params, ScalarOrSchedule, Where, is_none
+from sparsejax.typing import Params, ScalarOrSchedule, SparsityTree, Where, is_none
 
 
 def adams(
@@ -35,16 +36,16 @@ def adams(
     total_steps: int,
     l1_decay: ScalarOrSchedule,
     *,
-    pattern,
+    pattern: PatternTree,
     mask_period: int = 10,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     alpha_schedule: Callable | None = None,
     second_moment_of_pull: bool = True,
-    sparsity=None,
+    sparsity: float | SparsityTree | None = None,
     where: Where = None,
-    stacked=0,
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -117,16 +118,16 @@ def scale_by_adams(
     total_steps: int,
     l1_decay: ScalarOrSchedule,
     *,
-    pattern,
+    pattern: PatternTree,
     mask_period: int = 10,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     alpha_schedule: Callable | None = None,
     second_moment_of_pull: bool = True,
-    sparsity=None,
+    sparsity: float | SparsityTree | None = None,
     where: Where = None,
-    stacked=0,
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

@@ -8,24 +8,24 @@ import optax
 
 from sparsejax import allocation as allocations
 from sparsejax import masks, schedules, scores
-from sparsejax.patterns import Leaf, Unstructured
+from sparsejax.patterns import Leaf, PatternTree, StackedTree, Unstructured
 from sparsejax.transforms._arguments import check_count, check_key, check_number
 from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
-from sparsejax.typing import Params, Where, is_none
+from sparsejax.typing import Params, ScalarOrSchedule, SparsityTree, Where, is_none
 
 
 def sparse_evolution(
     inner: optax.GradientTransformation,
-    sparsity=None,
+    sparsity: ScalarOrSchedule | SparsityTree | None = None,
     *,
     update_every: int,
     stop_step: int,
     drop_fraction: float | Callable = 0.3,
     key: jax.Array,
     where: Where = None,
-    pattern=Unstructured(),
-    stacked=0,
+    pattern: PatternTree = Unstructured(),
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -98,15 +98,15 @@ def sparse_evolution(
 
 def rigl(
     inner: optax.GradientTransformation,
-    sparsity=None,
+    sparsity: ScalarOrSchedule | SparsityTree | None = None,
     *,
     update_every: int,
     stop_step: int,
     drop_fraction: float | Callable = 0.3,
     key: jax.Array,
     where: Where = None,
-    pattern=Unstructured(),
-    stacked=0,
+    pattern: PatternTree = Unstructured(),
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

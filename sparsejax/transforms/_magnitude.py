@@ -6,21 +6,21 @@ import optax
 
 from sparsejax import allocation as allocations
 from sparsejax import scores
-from sparsejax.patterns import Leaf, Unstructured
+from sparsejax.patterns import Leaf, PatternTree, StackedTree, Unstructured
 from sparsejax.transforms._arguments import check_count
 from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
-from sparsejax.typing import Params, Where
+from sparsejax.typing import Params, ScalarOrSchedule, SparsityTree, Where
 
 
 def magnitude_prune(
     inner: optax.GradientTransformation,
-    sparsity=None,
+    sparsity: ScalarOrSchedule | SparsityTree | None = None,
     *,
     update_every: int = 100,
     where: Where = None,
-    pattern=Unstructured(),
-    stacked=0,
+    pattern: PatternTree = Unstructured(),
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     across_leaves: bool = False,
     pack_masks: bool = False,

@@ -9,22 +9,23 @@ import optax
 from jax.core import Tracer
 
 from sparsejax import allocation as allocations
+from sparsejax.patterns import PatternTree, StackedTree
 from sparsejax.transforms._arguments import check_count, check_number
 from sparsejax.transforms._soft import soft_method
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import Framed, Projected
-from sparsejax.typing import ScalarOrSchedule, Where
+from sparsejax.typing import ScalarOrSchedule, SparsityTree, Where
 
 
 def mask_decay(
     inner: optax.GradientTransformation,
     decay: ScalarOrSchedule,
     *,
-    pattern,
+    pattern: PatternTree,
     straight_through: bool = False,
-    sparsity=None,
+    sparsity: float | SparsityTree | None = None,
     where: Where = None,
-    stacked=0,
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,13 +97,13 @@ def mask_decay(
 
 def structure_decay(
     inner: optax.GradientTransformation,
-    patterns: Sequence,
+    patterns: Sequence[PatternTree],
     boundaries: Sequence[int | jax.Array],
     *,
     straight_through: bool = False,
-    sparsity=None,
+    sparsity: float | SparsityTree | None = None,
     where: Where = None,
-    stacked=0,
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

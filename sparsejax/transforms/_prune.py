@@ -6,18 +6,18 @@ import jax
 
 from sparsejax import allocation as allocations
 from sparsejax import masks, scores
-from sparsejax.patterns import Unstructured
+from sparsejax.patterns import PatternTree, StackedTree, Unstructured
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
-from sparsejax.typing import MaskTree, Params, Where, is_none
+from sparsejax.typing import MaskTree, Params, SparsityTree, Where, is_none
 
 
 def prune(
     params: Params,
-    sparsity=None,
+    sparsity: float | SparsityTree | None = None,
     *,
     where: Where = None,
-    pattern=Unstructured(),
-    stacked=0,
+    pattern: PatternTree = Unstructured(),
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     across_leaves: bool = False,
 ) -> MaskTree:

@@ -6,21 +6,22 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocations
+from sparsejax.patterns import PatternTree, StackedTree
 from sparsejax.transforms._arguments import check_number
 from sparsejax.transforms._soft import soft_method
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import Projected
-from sparsejax.typing import ScalarOrSchedule, Where
+from sparsejax.typing import ScalarOrSchedule, SparsityTree, Where
 
 
 def sr_ste(
     inner: optax.GradientTransformation,
     *,
-    pattern,
+    pattern: PatternTree,
     decay: ScalarOrSchedule = 2e-4,
-    sparsity=None,
+    sparsity: float | SparsityTree | None = None,
     where: Where = None,
-    stacked=0,
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

@@ -10,22 +10,30 @@ from jax.core import Tracer
 from sparsejax import allocation as allocations
 from sparsejax import scores
 from sparsejax.masks import select
-from sparsejax.patterns import NM, Leaf, Unstructured, broadcast_prefix, governed
+from sparsejax.patterns import (
+    NM,
+    Leaf,
+    PatternTree,
+    StackedTree,
+    Unstructured,
+    broadcast_prefix,
+    governed,
+)
 from sparsejax.transforms._arguments import check_key
 from sparsejax.transforms._hard import FlatMasks, Topology, hard_method
 from sparsejax.transforms._sparsity import Sparsity, by_path, choose_masks
-from sparsejax.typing import MaskTree, Params, Where, is_none
+from sparsejax.typing import MaskTree, Params, SparsityTree, Where, is_none
 
 
 def static_sparse(
     inner: optax.GradientTransformation,
-    sparsity=None,
+    sparsity: float | SparsityTree | None = None,
     *,
     masks: MaskTree | None = None,
     key: jax.Array | None = None,
     where: Where = None,
-    pattern=Unstructured(),
-    stacked=0,
+    pattern: PatternTree = Unstructured(),
+    stacked: StackedTree = 0,
     allocation: Callable = allocations.uniform,
     across_leaves: bool = False,
     pack_masks: bool = False,

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sparsejax import masks as mask_room
-from sparsejax.patterns import governed
+from sparsejax.patterns import StackedTree, governed
 from sparsejax.typing import MaskTree, Params, Where, is_none
 
 
 def init(
-    params: Params, *, where: Where = None, num_groups: int = 2, stacked=0
+    params: Params,
+    *,
+    where: Where = None,
+    num_groups: int = 2,
+    stacked: StackedTree = 0,
 ) -> Params:
     """Scales of one, for every governed kernel.
 
