@@ -82,21 +82,22 @@ from sparsejax.transforms import static_sparse as static_sparse
 from sparsejax.transforms import structure_decay as structure_decay
 from sparsejax.transforms import weight_scaling as weight_scaling
 
+_LAZY = ("decode", "models", "nn", "training")  # load flax
+
 if TYPE_CHECKING:
     from sparsejax import decode as decode
     from sparsejax import models as models
     from sparsejax import nn as nn
     from sparsejax import training as training
+else:  # not seen by type checkers, which take it for any name
+
+    def __getattr__(name: str):
+        if name in _LAZY:
+            return importlib.import_module(f"sparsejax.{name}")
+        raise AttributeError(f"module 'sparsejax' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
-
-_LAZY = ("decode", "models", "nn", "training")  # load flax
-
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        return importlib.import_module(f"sparsejax.{name}")
-    raise AttributeError(f"module 'sparsejax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
