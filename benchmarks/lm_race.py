@@ -309,6 +309,8 @@ def main(
     parser = lm_command.make_parser()
     parser.add_argument("--seconds", type=float, help="of a run, and a sixth to tune")
     args = common.parse_args(doc, repeats=3, quick_repeats=2, argv=argv, parser=parser)
+    if args.seconds is not None and not args.seconds > 0:
+        parser.error(f"--seconds must be above 0; got {args.seconds}")
     make_arms, sizes = quick if args.quick else full
     arms = make_arms()
     text = lm_text.load() if args.quick else installed_text.load()

@@ -214,6 +214,12 @@ def test_verdicts_of_equal_and_of_less_time():
     assert aim.endswith("of it: holds, but within two standard errors")
 
 
+def test_a_run_of_no_time_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        time_to_loss.main(["--quick", "--seconds", "0"])
+    assert "--seconds must be above 0; got 0.0" in capsys.readouterr().err
+
+
 def test_a_run_that_diverged_is_told_and_drawn(tmp_path):
     arms = {
         name: lm_race.Arm(
