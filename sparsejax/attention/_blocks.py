@@ -218,12 +218,16 @@ def causal_density(
     Returns:
       float32, a mean over the heads of the mask; query i has `i + 1` keys in sight.
 
+    Raises:
+      ValueError: if `block_mask` has other axes, or fewer queries than `num_queries`.
+
     Example:
       >>> kept = jnp.array([[[[True, False], [False, True]]]])
       >>> mask = sj.BlockMask.from_blocks(kept, (2, 2))
       >>> print(12 * sj.attention.causal_density(mask, 4))
       [[12. 12.  4.  6.]]
     """
+    check_covers(block_mask, num_queries)
     height, width = block_mask.block_shape
     *_, rows, columns = block_mask.blocks_shape
     share = jnp.mean(block_mask.to_blocks(), axis=1, dtype=jnp.float32)
@@ -237,6 +241,25 @@ def causal_density(
     )
     density = attended.reshape(len(share), -1) / in_sight
     return density[:, :num_queries]
+
+
+def check_covers(block_mask: BlockMask, num_queries: int) -> None:
+    """Raises unless a mask has all four axes and so many queries."""
+    shape = block_mask.shape
+    if len(shape) != 4 or not 1 <= num_queries <= shape[2]:
+        raise ValueError(
+            "`block_mask` must be [batch, heads, queries, keys], with at least "
+            f"`num_queries`, which is 1 or more; got shape {shape} and "
+            f"num_queries={num_queries}."
+        )
+
+
+def check_tokens(name: str, x: Any) -> None:
+    """Raises unless `x`, called `name`, has the axes of queries, keys or values."""
+    if x.ndim != 4:
+        raise ValueError(
+            f"`{name}` must be [batch, seq, heads, head_dim]; got shape {x.shape}."
+        )
 
 
 def check_heads(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparsejax.attention._blocks import causal_density
+from sparsejax.attention._blocks import causal_density, check_covers
 from sparsejax.formats import BlockMask
 
 
@@ -24,12 +24,16 @@ def pair_density(
     Returns:
       float32, kept pairs over `num_queries * (num_queries + 1) / 2`.
 
+    Raises:
+      ValueError: as `causal_density`.
+
     Example:
       >>> kept = jnp.array([[[[True, False], [False, True]]]])
       >>> mask = sj.BlockMask.from_blocks(kept, (2, 2))
       >>> print(sj.attention.pair_density(mask, 4))
       [[0.6]]
     """
+    check_covers(block_mask, num_queries)
     batch, heads = block_mask.overflowed.shape
     each = jax.tree.map(lambda a: a.reshape(-1, 1, *a.shape[2:]), block_mask)
     in_sight = 1 + jnp.arange(num_queries, dtype=jnp.float32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
-from sparsejax.attention._blocks import in_sight
+from sparsejax.attention._blocks import check_tokens, in_sight
 from sparsejax.attention._psa_levels import check
 from sparsejax.formats import BlockMask
 
@@ -40,7 +40,8 @@ def kv_pyramid(
       (the paper repeats the last token, which moves the mean), one without any is 0.
 
     Raises:
-      ValueError: if `block` is out of range or a level does not divide it.
+      ValueError: if `x` has other axes, `block` is out of range or a level does not
+        divide it.
 
     Example:
       >>> x = jnp.arange(6.0).reshape(1, 6, 1, 1)
@@ -49,6 +50,7 @@ def kv_pyramid(
       [0.5 2.5 4.5 0. ]
       [1.5 4.5]
     """
+    check_tokens("x", x)
     batch, length, *rest = x.shape
     check_levels(levels, block, length)
     whole = -(-length // block) * block

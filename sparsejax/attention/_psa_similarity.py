@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparsejax.attention._blocks import check_tokens
 from sparsejax.attention._psa import check_levels
 
 
@@ -37,7 +38,8 @@ def similarity_cap(
       not count, and a key of zeros has a cosine of 0 with any other. No gradient.
 
     Raises:
-      ValueError: if `block` is out of range, or a level does not divide it.
+      ValueError: if `key` has other axes, `block` is out of range, or a level does not
+        divide it.
 
     Example:
       >>> key = jnp.array([[1.0, 0], [1, 0], [0, 1], [0, 1]]).reshape(1, 4, 1, 2)
@@ -48,6 +50,7 @@ def similarity_cap(
     References:
       PSA, 2025, https://arxiv.org/abs/2512.04025: an option of the released code.
     """
+    check_tokens("key", key)
     levels = [level for level, _ in thresholds]
     batch, length, heads, dim = key.shape
     check_levels(levels, block, length)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from sparsejax import ops
 from sparsejax.attention import _window
+from sparsejax.attention._blocks import check_tokens
 from sparsejax.attention._slots import change_slots, check_next, lengths_of
 from sparsejax.formats import KeyLists
 
@@ -59,10 +60,7 @@ def page_bounds(
       >>> print(bounds.low.ravel(), bounds.high.ravel())
       [1. 2.] [3. 2.]
     """
-    if key.ndim != 4:
-        raise ValueError(
-            f"`key` must be [batch, room, kv_heads, head_dim]; got shape {key.shape}."
-        )
+    check_tokens("key", key)
     batch, room, *rest = key.shape
     if not 1 <= page_size <= room:
         raise ValueError(

@@ -117,7 +117,8 @@ def seer_scores(
       float32; -inf where a block lies after the queries. Gradients reach `gate` alone.
 
     Raises:
-      ValueError: if shapes disagree, also those of `gate`, or `block` is out of range.
+      ValueError: if shapes disagree, also those of `gate` and `positions`, or `block`
+        is out of range.
 
     Example:
       >>> gate = init_seer_gate(2, 2, 8, d_gate=8, key=jax.random.key(0))
@@ -137,6 +138,13 @@ def seer_scores(
     """
     check_sequences(query, key, block)
     _check_gate(gate, query, key)
+    if positions is None:
+        positions = jnp.arange(query.shape[1])[None]
+    if positions.shape not in ((1, query.shape[1]), query.shape[:2]):
+        raise ValueError(
+            f"`positions` must be {query.shape[:2]}, one for each token, or of batch "
+            f"1; got shape {positions.shape}."
+        )
     query, key = jax.lax.stop_gradient((query, key))
     gated_query = _blocks.pooled(query, block, jnp.mean)
     if gate.query is not None:
@@ -147,8 +155,6 @@ def seer_scores(
     gated_key = jnp.einsum("bnki,kgio->bnkgo", features, kernels)
     gated_key = gated_key.reshape(*gated_key.shape[:2], -1, gated_key.shape[-1])
     gated_key = _to_heads(gated_key, query.shape[2])
-    if positions is None:
-        positions = jnp.arange(query.shape[1])[None]
     starts = positions[:, ::block]
     gated_query, gated_key = rotate(gated_query, starts), rotate(gated_key, starts)
     scores = jnp.einsum("bihd,bjhd->bhij", gated_query, gated_key)

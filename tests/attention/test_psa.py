@@ -469,6 +469,12 @@ def test_bad_input_is_named():
         (ValueError, attend(np.ones((1, 3, 5, 3), int)), "leading axes"),
         (ValueError, attend(query=q[0]), r"`q` and `k` must be .*; got \(40, 4, 8\)"),
         (ValueError, lambda: attention.kv_pyramid(k, block=64), "got 64"),
+        (ValueError, lambda: attention.kv_pyramid(k[0], block=8), "`x` must be .*40, "),
+        (
+            ValueError,
+            lambda: attention.similarity_cap(k[0], block=8),
+            r"`key` must be .*; got shape \(40, 2, 8\)",
+        ),
         (
             ValueError,
             lambda: attention.similarity_cap(k, block=16, thresholds=((3, 0.5),)),

@@ -447,9 +447,9 @@ def test_bad_input_is_named():
     decoding, scores = decode_gate(), causal_scores(4)
     cache = attention.init_seer_cache(decoding, 2, 8, block=4)
 
-    def gated(gate=gate, query=query, key=key, block=4):
+    def gated(gate=gate, query=query, key=key, block=4, positions=None):
         return lambda: attention.seer_scores(
-            gate, query, key, block=block, rotate=rotate
+            gate, query, key, block=block, rotate=rotate, positions=positions
         )
 
     def made(heads=4, kv_heads=2, **options):
@@ -465,6 +465,7 @@ def test_bad_input_is_named():
     for wrong, message in [
         (gated(block=9), r"`block` must be in \[1, 8\].*got 9. Choose smaller"),
         (gated(block=0), "got 0"),
+        (gated(positions=jnp.arange(8)), r"`positions` must be \(2, 8\), .*\(8,\)"),
         (gated(key=key[:, :4]), r"of one sequence; got \(2, 8, 4, 8\) and \(2, 4"),
         (gated(query=query[:, :, :3]), "must divide the query heads; got"),
         (gated(of_others), r"`gate.key` must .*\(4, 24, 8\).*got \(4, 48, 16\)"),

@@ -122,6 +122,14 @@ class PairDensityTest(parameterized.TestCase):
             want = prompts.pair_density_oracle(kept[at], length, block_shape)
             np.testing.assert_allclose(got[at], want, rtol=1e-5)
 
+    @parameterized.parameters(attention.pair_density, attention.causal_density)
+    def test_masks_that_do_not_fit_raise(self, density):
+        kept = jnp.ones((3, 2, 2), bool)
+        with self.assertRaisesRegex(ValueError, r"keys\], .*; got shape \(3, 8, 8\)"):
+            density(sj.BlockMask.from_blocks(kept, (4, 4)), 8)
+        with self.assertRaisesRegex(ValueError, r"8, 8\) and num_queries=9"):
+            density(sj.BlockMask.from_blocks(kept[None], (4, 4)), 9)
+
 
 @pytest.mark.parametrize(
     ("changed", "message"),
