@@ -286,6 +286,11 @@ def check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
         raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
 
 
+def to_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Repeats what key heads have, on axis 2, for the query heads that share them."""
+    return jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
 def pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
     """One float32 token for every `size`, and for those that are left at the end."""
     batch, length, *rest = x.shape

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sparsejax.attention._blocks import check_heads, in_sight
+from sparsejax.attention._blocks import check_heads, in_sight, to_heads
 
 Bounds: TypeAlias = Sequence[tuple[int, float]]
 """Pairs of a level and a share in [0, 1], both ascending."""
@@ -145,7 +145,7 @@ def sampled_importance(
     at_key = _draw(key, heads, num_keys, block_shape[1], fraction)
     of_head = jnp.arange(heads)[:, None]
     q = jnp.moveaxis(q, 2, 1)[:, of_head, at_query]
-    k = jnp.moveaxis(_to_heads(k, heads), 2, 1)[:, of_head, at_key]
+    k = jnp.moveaxis(to_heads(k, heads), 2, 1)[:, of_head, at_key]
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
     scores *= dim**-0.5
     if causal:
@@ -337,10 +337,6 @@ def _blocks(num_queries: int, num_keys: int, block_shape: tuple[int, int]):
 def _squares(x: jax.Array, length: int, stride: int) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
     return x.reshape(len(x), length // stride, stride, *x.shape[2:])
-
-
-def _to_heads(x: jax.Array, heads: int) -> jax.Array:
-    return jnp.repeat(x, heads // x.shape[-2], axis=-2)
 
 
 def _draw(key, heads: int, length: int, block: int, fraction: float) -> jax.Array:

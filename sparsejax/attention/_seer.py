@@ -154,7 +154,7 @@ def seer_scores(
     kernels = gate.key.reshape(key.shape[2], -1, *gate.key.shape[1:])
     gated_key = jnp.einsum("bnki,kgio->bnkgo", features, kernels)
     gated_key = gated_key.reshape(*gated_key.shape[:2], -1, gated_key.shape[-1])
-    gated_key = _to_heads(gated_key, query.shape[2])
+    gated_key = _blocks.to_heads(gated_key, query.shape[2])
     starts = positions[:, ::block]
     gated_query, gated_key = rotate(gated_query, starts), rotate(gated_key, starts)
     scores = jnp.einsum("bihd,bjhd->bhij", gated_query, gated_key)
@@ -366,11 +366,6 @@ def _check_gate(gate: SeerGate, query: jax.Array, key: jax.Array) -> None:
     else:
         wanted = {"query": (heads, dim, d_gate), "key": (key.shape[2], width, d_gate)}
     check_weights(gate, wanted, (heads, key.shape[2]), dim)
-
-
-def _to_heads(x: jax.Array, heads: int) -> jax.Array:
-    """Repeats what key heads have for the query heads that share them."""
-    return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def _with_last_rows(
