@@ -90,7 +90,10 @@ class BlockMask:
         """
         kept = jnp.asarray(kept)
         if kept.dtype != jnp.bool_:
-            raise TypeError(f"a mask must be bool; got {jax.typeof(kept)}.")
+            raise TypeError(
+                f"a mask must be bool; got {jax.typeof(kept)}. Compare first, as in "
+                "`mask != 0`."
+            )
         if kept.ndim < 2 or 0 in kept.shape[-2:]:
             raise ValueError(
                 f"a mask must have rows and columns; got shape {kept.shape}."

@@ -54,7 +54,8 @@ class BlockSparse:
           matrix: of `mask.shape`.
           mask: which blocks are kept; without leading axes.
           capacity: blocks to make room for. By default the number of kept blocks, or
-            of all blocks where that number is traced.
+            of all blocks where that number is traced. Blocks of a traced mask for
+            which there is no room are lost: they count as 0.
 
         Returns:
           The kept blocks, of the dtype of `matrix`.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.patterns import broadcast_prefix, governed
+from sparsejax.patterns import broadcast_prefix, is_default_governed
 from sparsejax.typing import MaskTree, Params, is_none
 
 
@@ -147,7 +147,8 @@ def sparsity_report(
       `forward_flops` takes the others and attention too.
 
     Raises:
-      ValueError: if no leaf is governed, or masks and params do not fit.
+      ValueError: if no leaf is governed, or masks and params do not fit, naming the
+        leaf.
       TypeError: if `params` is given and the first argument holds no masks.
 
     Example:
@@ -193,7 +194,10 @@ def sparsity_report(
         else:
             leaves.append(LeafSparsity(name, shape, _num_true(mask), count))
     if not leaves:
-        raise ValueError("at least one leaf must have a mask; all are None.")
+        raise ValueError(
+            "at least one leaf must have a mask, or be governed by default; none of "
+            f"{len(flat)} is. Pass masks, such as `sj.masks_of(opt_state)`."
+        )
     return SparsityReport(
         tuple(leaves), None if everything is None else tuple(excluded)
     )
@@ -204,13 +208,9 @@ def _are_masks(tree: Any) -> bool:
 
 
 def _zeros_as_masks(params: Params) -> MaskTree:
-    leaves = governed(params)
-    flat, treedef = jax.tree.flatten(params, is_leaf=is_none)
-    return treedef.unflatten(
-        [
-            None if leaf is None else array != 0
-            for leaf, array in zip(leaves, flat, strict=True)
-        ]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf != 0 if is_default_governed(path, leaf) else None,
+        params,
     )
 
 

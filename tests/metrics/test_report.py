@@ -129,9 +129,9 @@ all params                        85    58    0.3176"""
             metrics.sparsity_report(MASKS, params=dict(PARAMS, kernel=jnp.ones((5, 4))))
         with self.assertRaisesRegex(ValueError, "`masks` must be"):
             metrics.sparsity_report(MASKS, params=dict(PARAMS, extra=jnp.ones(2)))
-        with self.assertRaisesRegex(ValueError, "all are None"):
+        with self.assertRaisesRegex(ValueError, "none of 1 is. Pass masks"):
             metrics.sparsity_report({"a": None})
-        with self.assertRaisesRegex(ValueError, "at least one leaf must be governed"):
+        with self.assertRaisesRegex(ValueError, "be governed by default; none of 1 is"):
             metrics.sparsity_report({"bias": jnp.ones(3)})
         with self.assertRaisesRegex(TypeError, "Pass the masks first"):
             metrics.sparsity_report(PARAMS, params=PARAMS)
