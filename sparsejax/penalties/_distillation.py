@@ -27,7 +27,8 @@ def distillation_loss(
       labels: class indices; the loss of one out of range is NaN.
       eta: weight of the KL term, in [0, 1]; the paper uses 1/3.
       temperature: positive; the paper has none, that is 1.
-      where: which tokens count; None for all. With none True the loss is 0.
+      where: which tokens count, broadcast to them; None for all. With none True the
+        loss is 0.
 
     Returns:
       The loss in nats a token, float32 scalar.
@@ -61,15 +62,8 @@ def distillation_loss(
         raise TypeError(
             f"`labels` must be class indices, integers; got {labels.dtype}."
         )
-    if where is not None and jnp.shape(where) != labels.shape:
-        raise ValueError(
-            f"`where` must have the shape of the labels, {labels.shape}; got "
-            f"{jnp.shape(where)}. Broadcast it."
-        )
-    if where is not None and jnp.result_type(where) != jnp.bool_:
-        raise TypeError(
-            f"`where` must be bool, True = counts; got {jnp.result_type(where)}."
-        )
+    if where is not None:
+        where = _token_mask(where, labels.shape)
     if isinstance(eta, int | float) and not 0 <= eta <= 1:
         raise ValueError(f"`eta` must be in [0, 1]; got {eta}.")
     if not temperature > 0:
@@ -86,6 +80,21 @@ def distillation_loss(
         return jnp.mean(loss)
     total = jnp.sum(jnp.where(where, loss, 0))
     return total / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
+
+
+def _token_mask(where: ArrayLike, tokens: tuple[int, ...]) -> jax.Array:
+    """`where`, broadcast so that each token is counted."""
+    if jnp.result_type(where) != jnp.bool_:
+        raise TypeError(
+            "`where` must be bool, True = the token counts; got "
+            f"{jnp.result_type(where)}. Pass `where != 0`."
+        )
+    try:
+        return jnp.broadcast_to(where, tokens)
+    except ValueError:
+        raise ValueError(
+            f"`where` must broadcast to the tokens, {tokens}; got {jnp.shape(where)}."
+        ) from None
 
 
 def _log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:

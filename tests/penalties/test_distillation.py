@@ -127,7 +127,7 @@ class DistillationTest(parameterized.TestCase):
         where = np.arange(4) < 3
         want = loss(student, teacher, labels, eta=0.5, where=np.tile(where, (3, 1)))
         student = student.at[:, 3].set(jnp.nan)
-        got = loss(student, teacher, labels, eta=0.5, where=np.tile(where, (3, 1)))
+        got = loss(student, teacher, labels, eta=0.5, where=where)
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
     @parameterized.parameters(
@@ -140,7 +140,7 @@ class DistillationTest(parameterized.TestCase):
         (dict(temperature=0.0), "`temperature` must be positive; got 0.0"),
         (
             dict(where=jnp.ones((2, 1), bool)),
-            r"shape of the labels, \(2,\); got \(2, 1\)",
+            r"must broadcast to the tokens, \(2,\); got \(2, 1\)",
         ),
         (dict(where=jnp.ones(2)), "`where` must be bool.* got float32", TypeError),
         (dict(labels=jnp.zeros(2)), "`labels` must be .* got float32", TypeError),
