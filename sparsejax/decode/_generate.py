@@ -50,7 +50,7 @@ def generate(
       num_tokens: tokens to generate, at least 1.
       temperature: 0 takes the likeliest token (of equal ones the lowest); above 0,
         tokens are drawn from the softmax of `logits / temperature`.
-      top_k: draw from the `top_k` likeliest tokens only.
+      top_k: draw from the `top_k` likeliest tokens only (of equal ones the lowest).
       stop_token: a sequence that drew it repeats it to its end.
       key: for drawing; needed if `temperature` is above 0.
 
@@ -58,6 +58,7 @@ def generate(
       The tokens, and what overflowed.
 
     Raises:
+      TypeError: if `model` is not from `prepare`, or `prompts` are not integers.
       ValueError: if an argument is out of its range.
 
     Example:
@@ -69,7 +70,13 @@ def generate(
       >>> out.tokens.shape
       (2, 5)
     """
+    if not isinstance(model, DecodeModel):
+        raise TypeError(
+            f"`model` must come from `sj.decode.prepare`; got a {type(model).__name__}."
+        )
     prompts = jnp.asarray(prompts)
+    if not jnp.issubdtype(prompts.dtype, jnp.integer):
+        raise TypeError(f"`prompts` must be integers; got {jax.typeof(prompts)}.")
     if prompts.ndim != 2 or 0 in prompts.shape:
         raise ValueError(
             "`prompts` must be [batch, seq], neither of them 0; got shape "
@@ -112,11 +119,12 @@ def _generate(
     def sample(logits, step):
         if greedy:
             return jnp.argmax(logits, axis=-1)
-        if top_k is not None:
-            least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-            logits = jnp.where(logits >= least, logits, -jnp.inf)
-        drawn = jax.random.fold_in(key, step)
-        return jax.random.categorical(drawn, logits / temperature)
+        step_key = jax.random.fold_in(key, step)
+        if top_k is None:
+            return jax.random.categorical(step_key, logits / temperature)
+        logits, tokens = jax.lax.top_k(logits, top_k)
+        drawn = jax.random.categorical(step_key, logits / temperature)
+        return jnp.take_along_axis(tokens, drawn[:, None], axis=1)[:, 0]
 
     def body(carry, step):
         token, stopped, cache, total = carry

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import attention, nn, ops
-from sparsejax.decode._model import expected_neurons, key_capacity
+from sparsejax.decode._model import expected_neurons
 
 # With more of the neurons in use, the dense products are faster: two CPU cores at 49 %
 # take 57 ms densely and 68 ms row by row, at 29 % 51 ms and 34 ms.
@@ -56,7 +56,7 @@ def active_ffn(
         # Its time follows the count, so the list may have room for all. At a `cond` a
         # GPU waits for the host, for as long as the layer takes.
         return sparse(active.size), jnp.int32(0)
-    capacity = min(active.size, math.ceil(factor * expected))
+    capacity = math.ceil(min(active.size, factor * expected))
     overflowed = jnp.sum(active) > capacity
     y = jax.lax.cond(overflowed, dense, lambda: sparse(capacity))
     return y, overflowed.astype(jnp.int32)
@@ -90,7 +90,7 @@ def gathered_attention(
       What `layer.attend` gives, and 1 if there was no room, so that all was read.
     """
     # a gather reads a row for each head, the dense products for each key head
-    capacity = key_capacity(layer, factor)
+    capacity = math.ceil(min(key.shape[1], factor * layer.k))
     rows = capacity * (layer.num_heads // layer.num_kv_heads)
     waits = jax.default_backend() == "gpu" and key.nbytes + value.nbytes < _WAIT_BYTES
     if rows >= key.shape[1] or waits:

@@ -153,8 +153,3 @@ def expected_neurons(ffn: nn.SparkFFN, batch: int) -> float:
     """Number of neurons in the union of a choice of `k` for each of `batch` tokens."""
     d_ff = ffn.gate.out_features
     return d_ff * -math.expm1(batch * math.log1p(-ffn.k / d_ff))
-
-
-def key_capacity(attention: nn.SparkAttention, factor: float) -> int:
-    """Room for the keys that one query attends to."""
-    return math.ceil(factor * attention.k)

@@ -41,13 +41,23 @@ def prefill(
 
     Returns:
       float32 logits of the token after each prompt, and the cache.
+
+    Raises:
+      ValueError: if `capacity` is below `seq`.
     """
     decoder = model.decoder()
     seq = tokens.shape[1]
+    if capacity < seq:
+        raise ValueError(
+            f"`capacity` must be at least {seq}, the slots that the prompts fill; got "
+            f"{capacity}."
+        )
     positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
+    lengths = lengths.astype(jnp.int32)
+    # of what is no token the embedding is NaN, which no mask keeps from the others
+    tokens = jnp.where(positions < lengths[:, None], tokens, 0)
     x = decoder.embed(tokens)
     keys, values, known = [], [], []
-    lengths = lengths.astype(jnp.int32)
     for block, selector in zip(decoder.blocks, model.select_keys, strict=True):
         query, key, value = block.attention.project(block.attention_norm(x), positions)
         y, _ = block.attention.attend(query, key, value)

@@ -89,6 +89,18 @@ class StepTest(parameterized.TestCase):
             logits, cache, _ = step(ready, tokens[rows, at], cache)
         np.testing.assert_array_equal(cache.lengths, lengths + 8)
 
+    @parameterized.parameters("dense", "spark")
+    def test_prompts_are_filled_up_with_anything(self, kind):
+        """Also with what is no token, whose embedding is NaN."""
+        ready, lengths = decode.prepare(make(kind)), jnp.array([1, 7, 12])
+        beyond = jnp.arange(12) >= lengths[:, None]
+        want = prefill(ready, prompts(seq=12), lengths, capacity=20)
+        for fill in (31, -1, jnp.iinfo(jnp.int32).max):
+            tokens = jnp.where(beyond, fill, prompts(seq=12))
+            logits, cache = prefill(ready, tokens, lengths, capacity=20)
+            np.testing.assert_array_equal(logits, want[0])
+            chex.assert_tree_all_finite(cache)
+
     def test_overflow_is_counted_and_changes_nothing(self):
         model = make("spark")
         # a quarter of the neurons has the same gate: all of it survives, not k
@@ -97,7 +109,7 @@ class StepTest(parameterized.TestCase):
         tokens = prompts()
         want = np.asarray(whole(model, tokens))[:, -1]
         got = []
-        for sparse, factor in ((True, 1.0), (True, 20.0), (False, 1.0)):
+        for sparse, factor in ((True, 1.0), (True, np.inf), (False, 1.0)):
             ready = decode.prepare(model, sparse=sparse, capacity_factor=factor)
             _, cache = prefill(ready, tokens[:, :19], jnp.full(3, 19), capacity=20)
             logits, _, overflows = jax.jit(decode.decode_step)(
@@ -174,10 +186,10 @@ class GenerateTest(parameterized.TestCase):
         ready = decode.prepare(make("spark"))
         first = prompts(batch=1)
         many = jnp.tile(first, (400, 1))
-        draw = functools.partial(decode.generate, ready, many, num_tokens=1)
+        draw = functools.partial(decode.generate, prompts=many, num_tokens=1)
         key = jax.random.key(0)
-        tokens = np.asarray(draw(temperature=2.0, key=key).tokens)[:, 0]
-        again = np.asarray(draw(temperature=2.0, key=key).tokens)[:, 0]
+        tokens = np.asarray(draw(ready, temperature=2.0, key=key).tokens)[:, 0]
+        again = np.asarray(draw(ready, temperature=2.0, key=key).tokens)[:, 0]
         np.testing.assert_array_equal(tokens, again)
         logits = np.asarray(whole(make("spark"), first))[0, -1].astype(np.float64)
         p = np.exp((logits - logits.max()) / 2)
@@ -185,9 +197,13 @@ class GenerateTest(parameterized.TestCase):
         freq = np.bincount(tokens, minlength=31) / 400
         self.assertLess(np.abs(freq - p).max(), 4 * np.sqrt(p * (1 - p) / 400).max())
         best = np.argsort(-logits)[:3]
-        few = np.asarray(draw(temperature=5.0, top_k=3, key=key).tokens)[:, 0]
+        few = np.asarray(draw(ready, temperature=5.0, top_k=3, key=key).tokens)[:, 0]
         self.assertEqual(set(few), set(best))
-        cold = np.asarray(draw(temperature=1e-4, key=key).tokens)
+        tied = make("spark")
+        tied.norm.scale[...] = jnp.zeros(32)  # all logits are 0
+        tied = draw(decode.prepare(tied), temperature=5.0, top_k=3, key=key).tokens
+        self.assertEqual(set(np.unique(tied)), {0, 1, 2})
+        cold = np.asarray(draw(ready, temperature=1e-4, key=key).tokens)
         np.testing.assert_array_equal(cold, np.full((400, 1), best[0]))
 
     def test_a_stop_token_is_repeated(self):
@@ -256,3 +272,14 @@ def test_bad_input_raises(options, message):
 def test_too_little_room_raises():
     with pytest.raises(ValueError, match="`capacity_factor` must be at least 1; got 0"):
         decode.prepare(make("spark"), capacity_factor=0.5)
+    ready = decode.prepare(make("spark"))
+    with pytest.raises(ValueError, match="`capacity` must be at least 20, the slots"):
+        decode.prefill(ready, prompts(), jnp.full(3, 20), capacity=19)
+
+
+def test_what_is_no_model_and_no_token_raises():
+    with pytest.raises(TypeError, match=r"`sj\.decode\.prepare`; got a Decoder"):
+        decode.generate(make("spark"), prompts(), num_tokens=2)
+    ready, floats = decode.prepare(make("spark")), prompts().astype(float)
+    with pytest.raises(TypeError, match=r"`prompts` must be integers; got float32"):
+        decode.generate(ready, floats, num_tokens=2)
