@@ -34,7 +34,8 @@ class Attention(nnx.Module):
       rngs: draws the kernels.
 
     Raises:
-      ValueError: If `num_kv_heads` does not divide `num_heads`, or `window` is below 1.
+      ValueError: If `num_kv_heads` does not divide `num_heads`, `head_dim` is odd, or a
+        number is below 1.
 
     Example:
       >>> from flax import nnx
@@ -59,16 +60,21 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.head_dim = head_dim or d_model // num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if min(num_heads, self.num_kv_heads) < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(
+                "`num_kv_heads` must divide `num_heads`, both at least 1; got "
+                f"num_kv_heads={num_kv_heads} and num_heads={num_heads}."
+            )
+        self.head_dim = d_model // num_heads if head_dim is None else head_dim
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                "`head_dim` must be even, for rotary pairs, and at least 2; got "
+                f"{self.head_dim}, with d_model={d_model} and num_heads={num_heads}."
+            )
         self.window = window
         self.rope_base = rope_base
         self.implementation: Literal["xla", "cudnn"] | None = implementation
-        if num_heads % self.num_kv_heads:
-            raise ValueError(
-                "`num_kv_heads` must divide `num_heads`; got "
-                f"num_kv_heads={num_kv_heads} and num_heads={num_heads}."
-            )
         if window is not None and window < 1:
             raise ValueError(f"`window` must be at least 1, or None; got {window}.")
         make = functools.partial(

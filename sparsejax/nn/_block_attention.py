@@ -53,7 +53,7 @@ class BlockAttention(Attention):
       rngs: draws the kernels.
 
     Raises:
-      ValueError: If `num_kv_heads` does not divide `num_heads`.
+      ValueError: As `Attention`.
 
     Example:
       >>> import functools

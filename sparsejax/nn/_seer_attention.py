@@ -55,8 +55,7 @@ class SeerAttention(Attention):
       rngs: draws the kernels.
 
     Raises:
-      ValueError: If `num_kv_heads` does not divide `num_heads`, or `block` or `d_gate`
-        is out of range.
+      ValueError: As `Attention`, or if `block` or `d_gate` is out of range.
 
     Example:
       >>> import functools

@@ -82,6 +82,19 @@ class BlockAttentionTest(parameterized.TestCase):
         ):
             np.testing.assert_array_equal(got, want)
 
+    @parameterized.parameters(
+        ({"num_kv_heads": 3}, "divide `num_heads`.*num_kv_heads=3 and num_heads=4"),
+        ({"num_kv_heads": 0}, "both at least 1; got num_kv_heads=0"),
+        ({"num_heads": 0}, "both at least 1; got .*num_heads=0"),
+        ({"head_dim": 7}, "`head_dim` must be even.*got 7"),
+        ({"num_heads": 32}, "at least 2; got 0, with d_model=16 and num_heads=32"),
+    )
+    def test_bad_sizes_are_named(self, options, message):
+        sizes = {"d_model": 16, "num_heads": 4} | options
+        for kind in (nn.Attention, functools.partial(nn.BlockAttention, select=topk)):
+            with self.assertRaisesRegex(ValueError, message):
+                kind(**sizes, rngs=nnx.Rngs(0))
+
     def test_trains_in_a_decoder(self):
         config = models.DecoderConfig(
             vocab_size=5,
