@@ -34,7 +34,8 @@ class SparkAttention(Attention):
       rngs: draws the kernels.
 
     Raises:
-      ValueError: If `k`, `split`, `num_kv_heads` or `window` is out of its range.
+      TypeError: If `k` is not a number, or `split` not an int.
+      ValueError: If `k` or `split` is out of its range, or as `Attention`.
 
     Example:
       >>> from flax import nnx
@@ -64,15 +65,8 @@ class SparkAttention(Attention):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        activations.check_k(k)
-        width = head_dim or d_model // num_heads
-        if not 0 < split < width or split % 2 or width % 2:
-            raise ValueError(
-                "`split` must be even and in [2, head_dim - 2], `head_dim` even; got "
-                f"split={split} and head_dim={width}."
-            )
-        self.k = k
-        self.split = split
+        self.k = activations.check_k(k)
+        self.split = activations.check_int("split", split)
         super().__init__(
             d_model,
             num_heads,
@@ -84,6 +78,11 @@ class SparkAttention(Attention):
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        if not 0 < split < self.head_dim or split % 2:
+            raise ValueError(
+                "`split` must be even and in [2, head_dim - 2]; got "
+                f"split={split} and head_dim={self.head_dim}."
+            )
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Gives each part of queries or keys its positions."""

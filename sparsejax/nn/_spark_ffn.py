@@ -39,6 +39,7 @@ class SparkFFN(nnx.Module):
       rngs: draws the kernels.
 
     Raises:
+      TypeError: If `k` is not a number, or `split` not an int.
       ValueError: If `k` or `split` is out of its range.
 
     Example:
@@ -68,7 +69,8 @@ class SparkFFN(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        activations.check_k(k)
+        self.k = activations.check_k(k)
+        self.split = None if split is None else activations.check_int("split", split)
         if split is not None and not 0 < split < d_model:
             raise ValueError(
                 "`split` must be in [1, d_model - 1], or None for a gate that sees all "
@@ -77,8 +79,6 @@ class SparkFFN(nnx.Module):
         make = functools.partial(
             linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        self.k = k
-        self.split = split
         self.activation = activation
         self.implementation: ops.Implementation | None = implementation
         self.gate = make(split or d_model, d_ff)

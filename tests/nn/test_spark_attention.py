@@ -137,10 +137,12 @@ class DenseAttentionTest(parameterized.TestCase):
         ({"split": 0}, "got split=0 and head_dim=8"),
         ({"split": 8}, "got split=8 and head_dim=8"),
         ({"split": 3}, "`split` must be even"),
+        ({"split": 4.0}, "`split` must be a Python int; got 4.0"),
+        ({"k": "4"}, "`k` must be a number"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 and num_heads=4"),
         ({"window": 0}, "`window` must be at least 1, or None; got 0"),
     ],
 )
 def test_bad_settings_raise(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make(**options)

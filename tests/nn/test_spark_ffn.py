@@ -58,6 +58,9 @@ class SparkFFNTest(parameterized.TestCase):
         gated = nn.GatedFFN(16, 64, rngs=nnx.Rngs(0))
         self.assertEqual(count(make(8, 8)), count(gated))
 
+    def test_a_known_k_is_static(self):
+        self.assertIsInstance(make(jnp.float32(7.5), 8).k, float)
+
     def test_gradients_equal_finite_differences(self):
         with jax.enable_x64(True):
             graph, state = nnx.split(
@@ -134,8 +137,10 @@ class SparkFFNTest(parameterized.TestCase):
         (8, 0, "got split=0 and d_model=16"),
         (8, 16, "got split=16 and d_model=16"),
         (8, -3, "got split=-3"),
+        (8, 0.5, "`split` must be a Python int; got 0.5"),
+        ("8", 8, "`k` must be a number"),
     ],
 )
 def test_bad_settings_raise(k, split, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make(k, split)
