@@ -88,14 +88,14 @@ def _check_masks(masks: MaskTree, params: Params) -> None:
         if mask is None or param is None:
             continue
         dtype, shape, own = jnp.result_type(mask), jnp.shape(mask), jnp.shape(param)
-        at = jax.tree_util.keystr(path)
         if dtype != jnp.bool_:
             raise TypeError(
-                f"masks must be bool, True = kept; got {dtype} at {at}. The params are "
-                "the first argument, the masks the second."
+                f"masks must be bool, True = kept; got {dtype} at "
+                f"{jax.tree_util.keystr(path)}. The params are the first argument, the "
+                "masks the second."
             )
         if own[max(len(own) - len(shape), 0) :] != shape:
             raise ValueError(
                 f"a mask must have the shape of its leaf; got {shape} for shape {own} "
-                f"at {at}. Make the masks from these params."
+                f"at {jax.tree_util.keystr(path)}. Make the masks from these params."
             )
