@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
-from benchmarks import common
+from benchmarks.parts import common
 
 BLOCK = 128
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 import sparsejax as sj
-from benchmarks import block_attention, common
+from benchmarks import block_attention
 from benchmarks.block_attention import BLOCK, Shape
+from benchmarks.parts import common
 
 DENSITIES = (0.5, 0.1)
 SHAPES = [Shape(32768), Shape(32768, heads=32, kv_heads=32, head_dim=64)]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
-from benchmarks import common
+from benchmarks.parts import common
 
 TOGETHER = 4  # products in a program
 STREAMED_BYTES = 200e6  # of kept blocks in distinct matrices: more than any cache holds

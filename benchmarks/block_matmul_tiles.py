@@ -11,8 +11,9 @@ import math
 
 import jax
 
-from benchmarks import block_matmul, common
+from benchmarks import block_matmul
 from benchmarks.block_matmul import Case, Shape
+from benchmarks.parts import common
 
 DENSITIES = (0.5, 0.1, 0.05)
 WIDE = [

@@ -18,9 +18,9 @@ import optax
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks import common, kernel_times, spark_models
-from benchmarks.decoder_training import Training, compiled, random_tokens
-from benchmarks.spark_models import Size
+from benchmarks.parts import common, kernel_times, spark_models
+from benchmarks.parts.decoder_training import Training, compiled, random_tokens
+from benchmarks.parts.spark_models import Size
 from sparsejax import models
 from sparsejax.typing import plain_path
 

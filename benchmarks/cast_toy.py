@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 import sparsejax as sj
-from benchmarks import common, toy
+from benchmarks.parts import common, toy
 
 D_IN, D_OUT, BATCH_SIZE = 32, 16, 64
 LEARNING_RATE, MASK_PERIOD = 4e-3, 10

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 import sparsejax as sj
-from benchmarks import common, mosaic_compile
+from benchmarks.parts import common, mosaic_compile
 
 SIDE = 8192  # of the matrices of a product, and of the scores of attention
 D_MODEL, D_FF, ACTIVE = 4096, 32768, 2624  # of a decode step, 8 % of its neurons active

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import common, spark_models
-from benchmarks.spark_models import DENSITY, Size
+from benchmarks.parts import common, spark_models
+from benchmarks.parts.spark_models import DENSITY, Size
 from sparsejax import decode, models
 
 ATTENDED = 256

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
-from benchmarks import common
+from benchmarks.parts import common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import importlib
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common
 from benchmarks.decode_attention import Case, make_layers, make_lists
+from benchmarks.parts import common
 
 CASES = [Case(65536, 0.0625), Case(65536, 0.0625, batch=4, layers=4)]
 # programs of a list on the whole device, warpgroups of each, keys of a tile, slots

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
-from benchmarks import common, toy
+from benchmarks.parts import common, toy
 
 WIDTHS = (64, 128, 128, 10)
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1)

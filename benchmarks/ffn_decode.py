@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common
+from benchmarks.parts import common
 from sparsejax import ops
 
 SPARE = 1.25  # capacity of the list, in numbers of expected neurons

@@ -10,7 +10,7 @@ import time
 import hypothesis
 import jax
 
-from benchmarks import common
+from benchmarks.parts import common
 from tests.conformance import hostile
 
 # by kind, of the whole run; a case of the second kind traces a whole update

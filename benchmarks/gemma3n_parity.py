@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import common
+from benchmarks.parts import common
 from sparsejax import nn
 
 TOLERANCE = 1e-5  # of the largest value

@@ -53,7 +53,7 @@ import jax
 import jax.numpy as jnp
 
 import sparsejax as sj
-from benchmarks import (
+from benchmarks.parts import (
     common,
     digit_vit,
     lm_command,
@@ -63,7 +63,7 @@ from benchmarks import (
     lm_tuning,
     scanned_decoder,
 )
-from benchmarks.sparse_tasks import (
+from benchmarks.parts.sparse_tasks import (
     FULL,
     QUICK,
     Sizes,
@@ -72,7 +72,7 @@ from benchmarks.sparse_tasks import (
     products,
     text_task,
 )
-from benchmarks.sparse_ways import (
+from benchmarks.parts.sparse_ways import (
     DENSE_GRID,
     PROGRESSIVE,
     RIVALS,

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common
+from benchmarks.parts import common
 from sparsejax import ops
 
 

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from benchmarks import common
+from benchmarks.parts import common
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS_A_RUN = 10

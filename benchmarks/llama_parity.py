@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks import common
+from benchmarks.parts import common
 from sparsejax import models
 
 TOLERANCE = 1e-4  # of a logit; they have a standard deviation of about 1

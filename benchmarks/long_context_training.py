@@ -39,11 +39,11 @@ import jax.numpy as jnp
 import optax
 
 import sparsejax as sj
-from benchmarks import lm_methods, lm_race, lm_text, spark_models
-from benchmarks.lm_race import Arm, Losses, Sizes
-from benchmarks.lm_study import Method, Plan
-from benchmarks.scanned_decoder import ScannedDecoder
-from benchmarks.spark_models import Size
+from benchmarks.parts import lm_methods, lm_race, lm_text, spark_models
+from benchmarks.parts.lm_race import Arm, Losses, Sizes
+from benchmarks.parts.lm_study import Method, Plan
+from benchmarks.parts.scanned_decoder import ScannedDecoder
+from benchmarks.parts.spark_models import Size
 from sparsejax import attention, nn
 from sparsejax.typing import plain_path
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from benchmarks import common
+from benchmarks.parts import common
 from examples import train_lm
 
 QUICK = (

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks import common
+from benchmarks.parts import common
 from examples import train_fsdp
 from sparsejax import training
 

@@ -21,7 +21,7 @@ import jax
 import optax
 
 import sparsejax as sj
-from benchmarks import common, toy
+from benchmarks.parts import common, toy
 
 WIDTHS = (32, 128, 128, 8)
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)

@@ -26,7 +26,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sparsejax as sj
-from benchmarks import common, hlo
+from benchmarks.parts import common, hlo
 
 KEY = jax.random.key(0)
 SPARSITY = 0.9

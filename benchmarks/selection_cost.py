@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common, sparse_selectors, sparse_walks
-from benchmarks.sparse_selectors import Seen
+from benchmarks.parts import common, sparse_selectors, sparse_walks
+from benchmarks.parts.sparse_selectors import Seen
 from sparsejax import attention
 from sparsejax.formats import BlockMask
 

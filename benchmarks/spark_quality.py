@@ -50,7 +50,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import (
+from benchmarks.parts import (
     common,
     lm_command,
     lm_methods,
@@ -62,7 +62,7 @@ from benchmarks import (
     spark_kinds,
     spark_models,
 )
-from benchmarks.spark_kinds import BLOCK, BOTH, DENSE, EXACT, GEMMA, NAMES, SPARK
+from benchmarks.parts.spark_kinds import BLOCK, BOTH, DENSE, EXACT, GEMMA, NAMES, SPARK
 
 MOST_LOSS, LEAST_FLOPS = 0.01, 2.4  # the claim: over dense, and times fewer
 STAYS = (0.06, 0.10)  # the share of used neurons over a run, where 8 % is expected

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import common, spark_models
-from benchmarks.decoder_training import Training, compiled, random_tokens
-from benchmarks.spark_models import Size
+from benchmarks.parts import common, spark_models
+from benchmarks.parts.decoder_training import Training, compiled, random_tokens
+from benchmarks.parts.spark_models import Size
 from sparsejax import models
 
 

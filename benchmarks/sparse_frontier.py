@@ -56,8 +56,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import common, long_context_model, sparse_selectors, sparse_walks
-from benchmarks import long_context_tasks as tasks
+from benchmarks.parts import common, long_context_model, sparse_selectors, sparse_walks
+from benchmarks.parts import long_context_tasks as tasks
 from sparsejax import formats, models, ops
 
 DENSITIES = (0.5, 0.25, 0.1, 0.05)

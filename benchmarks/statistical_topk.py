@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 import sparsejax as sj
-from benchmarks import common
+from benchmarks.parts import common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import sparsejax as sj
-from benchmarks import common
+from benchmarks.parts import common
 from sparsejax.transforms import SparseState
 
 KEY = jax.random.key(0)

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from benchmarks import common
+from benchmarks.parts import common
 
 MARGIN = 20.0  # s, for a study to tell what it has before it is ended
 STATES = "suite.json"  # in the folder: what ended well

@@ -40,11 +40,12 @@ import jax
 import jax.numpy as jnp
 
 import sparsejax as sj
-from benchmarks import block_training, lm_methods, lm_race, lm_text, spark_models
-from benchmarks.lm_race import Arm, Losses, Sizes
-from benchmarks.lm_study import Method, Plan
-from benchmarks.scanned_decoder import ScannedDecoder, stacked_axes
-from benchmarks.spark_models import Size
+from benchmarks import block_training
+from benchmarks.parts import lm_methods, lm_race, lm_text, spark_models
+from benchmarks.parts.lm_race import Arm, Losses, Sizes
+from benchmarks.parts.lm_study import Method, Plan
+from benchmarks.parts.scanned_decoder import ScannedDecoder, stacked_axes
+from benchmarks.parts.spark_models import Size
 from sparsejax.typing import KeyPath, plain_path
 
 KERNELS = ("gate", "up", "down")

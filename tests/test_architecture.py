@@ -198,6 +198,18 @@ def test_module_keeps_the_rules(path):
     assert not found, "\n".join(found)
 
 
+def test_parts_of_benchmarks_import_no_script():
+    for path in (ROOT / "benchmarks/parts").glob("*.py"):
+        source = path.read_text()
+        assert "__main__" not in source, f"{path.name}: a script stands above"
+        for node in ast.walk(ast.parse(source)):
+            for name in imported(node):
+                package, *inside = name.split(".")
+                assert package != "benchmarks" or inside[0] == "parts", (
+                    f"{path.name}:{node.lineno}: imports {name}"
+                )
+
+
 def test_rooms_form_no_cycle():
     below: dict[str, set[str]] = {}
 

@@ -4,7 +4,7 @@ import json
 import pathlib
 import re
 
-from benchmarks import common
+from benchmarks.parts import common
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "RESULTS.md").read_text()

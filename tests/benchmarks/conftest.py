@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from benchmarks import lm_text
+from benchmarks.parts import lm_text
 
 
 @pytest.fixture(autouse=True, scope="session")

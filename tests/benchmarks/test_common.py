@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import common, high_sparsity, lm_command, sparse_frontier
+from benchmarks import high_sparsity, sparse_frontier
+from benchmarks.parts import common, lm_command
 
 
 def test_arguments_have_defaults_for_both_forms():

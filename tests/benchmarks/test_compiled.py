@@ -4,7 +4,8 @@ import importlib.metadata
 
 import pytest
 
-from benchmarks import compiled, mosaic_compile
+from benchmarks import compiled
+from benchmarks.parts import mosaic_compile
 
 # By ptxas 13.0, of a product with too many sums for its registers.
 SPILLING = """

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks import (
+from benchmarks import high_sparsity
+from benchmarks.parts import (
     digit_vit,
-    high_sparsity,
     lm_methods,
     lm_study,
     lm_tuning,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks import hlo
+from benchmarks.parts import hlo
 
 
 def test_loops_and_branches():

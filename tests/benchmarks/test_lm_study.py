@@ -13,13 +13,14 @@ import pytest
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks import (
+from benchmarks import smollm2_cast
+from benchmarks.parts import (
+    documents,
     lm_methods,
     lm_report,
     lm_study,
     lm_tuning,
     scanned_decoder,
-    smollm2_cast,
     smollm2_tokens,
 )
 from sparsejax import models
@@ -364,15 +365,13 @@ def test_a_setting_is_chosen_on_one_part_and_the_best_methods_get_more_seeds():
 
 def test_a_document_is_in_one_part_and_the_text_has_a_digest(tmp_path):
     names = [f"wikipedia/{i}" for i in range(1000)]
-    parts = [smollm2_tokens.part_of(name) for name in names]
-    assert parts == [smollm2_tokens.part_of(name) for name in names]
+    parts = [documents.part_of(name) for name in names]
+    assert parts == [documents.part_of(name) for name in names]
     for part in ("tune", "test"):
         assert 70 < parts.count(part) < 130
     found = []
     for last in (3, 4):
-        arrays = {
-            part: np.array([1, 2, last], np.uint16) for part in smollm2_tokens.PARTS
-        }
+        arrays = {part: np.array([1, 2, last], np.uint16) for part in documents.PARTS}
         np.savez(tmp_path / "tokens.npz", **arrays, about=np.array("few"))
         found.append(smollm2_tokens.load(tmp_path / "tokens.npz"))
     assert found[0]["about"] == "few" and found[0]["digest"] != found[1]["digest"]

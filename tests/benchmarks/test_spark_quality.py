@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks import lm_text, scanned_decoder, smollm2_tokens, spark_kinds
 from benchmarks import spark_quality as study
+from benchmarks.parts import documents, lm_text, scanned_decoder, spark_kinds
 from sparsejax import models
 from tests.benchmarks.quick import run_quick
 
@@ -155,11 +155,11 @@ def test_first_weights_are_those_of_the_decoder_of_the_seed():
 
 def test_the_text_has_every_document_in_one_part():
     text = lm_text.load()
-    documents = smollm2_tokens.standard_library()
-    parts = [text[part].tobytes() for part in smollm2_tokens.PARTS]
-    assert sum(map(len, parts)) == sum(len(x.encode()) + 1 for _, x in documents)
-    name, content = documents[0]
-    part = smollm2_tokens.part_of(name)
+    found = documents.standard_library()
+    parts = [text[part].tobytes() for part in documents.PARTS]
+    assert sum(map(len, parts)) == sum(len(x.encode()) + 1 for _, x in found)
+    name, content = found[0]
+    part = documents.part_of(name)
     assert content.encode() + lm_text.END in text[part].tobytes()
 
 

@@ -13,13 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import (
-    long_context_model,
-    sparse_frontier,
-    sparse_selectors,
-    sparse_walks,
-)
-from benchmarks import long_context_tasks as tasks
+from benchmarks import sparse_frontier
+from benchmarks.parts import long_context_model, sparse_selectors, sparse_walks
+from benchmarks.parts import long_context_tasks as tasks
 from sparsejax import attention, nn
 from sparsejax.formats import BlockMask, KeyLists
 

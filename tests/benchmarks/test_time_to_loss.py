@@ -13,14 +13,8 @@ import optax
 import pytest
 
 import sparsejax as sj
-from benchmarks import (
-    installed_text,
-    lm_race,
-    lm_study,
-    long_context_training,
-    scanned_decoder,
-    time_to_loss,
-)
+from benchmarks import long_context_training, time_to_loss
+from benchmarks.parts import installed_text, lm_race, lm_study, scanned_decoder
 from sparsejax import models
 from tests.benchmarks.quick import run_quick
 

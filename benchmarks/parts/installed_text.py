@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import lm_text, smollm2_tokens
+from benchmarks.parts import documents, lm_text
 
 LARGEST = 2**18  # bytes; longer files are mostly tables
 SHARE = 20  # one folder of so many in each of `tune` and `test`
@@ -22,7 +22,7 @@ SHARE = 20  # one folder of so many in each of `tune` and `test`
 
 def load() -> dict[str, Any]:
     """As `lm_text.load`."""
-    found: dict[str, list[bytes]] = {part: [] for part in smollm2_tokens.PARTS}
+    found: dict[str, list[bytes]] = {part: [] for part in documents.PARTS}
     for name, content in files():
         found[part_of(name)].append(content + lm_text.END)
     return lm_text.joined(found, "installed Python source")

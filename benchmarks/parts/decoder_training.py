@@ -10,7 +10,7 @@ import jax
 import optax
 from flax import nnx
 
-from benchmarks import common, scanned_decoder
+from benchmarks.parts import common, scanned_decoder
 from sparsejax import models
 
 _COMPILING = 6  # programs at a time, as each is tuned in memory of its own

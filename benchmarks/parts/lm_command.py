@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import common, lm_study
-from benchmarks.lm_report import Row
+from benchmarks.parts import common, lm_study
+from benchmarks.parts.lm_report import Row
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 
 import sparsejax as sj
-from benchmarks import lm_study
-from benchmarks.lm_study import Method, Plan
-from benchmarks.scanned_decoder import Loss, stacked_axes
+from benchmarks.parts import lm_study
+from benchmarks.parts.lm_study import Method, Plan
+from benchmarks.parts.scanned_decoder import Loss, stacked_axes
 from sparsejax.typing import Params
 
 BETAS: dict[str, Any] = {"b1": 0.9, "b2": 0.95}

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import smollm2_tokens
+from benchmarks.parts import documents
 
 VOCAB_SIZE = 256
 END = b"\0"  # stands behind each document
 
 
 def load() -> dict[str, Any]:
-    """The parts of `smollm2_tokens`, uint8 each; `about` and `digest` name them."""
-    found: dict[str, list[bytes]] = {part: [] for part in smollm2_tokens.PARTS}
-    for name, text in smollm2_tokens.standard_library():
-        found[smollm2_tokens.part_of(name)].append(text.encode() + END)
+    """The parts of `documents`, uint8 each; `about` and `digest` name them."""
+    found: dict[str, list[bytes]] = {part: [] for part in documents.PARTS}
+    for name, text in documents.standard_library():
+        found[documents.part_of(name)].append(text.encode() + END)
     return joined(found, f"Python {platform.python_version()}, standard library")
 
 
@@ -30,5 +30,5 @@ def joined(found: Mapping[str, Sequence[bytes]], about: str) -> dict[str, Any]:
         part: np.frombuffer(b"".join(texts), np.uint8) for part, texts in found.items()
     }
     sizes = ", ".join(f"{parts[part].size:,} {part}" for part in parts)
-    digest = smollm2_tokens.digest_of(parts)
+    digest = documents.digest_of(parts)
     return parts | {"about": f"{about}; bytes: {sizes}", "digest": digest}

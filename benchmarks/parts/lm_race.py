@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import (
+from benchmarks.parts import (
     common,
     installed_text,
     lm_command,
@@ -32,7 +32,7 @@ from benchmarks import (
     lm_tuning,
     scanned_decoder,
 )
-from benchmarks.scanned_decoder import ScannedDecoder
+from benchmarks.parts.scanned_decoder import ScannedDecoder
 from sparsejax import models
 from sparsejax.typing import Params
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
-from benchmarks import lm_methods
-from benchmarks.lm_tuning import grid
+from benchmarks.parts import lm_methods
+from benchmarks.parts.lm_tuning import grid
 from sparsejax import metrics
 
 SR_STE, TUNED_DECAY = "SR-STE 2e-4", "SR-STE, tuned decay"

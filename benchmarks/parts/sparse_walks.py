@@ -6,8 +6,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from benchmarks import long_context_model, sparse_selectors
-from benchmarks import long_context_tasks as tasks
+from benchmarks.parts import long_context_model, sparse_selectors
+from benchmarks.parts import long_context_tasks as tasks
 from sparsejax import attention, formats, models, nn, ops
 
 Pair = tuple[jax.Array, jax.Array]  # queries and keys

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import sparsejax as sj
-from benchmarks import common
+from benchmarks.parts import common
 from sparsejax import training
 from sparsejax.typing import Params, is_none
 

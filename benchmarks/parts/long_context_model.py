@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks import long_context_tasks as tasks
+from benchmarks.parts import long_context_tasks as tasks
 from sparsejax import attention, formats, models, nn, training
 
 SHARES = {"single": 1, "multi": 3, "hops": 3, "words": 2}  # of a batch

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import sparsejax as sj
-from benchmarks import spark_models
+from benchmarks.parts import spark_models
 from sparsejax import models, nn
 from sparsejax.typing import Params
 

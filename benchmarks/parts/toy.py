@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import sparsejax as sj
-from benchmarks import common
+from benchmarks.parts import common
 
 Batch = tuple[jax.Array, jax.Array]  # inputs [n, d_in], labels int32[n]
 Sample = Callable[[jax.Array], Any]  # key -> a batch

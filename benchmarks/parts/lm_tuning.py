@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import common, lm_report, lm_study
+from benchmarks.parts import common, lm_report, lm_study
 from sparsejax.typing import Params
 
 
