@@ -283,6 +283,12 @@ class BlockMask:
 def check_block_shape(block_shape: tuple[int, int]) -> tuple[int, int]:
     """The height and width of a block, as Python integers.
 
+    Args:
+      block_shape: `(height, width)`, any integers.
+
+    Returns:
+      The two, at least 1.
+
     Raises:
       TypeError: unless they are two whole numbers.
       ValueError: if one is below 1.

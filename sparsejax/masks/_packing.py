@@ -45,6 +45,12 @@ def is_packable(mask: Bool[Array, "*lead d"]) -> bool:
 
     Under an explicit mesh that shards the last axis, each part must hold whole bytes.
 
+    Args:
+      mask: at least one axis; only its type is read.
+
+    Returns:
+      False where `pack` would cut a byte between two devices.
+
     Example:
       >>> is_packable(jnp.ones((4, 20), jnp.bool_))
       True

@@ -56,6 +56,11 @@ def select(scores: jax.Array, leaf: Leaf, sparsity: ArrayLike | None) -> jax.Arr
 
     Returns:
       An elementwise mask of the same shape; ties go to the lower index.
+
+    Example:
+      >>> leaf = sj.patterns.Leaf("kernel", (1, 4), sj.Block((1, 2)), stacked=0)
+      >>> select(jnp.array([[1.0, 1.0, 9.0, 0.0]]), leaf, 0.5)
+      Array([[False, False,  True,  True]], dtype=bool)
     """
     scores = jax.lax.stop_gradient(scores)
     if isinstance(leaf.pattern, NM):
@@ -80,6 +85,13 @@ def select_across(
 
     Returns:
       A mask for each governed leaf, else None.
+
+    Example:
+      >>> leaf = sj.patterns.Leaf("kernel", (2,), sj.Unstructured(), stacked=0)
+      >>> scores = [jnp.array([1.0, 4.0]), None, jnp.array([3.0, 2.0])]
+      >>> found = select_across(scores, [leaf, None, leaf], 0.5)
+      >>> print(found[0], found[1], found[2])
+      [False  True] None [ True False]
     """
     indices = [i for i, leaf in enumerate(leaves) if leaf is not None]
     chosen = [jax.lax.stop_gradient(jnp.asarray(scores[i])) for i in indices]
@@ -117,6 +129,16 @@ def drop_and_grow(
 
     Returns:
       The new mask; its count follows from `sparsity` alone.
+
+    Example:
+      >>> leaf = sj.patterns.Leaf("kernel", (4,), sj.Unstructured(), stacked=0)
+      >>> print(drop_and_grow(
+      ...     jnp.array([True, True, False, False]), leaf,
+      ...     drop_scores=jnp.array([2.0, 1.0, 0.0, 0.0]),
+      ...     grow_scores=jnp.array([0.0, 1.0, 2.0, 5.0]),
+      ...     sparsity=0.5, drop_fraction=0.5,
+      ... ))
+      [ True False False  True]
 
     References:
       Evci et al., 2020, https://arxiv.org/abs/1911.11134, section 3; the released code

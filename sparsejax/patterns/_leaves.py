@@ -56,6 +56,14 @@ def is_default_governed(path: KeyPath, leaf: Any, stacked: int = 0) -> bool:
     called `embeddings` (Haiku) or `weight` (Equinox) is governed unless a `where` of
     your own leaves it out.
 
+    Args:
+      path: of the leaf.
+      leaf: an array or a `ShapeDtypeStruct`.
+      stacked: leading axes that are stacked layers.
+
+    Returns:
+      Whether the leaf is governed where no `where` is given.
+
     Example:
       >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
       >>> jax.tree_util.tree_map_with_path(is_default_governed, params)
@@ -85,6 +93,11 @@ def broadcast_prefix(prefix: Any, params: Params, *, name: str) -> list[Any]:
 
     Raises:
       ValueError: if a leaf of `params` is not covered, or a value covers none.
+
+    Example:
+      >>> params = {"mlp": {"bias": 0.0, "kernel": 0.0}, "out": 0.0}
+      >>> broadcast_prefix({"mlp": 0.9, "out": None}, params, name="sparsity")
+      [0.9, 0.9, None]
     """
     entries = {
         plain_path(path): value
@@ -261,6 +274,12 @@ def shape_on_a_device(leaf: Any) -> tuple[int, ...]:
 
     Known of concrete arrays, of `ShapeDtypeStruct`s with a sharding and, under jit, of
     explicit meshes; else the whole shape.
+
+    Args:
+      leaf: an array or a `ShapeDtypeStruct`.
+
+    Returns:
+      As many sizes as the leaf has axes.
 
     Example:
       >>> shape_on_a_device(jnp.ones((4, 2)))

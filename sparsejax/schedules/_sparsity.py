@@ -12,6 +12,12 @@ from jax.typing import ArrayLike
 def constant(value: float) -> Callable[[ArrayLike], jax.Array]:
     """The same value at every step.
 
+    Args:
+      value: what the schedule gives.
+
+    Returns:
+      A schedule from the step to that value.
+
     Example:
       >>> float(constant(0.5)(10))
       0.5
