@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax import activations, ops
+from sparsejax.attention._arguments import check_heads
 from sparsejax.attention._spark import spark_selection
 from sparsejax.formats import BlockMask
 
@@ -251,31 +252,6 @@ def check_covers(block_mask: BlockMask, num_queries: int) -> None:
             "`block_mask` must be [batch, heads, queries, keys], with at least "
             f"`num_queries`, which is 1 or more; got shape {shape} and "
             f"num_queries={num_queries}."
-        )
-
-
-def check_tokens(name: str, x: Any) -> None:
-    """Raises unless `x`, called `name`, has the axes of queries, keys or values."""
-    if x.ndim != 4:
-        raise ValueError(
-            f"`{name}` must be [batch, seq, heads, head_dim]; got shape {x.shape}."
-        )
-
-
-def check_heads(
-    query: Any, key: Any, names: tuple[str, str] = ("query", "key")
-) -> None:
-    """Raises unless queries and keys, called `names`, fit each other."""
-    if (
-        query.ndim != 4
-        or key.ndim != 4
-        or query.shape[::3] != key.shape[::3]
-        or query.shape[2] % key.shape[2]
-    ):
-        raise ValueError(
-            f"`{names[0]}` and `{names[1]}` must be [batch, seq, heads, head_dim], "
-            "equal in batch and head_dim, and the key heads must divide the query "
-            f"heads; got {query.shape} and {key.shape}."
         )
 
 

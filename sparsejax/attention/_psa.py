@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
-from sparsejax.attention._blocks import check_tokens, in_sight
+from sparsejax.attention._arguments import check_tokens
+from sparsejax.attention._blocks import in_sight
 from sparsejax.attention._psa_levels import check
 from sparsejax.formats import BlockMask
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sparsejax.attention._blocks import check_heads, in_sight, to_heads
+from sparsejax.attention._arguments import check_heads
+from sparsejax.attention._blocks import in_sight, to_heads
 
 Bounds: TypeAlias = Sequence[tuple[int, float]]
 """Pairs of a level and a share in [0, 1], both ascending."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparsejax.attention._blocks import check_tokens
+from sparsejax.attention._arguments import check_tokens
 from sparsejax.attention._psa import check_levels
 
 

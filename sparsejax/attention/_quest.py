@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from sparsejax import ops
 from sparsejax.attention import _window
-from sparsejax.attention._blocks import check_tokens
+from sparsejax.attention._arguments import check_tokens
 from sparsejax.attention._slots import change_slots, check_next, lengths_of
 from sparsejax.formats import KeyLists
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
 from sparsejax.attention import _blocks
+from sparsejax.attention._arguments import check_heads
 from sparsejax.formats import BlockMask
 
 Rotate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -309,7 +310,7 @@ def key_features(key: jax.Array, block: int) -> jax.Array:
 
 def check_sequences(query: Any, key: Any, block: int) -> None:
     """Raises if queries and keys are not of one sequence, or it is below a block."""
-    _blocks.check_heads(query, key)
+    check_heads(query, key)
     if query.shape[1] != key.shape[1]:
         raise ValueError(
             "`query` and `key` must be of one sequence; got "

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparsejax import activations, ops
+from sparsejax.attention._arguments import check_heads, check_tokens, check_valid
 
 
 def spark_selection(
@@ -23,10 +24,14 @@ def spark_selection(
     Args:
       scores: of the predictor, float32. A NaN at a valid key leaves its query none.
       valid: True where the query may see the key; a query without any gets none.
-      k: expected number of keys; may be traced.
+      k: expected number of keys, at least 1; may be traced.
 
     Returns:
       True where the query attends to the key; a subset of `valid`. No gradient.
+
+    Raises:
+      TypeError: if `valid` is not bool, or `k` is not a number.
+      ValueError: if `valid` does not fit the scores, or a known `k` is below 1.
 
     Example:
       >>> scores = jnp.array([[0.0, 0.1, 5.0, 0.2, 9.0]])
@@ -37,6 +42,7 @@ def spark_selection(
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3. That statistics and
       `k / n` count the valid keys alone is our reading; the highest is our addition.
     """
+    check_valid(valid, scores.shape)
     return ops.spark_kept(scores, _quantile(k, valid), where=valid)
 
 
@@ -50,7 +56,7 @@ def spark_attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
     value: Float[Array, "batch keys kv_heads value_dim"],
-    valid: Bool[Array, "#batch 1 #queries keys"],
+    valid: Bool[Array, "... keys"],
     *,
     k: ArrayLike,
     split: int,
@@ -73,8 +79,8 @@ def spark_attention(
       query: rotated queries, each part by itself.
       key: rotated keys; `kv_heads` divides `heads`.
       value: any width.
-      valid: True where a query may see a key, for all heads alike (`causal_mask`). A
-        query that sees none gets zeros.
+      valid: True where a query may see a key, for all heads alike (`causal_mask`); the
+        first axes may be missing. A query that sees none gets zeros.
       k: expected number of attended keys, see `spark_selection`.
       split: width of the predictor's part, in `[1, head_dim - 1]`.
       implementation: of `sj.ops.spark_weights`.
@@ -82,12 +88,38 @@ def spark_attention(
     Returns:
       The outputs in the dtype of `value`, and which keys were attended.
 
+    Raises:
+      TypeError: if `valid` is not bool, or `k` is not a number.
+      ValueError: if shapes disagree, or `k` or `split` is out of its range.
+      NotImplementedError: if the named implementation cannot take these operands.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (1, 500, 2, 8))
+      >>> positions = jnp.arange(500)[None]
+      >>> valid = sj.attention.causal_mask(positions, positions)
+      >>> y, attended = sj.attention.spark_attention(x, x, x, valid, k=20, split=4)
+      >>> y.shape, attended[0, :, 19].sum(axis=-1)  # of 20 keys in sight
+      ((1, 500, 2, 8), Array([20, 20], dtype=int32))
+
     References:
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3. The scales are not
       stated there.
     """
+    check_heads(query, key)
     batch, num_queries, heads, dim = query.shape
-    valid = valid[:, :, None]
+    check_tokens("value", value)
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "`value` must have the batch, keys and heads of `key`; got "
+            f"{value.shape} and {key.shape}."
+        )
+    check_valid(valid, (batch, 1, num_queries, key.shape[1]))
+    if not 0 < split < dim:
+        raise ValueError(
+            "`split` must be in [1, head_dim - 1]; got "
+            f"split={split} and head_dim={dim}."
+        )
+    valid = jnp.expand_dims(valid, tuple(range(4 - valid.ndim)))[:, :, None]
     scores = _scores_of_parts(query, key, split)
     scales = split**-0.5, (dim - split) ** -0.5
     z = _quantile(k, valid)
@@ -128,8 +160,9 @@ def scaled_scores(
 ) -> Float[Array, "batch kv_heads group queries keys"]:
     """Products over the root of their width, float32; heads by the key that they use.
 
-    Training and decoding both take the predictor's scores from here: a rounding of
-    another kind would move keys across the threshold.
+    Of the predictor's part of queries and keys it gives the scores by which decoding
+    selects. `spark_attention` rounds them otherwise, so that a key within a rounding of
+    the threshold may be attended in one and not in the other.
     """
     dim = query.shape[-1]
     query = query.reshape(*query.shape[:2], key.shape[2], -1, dim)

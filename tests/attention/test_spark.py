@@ -199,6 +199,45 @@ class SparkAttentionTest(parameterized.TestCase):
         want, _ = jitted(*wide, causal(24), k=100, split=4)
         np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.05)
 
+    def test_valid_broadcasts(self):
+        x, valid = operands(), causal(24)
+        want = jitted(*x, valid, k=3, split=4)
+        for given in (valid[0, 0], jnp.broadcast_to(valid, (2, 1, 24, 24))):
+            got = attention.spark_attention(*x, given, k=3, split=4)
+            chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+class ErrorsTest(parameterized.TestCase):
+    @parameterized.parameters(0, -1, 8)
+    def test_split(self, split):
+        with self.assertRaisesRegex(ValueError, f"got split={split} and head_dim=8"):
+            attention.spark_attention(*operands(), causal(24), k=3, split=split)
+
+    @parameterized.parameters(
+        ({"key": (2, 24, 3, 8)}, "the key heads must divide the query heads"),
+        ({"key": (2, 24, 2, 9)}, "equal in batch and head_dim"),
+        ({"value": (2, 23, 2, 8)}, r"`value` must have the .*got \(2, 23, 2, 8\)"),
+        ({"value": (24, 2, 8)}, r"`value` must be \[batch, seq, heads, head_dim\]"),
+    )
+    def test_shapes(self, shapes, message):
+        names = ("query", "key", "value")
+        x = dict(zip(names, operands(), strict=True))
+        x |= {name: jnp.ones(shape) for name, shape in shapes.items()}
+        with self.assertRaisesRegex(ValueError, message):
+            attention.spark_attention(**x, valid=causal(24), k=3, split=4)
+
+    def test_valid(self):
+        scores = jnp.ones((2, 8))
+        with self.assertRaisesRegex(TypeError, "`valid` must be bool; got float32"):
+            attention.spark_selection(scores, scores, k=3)
+        for shape in ((), (1,), (3, 8), (1, 2, 8)):
+            with self.assertRaisesRegex(
+                ValueError, r"`valid` must broadcast to \(2, 8"
+            ):
+                attention.spark_selection(scores, jnp.ones(shape, bool), k=3)
+        with self.assertRaisesRegex(ValueError, r"`valid` must .*\(2, 1, 24, 24\)"):
+            attention.spark_attention(*operands(), causal(23), k=3, split=4)
+
 
 def test_causal_mask_equals_the_definition():
     queries, keys = jnp.array([[5, 7], [0, 2]]), jnp.arange(8)[None]
