@@ -4,6 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, SupportsFloat
 
+import numpy as np
+from jaxtyping import ArrayLike, Float
+
 
 class BudgetSearch(NamedTuple):
     """What `perplexity_budget_search` found."""
@@ -14,7 +17,7 @@ class BudgetSearch(NamedTuple):
 
 
 def perplexity_budget_search(
-    loss_dense: SupportsFloat | Sequence[SupportsFloat],
+    loss_dense: Float[ArrayLike, "*checkpoints"],
     loss_sparse_fn: Callable[[float], SupportsFloat]
     | Sequence[Callable[[float], SupportsFloat]],
     budget: float = 0.01,
@@ -29,7 +32,7 @@ def perplexity_budget_search(
 
     Args:
       loss_dense: mean cross-entropy per token (nats) of the dense model on validation
-        data. A list if there are several checkpoints.
+        data. A list or an array if there are several checkpoints.
       loss_sparse_fn: from a CETT to the same loss on the same data where each layer
         drops its weak neurons (`cett_threshold` with that target). A list with one
         function for each checkpoint: their ratios are averaged, which damps the
@@ -56,8 +59,7 @@ def perplexity_budget_search(
       metric. Departure: the value returned was itself tried and is within the budget.
     """
     fns = [loss_sparse_fn] if callable(loss_sparse_fn) else list(loss_sparse_fn)
-    several = isinstance(loss_dense, Sequence)
-    dense = [float(x) for x in loss_dense] if several else [float(loss_dense)]
+    dense = np.atleast_1d(np.asarray(loss_dense, np.float64)).tolist()
     if not budget > 0:
         raise ValueError(f"`budget` must be positive; got {budget}. 1% is 0.01.")
     if not 0 < tolerance < 1:

@@ -27,6 +27,9 @@ class SearchTest(parameterized.TestCase):
             lambda c, d=d, s=s: d + s * c for d, s in zip(dense, slopes, strict=True)
         ]
         found = metrics.perplexity_budget_search(dense, fns, 0.2, tolerance=1e-4)
+        losses = jnp.array(dense)  # 2, 3 and 1 exactly
+        again = metrics.perplexity_budget_search(losses, fns, 0.2, tolerance=1e-4)
+        self.assertEqual(again, found)
         grid = np.linspace(0, 1, 100_001)
         ratios = np.mean([np.exp(s * grid) for s in slopes], axis=0)
         want = grid[ratios < 1.2][-1]
