@@ -17,8 +17,8 @@ All have equal tokens, batches, clipping, b1, b2 and schedule: a warm-up, then a
 to a tenth. Each is tuned by six runs of half the length, which favours higher rates a
 little, over the learning rate and, but for dense training, over the strength of its
 pull; the lowest loss on `tune` is taken: after the prune, or before it for dense
-training. Dense training and the two methods whose first seed is best after the prune,
-which flatters that seed a little, are repeated for other orders of the data.
+training. Dense training and the two methods whose first seed is best so on `tune` are
+repeated for other orders of the data.
 
     python -m benchmarks.smollm2_cast --model GGUF --save-tokens tokens.npz
     python -m benchmarks.smollm2_cast --model GGUF --tokens tokens.npz \

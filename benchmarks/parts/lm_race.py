@@ -4,10 +4,10 @@ An arm is a decoder, from nothing, and a way to train it. Each is tuned over the
 learning rates by short runs judged on one part of the text, which favours higher rates
 a little, then trained for equal seconds and judged on another; compiling and judging do
 not count. The first arm is the dense one, others that are not sparse are controls.
-Dense, controls and the sparse arm whose first seed is best, which flatters that seed a
-little, are repeated for other seeds. Schedules follow the clock (`lm_study.Seconds`),
-so a loss on the way is one at a high learning rate: what a shorter run comes to is
-measured by runs of `LESS` of the time, of the best sparse arm.
+Dense, controls and the sparse arm whose first seed is best on the part that tunes are
+repeated for other seeds. Schedules follow the clock (`lm_study.Seconds`), so a loss on
+the way is one at a high learning rate: what a shorter run comes to is measured by runs
+of `LESS` of the time, of the best sparse arm.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ class Race:
             study = self._study(name)
             chosen |= study.run(tuning_steps=tuning, steps=length, num_seeds=1)
             row = study.row(name, "test", chosen[name], steps=length)
-            found[name] = lm_report.loss_of(row, "loss")
+            found[name] = lm_report.loss_of(row, lm_tuning.ON_TUNE)
         sparse = [name for name, arm in self._arms.items() if arm.is_sparse]
         best = min(sparse, key=found.__getitem__)
         repeated = [name for name in self._arms if name not in sparse or name == best]

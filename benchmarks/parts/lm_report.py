@@ -96,9 +96,9 @@ def compare(
     by, error = found
     is_single = math.isnan(error) and math.isfinite(by)  # none has diverged
     spread = "one seed" if is_single else f"+- {error:.1g}"
+    said = "holds, but of one seed" if is_single and by > 0 else verdict(by, error)
     return [
-        f"{better} better than {worse} in {column}: by {by:.4f} nats ({spread}): "
-        f"{verdict(by, error)}"
+        f"{better} better than {worse} in {column}: by {by:.4f} nats ({spread}): {said}"
     ]
 
 

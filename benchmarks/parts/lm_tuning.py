@@ -1,9 +1,10 @@
 """Methods compared alike: each is tuned by short runs on one part, judged on another.
 
-The parts are called `tune` and `test`. A case is one run: method, part, setting, length
-and seed; its row is kept in a `lm_study.Ledger`. Lengths are steps or
-`lm_study.Seconds`. Where a program takes several runs, those of one method and part go
-together whose settings but for the learning rate are equal.
+The parts are called `tune` and `test`. A run judged on `test` is judged on `tune` too,
+`ON_TUNE`, so that what gets more seeds is not chosen on `test`. A case is one run:
+method, part, setting, length and seed; its row is kept in a `lm_study.Ledger`. Lengths
+are steps or `lm_study.Seconds`. Where a program takes several runs, those of one method
+and part go together whose settings but for the learning rate are equal.
 """
 
 import collections
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.parts import common, lm_report, lm_study
 from sparsejax.typing import Params
+
+ON_TUNE = "loss_on_tune"
 
 
 class Entry(NamedTuple):
@@ -102,8 +105,8 @@ class Study:
           steps: of those judged on `test`, with the best setting on `tune`.
           num_seeds: of the methods below; the others have one.
           always: methods with all seeds.
-          best: how many of the others have all, those with the lowest loss on `test`
-            with the first seed, which then all have before; None for all.
+          best: how many of the others have all, those whose first seed has the lowest
+            loss on `tune` at full length; None for all.
 
         Returns:
           The best setting of each method on `tune`.
@@ -111,7 +114,7 @@ class Study:
         Raises:
           OutOfTime: the next run would not fit; those before it are in the ledger.
         """
-        chosen, found = {}, {}
+        chosen = {}
         for name, entry in self._methods.items():
             tried = [(setting, 0) for setting in entry.grid]
             rows = self.rows(name, "tune", tried, steps=tuning_steps)
@@ -119,10 +122,15 @@ class Study:
             chosen[name] = entry.grid[losses.index(min(losses))]
             seeds = range(num_seeds if best is None else 1)
             tested = [(chosen[name], seed) for seed in seeds]
-            rows = self.rows(name, "test", tested, steps=steps)
-            found[name] = self._loss(name, rows[0])
-        others = [name for name in found if name not in always]
-        others.sort(key=found.__getitem__)
+            self.rows(name, "test", tested, steps=steps)
+        if best is None:
+            return chosen
+
+        def on_tune(name):
+            row = self.row(name, "test", chosen[name], steps=steps)
+            return lm_report.loss_of(row, ON_TUNE)
+
+        others = sorted((name for name in chosen if name not in always), key=on_tune)
         for name in (*always, *others[:best]):
             tested = [(chosen[name], seed) for seed in range(num_seeds)]
             self.rows(name, "test", tested, steps=steps)
@@ -164,6 +172,13 @@ class Study:
             case = {"method": name or method, "judged_on": part, **setting}
             return case | length | {"seed": seed}
 
+        def judged(trained):
+            found = dict(self._judge(trained, part))
+            if part == "test":
+                on_tune = self._judge(trained, "tune")
+                found[ON_TUNE] = self._loss(method, on_tune)
+            return found
+
         def measure(runs):
             trained = trainer.run_together(
                 [lm_study.Run(first(seed), seed, setting) for setting, seed in runs],
@@ -176,7 +191,7 @@ class Study:
             of_all = {"together": trainer.together} if trainer.together > 1 else {}
             return [
                 {
-                    **self._judge(one, part),
+                    **judged(one),
                     "steps": one.history[-1]["step"] if one.history else 0,
                     "ms_step": one.ms_step,
                     **of_all,

@@ -313,12 +313,12 @@ def test_a_ledger_does_not_begin_what_would_not_end_in_time(tmp_path):
     assert ledger.run(case(1), measure) == ledger.rows[0]
 
 
-def recorded(method, judged_on, lr, before, after, seed=0):
+def recorded(method, judged_on, lr, before, after, seed=0, on_tune=None):
     steps = {"tune": 1, "test": 3}[judged_on]
     losses = {"loss_before": before, "loss_after": after}
     losses |= {"ms_step": 0.0, "seconds": 1.0}
     where = {"method": method, "judged_on": judged_on, "lr": lr, "steps": steps}
-    return {**where, "seed": seed, **losses}
+    return {**where, "seed": seed, **losses, lm_tuning.ON_TUNE: on_tune}
 
 
 def test_a_setting_is_chosen_on_one_part_and_the_best_methods_get_more_seeds():
@@ -329,10 +329,10 @@ def test_a_setting_is_chosen_on_one_part_and_the_best_methods_get_more_seeds():
         recorded("dense", "test", 1.0, 2.0, 9.0),
         recorded("first", "tune", 1.0, None, None),  # diverged
         recorded("first", "tune", 2.0, 5.0, 5.0),
-        recorded("first", "test", 2.0, 2.0, 3.0),
+        recorded("first", "test", 2.0, 2.0, 3.6, on_tune=3.0),
         recorded("second", "tune", 1.0, 4.0, 4.0),
         recorded("second", "tune", 2.0, 4.5, 4.5),
-        recorded("second", "test", 1.0, 2.0, 3.5),
+        recorded("second", "test", 1.0, 2.0, 3.5, on_tune=3.1),  # on `test` it is best
         recorded("dense", "test", 1.0, 2.5, 8.0, seed=1),
         recorded("first", "test", 2.0, 2.0, 3.2, seed=1),
     ]
@@ -356,11 +356,11 @@ def test_a_setting_is_chosen_on_one_part_and_the_best_methods_get_more_seeds():
     lines = lm_report.table(ledger.rows, ("dense", "first", "second"), ("lr",))
     assert [line["seeds"] for line in lines] == [2, 2, 1]
     assert lines[0]["loss_before"] == 2.25 and lines[0]["loss_before_se"] == 0.25
-    assert lines[1]["perplexity_after"] == pytest.approx(math.exp(3.1))
-    (note,) = lm_report.compare(ledger.rows, "first", "second")
-    assert note.endswith("by 0.5000 nats (one seed): holds")
+    assert lines[1]["perplexity_after"] == pytest.approx(math.exp(3.4))
+    (note,) = lm_report.compare(ledger.rows, "second", "first")
+    assert note.endswith("by 0.1000 nats (one seed): holds, but of one seed")
     (note,) = lm_report.compare(ledger.rows, "dense", "first")
-    assert note.endswith("by -5.4000 nats (+- 0.6): DOES NOT HOLD")
+    assert note.endswith("by -5.1000 nats (+- 0.3): DOES NOT HOLD")
 
 
 def test_a_document_is_in_one_part_and_the_text_has_a_digest(tmp_path):
