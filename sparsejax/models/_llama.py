@@ -1,5 +1,6 @@
 """Llama-type checkpoints: into a `Decoder`, and back into a folder of safetensors."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def load_llama(path: str | Path, config: DecoderConfig | None = None) -> Decoder
     """
     checkpoint = _open(path)
     config = checkpoint.config if config is None else config
+    checkpoint = _without_tied_copy(checkpoint, config)
     _require_last_layer(checkpoint, config)
 
     def build() -> Decoder:
@@ -201,6 +203,21 @@ def _stored_names(
             " Change `attention` and `ffn` of `config`."
         )
     return {leaf: name for leaf, name in found.items() if name is not None}
+
+
+def _without_tied_copy(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
+    """Some files repeat a tied embedding as the output layer."""
+    tensors, names = checkpoint.tensors, checkpoint.names
+    head = tensors.get(names["head.kernel"])
+    embedding = tensors.get(names["embed.embedding"])
+    if not config.tie_embeddings or head is None or embedding is None:
+        return checkpoint
+    if head.shape != embedding.shape or not np.array_equal(
+        head.read(), embedding.read()
+    ):
+        return checkpoint  # another output layer, which is unexpected
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not head}
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _require_last_layer(checkpoint: Checkpoint, config: DecoderConfig) -> None:

@@ -18,8 +18,6 @@ Tree = TypeVar("Tree")
 _DTYPE_NAMES = {
     "bool": "BOOL",
     "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
 }
 
 
@@ -36,6 +34,7 @@ def save_weights(path: str | Path, params: object, metadata: Mapping[str, str]) 
 
     Raises:
       ValueError: two leaves would have one name.
+      TypeError: a leaf is of 8-bit floats, which safetensors does not read back.
     """
     with Extra("models"):
         from safetensors.numpy import save
@@ -43,6 +42,12 @@ def save_weights(path: str | Path, params: object, metadata: Mapping[str, str]) 
     named, _ = _named_leaves(params)
     # in order, as its bytes are taken; `ascontiguousarray` gives a scalar an axis
     tensors = {name: np.asarray(leaf, order="C") for name, leaf in named.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype.name.startswith("float8"):
+            raise TypeError(
+                f"{name} must be of a dtype that safetensors reads back; got "
+                f"{tensor.dtype}. Cast it to bfloat16, which holds its values."
+            )
     write_atomic(path, save(tensors, dict(metadata)))
 
 
@@ -61,7 +66,8 @@ def load_weights(path: str | Path, like: Tree) -> tuple[Tree, dict[str, str]]:
 
     Raises:
       ValueError: it is no sound safetensors file, or a name, shape or dtype in it is
-        not that of `like`; checked for all of them before a tensor is read.
+        not that of `like`, or the dtype has 64 bits and `jax_enable_x64` is off;
+        checked for all of them before a tensor is read.
       FileNotFoundError: there is no such file.
 
     Example:
@@ -125,4 +131,9 @@ def _require_alike(path: Path, file: Any, wanted: Mapping[str, Any]) -> None:
         if (got := stored.get_dtype()) != _DTYPE_NAMES.get(dtype.name, plain):
             raise ValueError(
                 f"{name} in {path} must have the dtype {dtype} of `like`; got {got}."
+            )
+        if (kept := jax.dtypes.canonicalize_dtype(dtype)) != dtype:
+            raise ValueError(
+                f"{name} in {path} must be of a dtype that JAX holds; got {dtype}, "
+                f"which would become {kept}. Set `jax_enable_x64`."
             )

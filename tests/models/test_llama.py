@@ -326,6 +326,18 @@ def test_other_numerics_and_layers_come_by_configuration(tmp_path):
             models.load_llama(tmp_path, dataclasses.replace(config, ffn=ffn))
 
 
+def test_a_tied_embedding_may_be_stored_twice(tmp_path):
+    weights = draw_weights(OLD)
+    copy = weights["model.embed_tokens.weight"].copy()
+    write_folder(tmp_path / "copy", OLD, weights | {"lm_head.weight": copy})
+    write_folder(tmp_path / "once", OLD, weights)
+    found = [models.load_llama(tmp_path / name) for name in ("copy", "once")]
+    assert_equal_bits(*map(leaves_of, found))
+    write_folder(tmp_path / "other", OLD, weights | {"lm_head.weight": copy + 1})
+    with pytest.raises(ValueError, match=r"unexpected .*lm_head\.weight"):
+        models.load_llama(tmp_path / "other")
+
+
 def test_stored_angles_of_old_files_are_passed_over(tmp_path):
     weights = draw_weights(OLD)
     angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}

@@ -102,6 +102,16 @@ def write_raw(path, header, data=bytes(24), *, size=None):
     path.write_bytes(struct.pack("<Q", size) + header + data)
 
 
+def test_dtypes_that_would_not_come_back_are_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(TypeError, match="a must be of a dtype .*float8_e4m3fn"):
+        training.save_weights(path, {"a": jnp.ones(2, jnp.float8_e4m3fn)}, {})
+    assert not path.exists()
+    training.save_weights(path, {"a": np.ones(2)}, {})
+    with pytest.raises(ValueError, match="a in .* got float64.*`jax_enable_x64`"):
+        training.load_weights(path, {"a": np.ones(2)})
+
+
 def tensor(dtype="F32", shape=(2, 3), offsets=(0, 24)):
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
