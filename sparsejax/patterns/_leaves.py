@@ -201,7 +201,7 @@ def governed(
             "at least one leaf must be governed; `where` chose none of the "
             f"{len(flat)} leaves ({seen or 'the tree is empty'}"
             f"{', ...' if len(flat) > 5 else ''}). Pass a `where` that is true for "
-            "the weights to prune."
+            "the weights to prune; by default these have two axes beyond `stacked`."
         )
     return leaves
 

@@ -17,7 +17,8 @@ from sparsejax.training._runs import Row
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Lays rows out as a table that reads well as text and as Markdown.
 
-    Columns are the keys of the first row; floats get four decimals, None a dash.
+    Columns are the keys of the first row; floats get four decimals, None a dash. Of no
+    rows it is empty.
 
     Example:
       >>> print(markdown_table([{"model": "dense", "loss": 1.5}, {"model": "sparse"}]))
@@ -26,6 +27,8 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
       | dense  | 1.5000 |
       | sparse |      - |
     """
+    if not rows:
+        return ""
     columns = list(rows[0])
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     number = [not isinstance(rows[0][column], str) for column in columns]

@@ -104,11 +104,11 @@ def write_raw(path, header, data=bytes(24), *, size=None):
 
 def test_dtypes_that_would_not_come_back_are_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
-    with pytest.raises(TypeError, match="a must be of a dtype .*float8_e4m3fn"):
+    with pytest.raises(TypeError, match=r"a must be of a dtype .*float8_e4m3fn"):
         training.save_weights(path, {"a": jnp.ones(2, jnp.float8_e4m3fn)}, {})
     assert not path.exists()
     training.save_weights(path, {"a": np.ones(2)}, {})
-    with pytest.raises(ValueError, match="a in .* got float64.*`jax_enable_x64`"):
+    with pytest.raises(ValueError, match=r"a in .* got float64.*`jax_enable_x64`"):
         training.load_weights(path, {"a": np.ones(2)})
 
 

@@ -22,6 +22,7 @@ def test_table_lines_up():
         "| a longer name |     2 |    inf |",
         "| none          |     3 |      - |",
     ]
+    assert training.markdown_table([]) == ""
 
 
 def training_rows(phase, steps, **leaf_metrics):
