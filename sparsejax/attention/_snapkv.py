@@ -2,15 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax.attention import _window
+from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import KeyLists
 
 
 def snapkv(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
+    lengths: ArrayLike | None = None,
     *,
     num_kept: int = 1024,
     window: int = 256,
@@ -26,10 +29,14 @@ def snapkv(
 
     Args:
       query: rotated queries, the last of the prompt; only `window` of them are read.
+        With `lengths` all of the prompt.
       key: rotated keys, all of the prompt; `kv_heads` divides `heads`.
+      lengths: int32 `[batch]` or one integer, the tokens of each prompt; what lies
+        behind them is not read. All by default.
       num_kept: keys that each key head keeps, exactly, those at the ends among them;
-        at most `keys`. Of equal importances the earlier key wins; a NaN is kept last.
-      window: how many of the last queries are asked.
+        all of a prompt that has fewer. At most `keys`. Of equal importances the earlier
+        key wins; a NaN is kept last.
+      window: how many of the last queries are asked; all of a prompt that has fewer.
       pool_size: keys of the moving average, odd. Beyond the ends lie zeros, which count
         in its divisor.
       local: last keys that are always kept.
@@ -40,7 +47,8 @@ def snapkv(
 
     Raises:
       ValueError: if shapes disagree, `window` is longer than the queries, `pool_size`
-        is even, or `num_kept` is more than the keys or below what is always kept.
+        is even, or `num_kept` is more than the keys or below what is always kept; or if
+        there are `lengths` that do not fit, or fewer queries than keys beside them.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
@@ -55,18 +63,21 @@ def snapkv(
       Li et al., 2024, https://arxiv.org/abs/2404.14469, as in Nawrot et al., 2025,
       https://arxiv.org/abs/2504.17768 (The Sparse Frontier).
     """
-    always = _check(query, key, window, pool_size, local, sink)
+    _check(query, key, lengths, window, pool_size, local, sink)
     least = max(1, min(local + sink, key.shape[1]))
     _window.check_count("num_kept", num_kept, least, key.shape[1], "keys")
-    weights = _window.window_weights(query, key, window)
+    there, always = _ends(key, lengths, local, sink)
+    weights = _window.window_weights(query, key, window, _given(key, lengths))
     importance = _smoothed(weights.mean(axis=2).sum(axis=2), pool_size)
+    importance = _ranked(importance, there)
     kept = _window.keep_highest(importance, num_kept, always=always)
-    return KeyLists.from_mask(kept, capacity=num_kept)
+    return KeyLists.from_mask(kept & there, capacity=num_kept)
 
 
 def ada_snapkv(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
+    lengths: ArrayLike | None = None,
     *,
     num_kept: int = 1024,
     min_share: float = 0.2,
@@ -84,9 +95,10 @@ def ada_snapkv(
     Args:
       query: see `snapkv`.
       key: likewise.
+      lengths: likewise.
       num_kept: mean number of keys of a key head: together they keep `kv_heads *
-        num_kept`, exactly. At most `keys`. Of equal importances the earlier head wins,
-        then the earlier key.
+        num_kept`, exactly; all of a prompt that has fewer. At most `keys`. Of equal
+        importances the earlier head wins, then the earlier key.
       min_share: of `num_kept`, what each head keeps at least, rounded down; the keys at
         the ends are always kept, and count.
       window: see `snapkv`.
@@ -113,36 +125,56 @@ def ada_snapkv(
       Feng et al., 2024, https://arxiv.org/abs/2407.11550, as in Nawrot et al., 2025,
       https://arxiv.org/abs/2504.17768 (The Sparse Frontier).
     """
-    always = _check(query, key, window, pool_size, local, sink)
+    _check(query, key, lengths, window, pool_size, local, sink)
     keys, kv_heads = key.shape[1:3]
     least = max(1, min(local + sink, keys))
     _window.check_count("num_kept", num_kept, least, keys, "keys")
     if not 0 <= min_share <= 1:
         raise ValueError(f"`min_share` must be in [0, 1], a share; got {min_share}.")
-    weights = _window.window_weights(query, key, window)
-    importance = _smoothed(weights.max(axis=(2, 3)), pool_size)
-    importance = jnp.nan_to_num(importance, nan=-1)  # below all, above what is taken
+    there, always = _ends(key, lengths, local, sink)
+    weights = _window.window_weights(query, key, window, _given(key, lengths))
+    importance = _ranked(_smoothed(weights.max(axis=(2, 3)), pool_size), there)
     own = max(int(min_share * num_kept), least)
     kept = _window.keep_highest(importance, own, always=always)
     if shared := kv_heads * (num_kept - own):
         left = jnp.where(kept, -jnp.inf, importance).reshape(len(kept), -1)
         best = _window.keep_highest(left, shared, always=jnp.zeros((), jnp.bool_))
         kept |= best.reshape(kept.shape)
-    return KeyLists.from_mask(kept, capacity=min(keys, own + shared))
+    # a prompt of no more than `num_kept` has no more left than is shared
+    return KeyLists.from_mask(kept & there, capacity=min(keys, own + shared))
 
 
-def _check(query, key, window, pool_size, local, sink) -> jax.Array:
-    """Which keys are always kept, `[keys]`, once the arguments are found good."""
+def _check(query, key, lengths, window, pool_size, local, sink) -> None:
     _window.check_prompt(query, key, window)
-    keys = key.shape[1]
+    queries, keys = query.shape[1], key.shape[1]
+    if lengths is not None and queries != keys:
+        raise ValueError(
+            "`query` must be of all the prompt where there are `lengths`, for the last "
+            f"of each; got {queries} queries and {keys} keys."
+        )
     _window.check_ends(local, sink, keys)
     if pool_size < 1 or pool_size % 2 == 0:
         raise ValueError(
             f"`pool_size` must be odd and at least 1; got {pool_size}. Take one more "
             "or one less: an even number of keys has no middle one."
         )
-    at = jnp.arange(keys)
-    return (at < sink) | (at >= keys - local)
+
+
+def _given(key, lengths: ArrayLike | None) -> jax.Array | None:
+    """Of each prompt, if any are: else the last queries lie at one place."""
+    return None if lengths is None else lengths_of(key, lengths)
+
+
+def _ends(key, lengths: ArrayLike | None, local: int, sink: int):
+    """Which keys there are, `[batch, 1, keys]`, and which of them are always kept."""
+    at, lengths = jnp.arange(key.shape[1]), lengths_of(key, lengths)[:, None, None]
+    there = at < lengths
+    return there, there & ((at < sink) | (at >= lengths - local))
+
+
+def _ranked(importance: jax.Array, there: jax.Array) -> jax.Array:
+    """With a NaN below all of the prompt, and what is not of it below that."""
+    return jnp.where(there, jnp.nan_to_num(importance, nan=-1), -jnp.inf)
 
 
 def _smoothed(x: jax.Array, size: int) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import ops
 from sparsejax.attention import _blocks
@@ -21,16 +21,27 @@ def window_weights(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
     window: int,
+    lengths: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch kv_heads group window keys"]:
     """Causal attention weights of the last `window` queries, float32, no gradient.
 
-    Queries are the last of the positions of the keys; each row sums to 1.
+    Queries are the last of the positions of the keys; each row sums to 1. With
+    `lengths`, the keys of each sequence, there are as many queries as keys, and the
+    last ones of each sequence are asked; rows before its first are 0.
     """
-    query, key = jax.lax.stop_gradient((query[:, -window:], key))
+    query, key = jax.lax.stop_gradient((query, key))
     keys = jnp.arange(key.shape[1])
-    seen = keys <= keys[-window:, None]
+    if lengths is None:
+        query, at = query[:, -window:], keys[None, -window:]
+    else:
+        at = lengths[:, None] + jnp.arange(-window, 0)
+        rows = jnp.maximum(at, 0)[..., None, None]
+        query = jnp.take_along_axis(query, rows, axis=1)
+    seen = (keys <= at[..., None])[:, None, None]
     scores = jnp.where(seen, scaled_scores(query, key), -jnp.inf)
-    return jax.nn.softmax(scores, axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
+    # a row that sees nothing is of no query
+    return weights if lengths is None else jnp.where(seen, weights, 0)
 
 
 def diagonal_sums(

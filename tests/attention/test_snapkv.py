@@ -150,6 +150,43 @@ class AdaSnapKVTest(parameterized.TestCase):
 
 
 @pytest.mark.parametrize("select", [attention.snapkv, attention.ada_snapkv])
+def test_of_unlike_lengths_each_prompt_is_read_as_alone(select):
+    """Some have fewer keys than are kept, or fewer queries than are asked."""
+    lengths = (LENGTH, 21, 12, 8, 4, 1)
+    query, key = prompts.prompt(LENGTH, batch=len(lengths))
+    beyond = (np.arange(LENGTH) >= np.array(lengths)[:, None])[..., None, None]
+    filled = [jnp.where(beyond, jnp.nan, x) for x in (query, key)]
+    run = jax.jit(functools.partial(select, **SMALL))
+    lists = run(*filled, jnp.array(lengths))
+    for row, length in enumerate(lengths):
+        ends = {*range(min(2, length)), *range(max(0, length - 3), length)}
+        num_kept, window = min(9, length), min(7, length)
+        own = [x[row : row + 1, :length] for x in (query, key)]
+        if select is attention.snapkv:
+            scores = importance_oracle(
+                *own, window, 5, lambda of_head: of_head.mean(axis=0).sum(axis=0)
+            )[0]
+            kept = [prompts.highest_oracle(of, num_kept, ends) for of in scores]
+        else:
+            scores = importance_oracle(
+                *own, window, 5, lambda of_head: of_head.max(axis=(0, 1))
+            )[0]
+            kept = ada_oracle(scores, num_kept, min(5, length), ends)
+        for head, want in enumerate(kept):
+            assert_lists(lists, (row, head), want)
+    assert not lists.overflowed.any()
+
+
+@pytest.mark.parametrize("select", [attention.snapkv, attention.ada_snapkv])
+def test_lengths_that_do_not_fit_raise(select):
+    query, key = prompts.prompt(LENGTH)
+    with pytest.raises(ValueError, match=r"each of 2 sequences; got int32\[3\]"):
+        select(query, key, jnp.array([1, 2, 3]), **SMALL)
+    with pytest.raises(ValueError, match=r"of all the prompt .*12 queries and 40 keys"):
+        select(query[:, -12:], key, 30, **SMALL)
+
+
+@pytest.mark.parametrize("select", [attention.snapkv, attention.ada_snapkv])
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
