@@ -32,7 +32,8 @@ def statistical_topk(
     get a gradient too. For a Gemma 3n layer `k` is `0.05 * d_ff`.
 
     Args:
-      x: any floating dtype; statistics are float32 (float64 for float64).
+      x: any floating dtype; statistics are float32 (float64 for float64), in which the
+        squares of a row must not overflow: entries stay below about 1e16.
       k: expected number of survivors of a row, at least 1; a Python number, or a traced
         scalar, whose value is not checked. From the number of entries on, the row is
         returned unchanged (the limit from below is another).

@@ -37,10 +37,15 @@ def gaussian_threshold(
       The threshold, the last axis kept as 1. The population std of a constant row is
       0, and so is its derivative.
 
+    Raises:
+      TypeError: if `x` is not floating.
+
     Example:
       >>> gaussian_threshold(jnp.arange(8.0), 0.6744898).round(3)
       Array([5.045], dtype=float32)
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating; got {jax.typeof(x)}. Convert it.")
     unchanged = jnp.asarray(z) == -jnp.inf
     x, z = _without(unchanged, x, z)
     theta = _threshold(x, z, where, axis_name)

@@ -148,6 +148,8 @@ class ReferenceTest(parameterized.TestCase):
         fn = ops.gaussian_topk
         with self.assertRaisesRegex(TypeError, r"`x` must be floating; got int32\[3\]"):
             fn(jnp.arange(3), 1.0)
+        with self.assertRaisesRegex(TypeError, r"`x` must be floating; got int32\[3\]"):
+            ops.gaussian_threshold(jnp.arange(3), 1.0)
         with self.assertRaisesRegex(ValueError, "`x` must have at least one axis"):
             fn(jnp.float32(1), 1.0)
         with self.assertRaisesRegex(ValueError, r"`z` must be a scalar.*got shape \(8"):
