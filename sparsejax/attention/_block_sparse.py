@@ -4,6 +4,7 @@ import bisect
 from typing import Literal
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax.attention import _blocks, _window
@@ -18,6 +19,7 @@ def block_sparse(
     block_shape: tuple[int, int] = (16, 16),
     per_head: bool = True,
     causal: Literal[True] = True,
+    lengths: ArrayLike | None = None,
 ) -> BlockMask:
     """Keeps the `num_kept` key blocks of highest mean score for each block of queries.
 
@@ -33,6 +35,7 @@ def block_sparse(
       block_shape: `(height, width)`, queries and keys of a block.
       per_head: a mask for each query head; else for each key head.
       causal: there is no other form; taken as `sj.nn.BlockAttention` passes it.
+      lengths: see `topk_blocks`.
 
     Returns:
       A mask `[batch, heads | kv_heads, seq, seq]`, rounded up to whole blocks; use it
@@ -59,10 +62,11 @@ def block_sparse(
     least = min(_blocks.most_diagonal(block_shape) + 2, columns)
     _window.check_count("num_kept", num_kept, least, columns, "blocks")
     scores = _blocks.block_scores(
-        query, key, block_shape=block_shape, per_head=per_head
+        query, key, block_shape=block_shape, per_head=per_head, lengths=lengths
     )
-    visible, own = _blocks.in_sight(length, length, block_shape, causal=True)
-    before = jnp.pad(own[:, 1:], [(0, 0), (0, 1)]) & ~own  # ends where its own begin
+    visible, own = _blocks.in_sight(length, length, block_shape, True, lengths)
+    after = jnp.pad(own[..., 1:], [*[(0, 0)] * (own.ndim - 1), (0, 1)])
+    before = after & ~own  # ends where its own begin
     first = jnp.arange(columns) == 0
     ranked = _blocks.ranked(scores, visible, own | before | first)
     return _blocks.highest_blocks(ranked, block_shape, num_kept)

@@ -16,16 +16,17 @@ from jaxtyping import Array, Float
 
 from sparsejax import activations, ops
 from sparsejax.attention._arguments import check_heads
+from sparsejax.attention._slots import lengths_of
 from sparsejax.attention._spark import spark_selection
 from sparsejax.formats import BlockMask
 
 Pool: TypeAlias = Callable[..., jax.Array]
-"""Reduces the tokens of a block to one, called as `pool(x, axis=1)`; `jnp.mean`,
-`jnp.max`."""
+"""Reduces the tokens of a block to one, called as `pool(x, axis=1)`, and with `where=`
+too where there are `lengths`; `jnp.mean`, `jnp.max`."""
 
 # They give one of the tokens, so nothing is lost without a cast before; and a GPU then
-# reads the keys once for the three pools of SeerAttention.
-_CHOOSING = (jnp.max, jnp.min)
+# reads the keys once for the three pools of SeerAttention. With what `where=` begins.
+_CHOOSING = {jnp.max: -jnp.inf, jnp.min: jnp.inf}
 
 
 def block_scores(
@@ -35,6 +36,7 @@ def block_scores(
     block_shape: tuple[int, int],
     pool: Pool = jnp.mean,
     per_head: bool = False,
+    lengths: ArrayLike | None = None,
 ) -> Float[Array, "batch heads_or_kv_heads block_rows block_columns"]:
     """Scores blocks by the products of pooled queries and pooled keys.
 
@@ -48,12 +50,17 @@ def block_scores(
       pool: of the tokens of a block, called with `axis=`.
       per_head: score for each query head; else for each key head, the mean over the
         query heads that use it: less work, here and in the attention.
+      lengths: int32 `[batch]` or one integer, in `[1, seq]`: tokens that each sequence
+        has, queries and keys alike. Those after them are filler and have no part in a
+        score. All by default.
 
     Returns:
-      float32; for `heads` with `per_head`, else for `kv_heads`. No gradient.
+      float32; for `heads` with `per_head`, else for `kv_heads`. No gradient. Finite
+      also where a block is all filler.
 
     Raises:
-      ValueError: if shapes disagree, or a side of a block is below 1.
+      ValueError: if shapes disagree, a side of a block is below 1, or `lengths` are not
+        integers that fit.
 
     Example:
       >>> query = jnp.arange(4.0).reshape(1, 4, 1, 1)
@@ -67,8 +74,8 @@ def block_scores(
     """
     check(query, key, block_shape)
     query, key = jax.lax.stop_gradient((query, key))
-    query = pooled(query, block_shape[0], pool)
-    key = pooled(key, block_shape[1], pool)
+    query = pooled(query, block_shape[0], pool, lengths)
+    key = pooled(key, block_shape[1], pool, lengths)
     batch, rows, _, dim = query.shape
     columns, kv_heads = key.shape[1:3]
     query = query.reshape(batch, rows, kv_heads, -1, dim)
@@ -89,6 +96,7 @@ def topk_blocks(
     causal: bool = False,
     pool: Pool = jnp.mean,
     per_head: bool = False,
+    lengths: ArrayLike | None = None,
 ) -> BlockMask:
     """Keeps the `num_kept` key blocks of highest score for each block of queries.
 
@@ -105,6 +113,8 @@ def topk_blocks(
         hold keys at the queries' own positions: these count among `num_kept`.
       pool: see `block_scores`.
       per_head: a mask for each query head, not for each key head.
+      lengths: see `block_scores`; a block of filler alone is never kept, and real
+        tokens have the blocks that they have without any filler.
 
     Returns:
       A mask `[batch, heads | kv_heads, queries, keys]`, rounded up to whole blocks.
@@ -133,9 +143,16 @@ def topk_blocks(
             f"{block_shape}."
         )
     scores = block_scores(
-        query, key, block_shape=block_shape, pool=pool, per_head=per_head
+        query,
+        key,
+        block_shape=block_shape,
+        pool=pool,
+        per_head=per_head,
+        lengths=lengths,
     )
-    visible, diagonal = in_sight(query.shape[1], key.shape[1], block_shape, causal)
+    visible, diagonal = in_sight(
+        query.shape[1], key.shape[1], block_shape, causal, lengths
+    )
     ranks = ranked(scores, visible, diagonal)
     return highest_blocks(ranks, block_shape, min(num_kept, columns))
 
@@ -150,6 +167,7 @@ def statistical_topk_blocks(
     causal: bool = False,
     pool: Pool = jnp.mean,
     per_head: bool = False,
+    lengths: ArrayLike | None = None,
 ) -> BlockMask:
     """Keeps about `k` key blocks for each block of queries, by a threshold.
 
@@ -170,6 +188,7 @@ def statistical_topk_blocks(
         hold keys at the queries' own positions; these may come on top of `k`.
       pool: see `block_scores`.
       per_head: a mask for each query head, not for each key head.
+      lengths: see `topk_blocks`.
 
     Returns:
       As `topk_blocks`.
@@ -195,9 +214,16 @@ def statistical_topk_blocks(
     if capacity is not None and capacity < 1:
         raise ValueError(f"`capacity` must be at least 1, or None; got {capacity}.")
     scores = block_scores(
-        query, key, block_shape=block_shape, pool=pool, per_head=per_head
+        query,
+        key,
+        block_shape=block_shape,
+        pool=pool,
+        per_head=per_head,
+        lengths=lengths,
     )
-    visible, diagonal = in_sight(query.shape[1], key.shape[1], block_shape, causal)
+    visible, diagonal = in_sight(
+        query.shape[1], key.shape[1], block_shape, causal, lengths
+    )
     kept = spark_selection(scores, visible, k=k) | diagonal
     if capacity is None or capacity >= scores.shape[-1]:
         return BlockMask.from_blocks(kept, block_shape)
@@ -267,11 +293,26 @@ def to_heads(x: jax.Array, heads: int) -> jax.Array:
     return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
-    """One float32 token for every `size`, and for those that are left at the end."""
+def pooled(
+    x: jax.Array, size: int, pool: Pool, lengths: ArrayLike | None = None
+) -> jax.Array:
+    """One float32 token for every `size`, and for those that are left at the end.
+
+    Of tokens before `lengths` alone; of all where a block has none of these.
+    """
     batch, length, *rest = x.shape
     if pool not in _CHOOSING:
         x = x.astype(jnp.float32)
+    if lengths is not None:
+        x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * len(rest)))
+        real = jnp.arange(x.shape[1]) < lengths_of(x, lengths)[:, None]
+        real = real.reshape(-1, size)
+        real |= ~real.any(axis=1, keepdims=True)
+        options: dict[str, Any] = {"where": real.reshape(-1, size, *[1] * len(rest))}
+        if pool in _CHOOSING:
+            options["initial"] = _CHOOSING[pool]
+        x = pool(x.reshape(-1, size, *rest), axis=1, **options)
+        return x.reshape(batch, -1, *rest).astype(jnp.float32)
     whole = length // size * size
     parts = []
     if whole:
@@ -283,16 +324,28 @@ def pooled(x: jax.Array, size: int, pool: Pool) -> jax.Array:
 
 
 def in_sight(
-    num_queries: int, num_keys: int, block_shape: tuple[int, int], causal: bool
+    num_queries: int,
+    num_keys: int,
+    block_shape: tuple[int, int],
+    causal: bool,
+    lengths: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Which blocks may be kept, and which must; `[block_rows, block_columns]`."""
+    """Which blocks may be kept, and which must.
+
+    Both are `[block_rows, block_columns]`, with `lengths` `[batch, 1, ..]`: then blocks
+    of filler alone may not, and a row of filler may keep any other.
+    """
     height, width = block_shape
+    query_end, key_end = num_queries, num_keys
+    if lengths is not None:
+        query_end = key_end = jnp.reshape(lengths, (-1, 1, 1, 1))
     first = height * jnp.arange(-(-num_queries // height))[:, None]
-    last = jnp.minimum(first + height, num_queries) - 1
     columns = jnp.arange(-(-num_keys // width))
     if not causal:
-        everywhere = jnp.ones((len(first), len(columns)), jnp.bool_)
-        return everywhere, ~everywhere
+        visible = jnp.broadcast_to(first >= 0, (len(first), len(columns)))
+        visible &= width * columns < key_end
+        return visible, jnp.zeros_like(visible)
+    last = jnp.minimum(first + height, query_end) - 1
     visible = columns <= last // width
     return visible, visible & (columns >= first // width)
 

@@ -71,6 +71,18 @@ def pair_density_oracle(kept, length, block_shape):
     return np.mean([kept[t // height, j // width] for t, j in pairs])
 
 
+def assert_filler_has_no_part(select, lengths, length):
+    """Each prompt has the blocks that it has alone: `select(query, key, lengths=)`."""
+    query, key = prompt(length, batch=len(lengths))
+    filler = np.arange(length) >= np.array(lengths)[:, None]
+    query, key = (jnp.where(filler[..., None, None], 9.0, x) for x in (query, key))
+    got = np.asarray(blocks_of(select(query, key, lengths=jnp.array(lengths))))
+    for b, n in enumerate(lengths):
+        alone = blocks_of(select(query[b : b + 1, :n], key[b : b + 1, :n]))
+        rows, columns = alone.shape[2:]
+        np.testing.assert_array_equal(got[b, :, :rows, :columns], alone[0])
+
+
 def assert_same_under_vmap(got, of_vmap):
     """Each leaf equals the one found under a `vmap` over one more axis, of size 1."""
     for leaf, other in zip(*map(jax.tree.leaves, (got, of_vmap)), strict=True):

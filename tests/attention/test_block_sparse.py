@@ -68,6 +68,11 @@ class BlockSparseTest(parameterized.TestCase):
             before = max(t // height * height // width - 1, 0)
             self.assertTrue(row[..., [0, before, t // width]].all())
 
+    @parameterized.parameters((4, 4), (8, 4), (4, 8))
+    def test_filler_has_no_part(self, *block_shape):
+        select = functools.partial(block_sparse, num_kept=4, block_shape=block_shape)
+        prompts.assert_filler_has_no_part(select, (25, 46), 46)
+
 
 class BlocksForDensityTest(parameterized.TestCase):
     @parameterized.product(num_blocks=[1, 7, 40], density=[0.01, 0.3, 0.51, 1.0])

@@ -14,7 +14,7 @@ import sparsejax as sj
 from sparsejax import attention, ops
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
-POOLS = {jnp.mean: np.mean, jnp.max: np.max}
+POOLS = {jnp.mean: np.mean, jnp.max: np.max, jnp.min: np.min}
 STATIC = ("block_shape", "causal", "pool", "per_head")
 topk_blocks = jax.jit(attention.topk_blocks, static_argnames=(*STATIC, "num_kept"))
 statistical_topk_blocks = jax.jit(
@@ -80,7 +80,7 @@ def statistical_oracle(scores, may, must, k):
 
 
 class BlockScoresTest(parameterized.TestCase):
-    @parameterized.product(pool=list(POOLS), per_head=[False, True])
+    @parameterized.product(pool=[jnp.mean, jnp.max], per_head=[False, True])
     def test_equal_the_oracle(self, pool, per_head):
         x = operands()
         options = dict(block_shape=(4, 5), pool=pool, per_head=per_head)
@@ -136,6 +136,41 @@ class SelectorsTest(parameterized.TestCase):
         crowded = (kept.sum(-1) > 2).any(-1)
         self.assertTrue(crowded.any())
         np.testing.assert_array_equal(capped.overflowed, crowded)
+
+    @parameterized.parameters(
+        # causal, block_shape, pool, per_head
+        (True, (4, 4), jnp.mean, True),
+        (True, (8, 4), jnp.max, False),
+        (True, (4, 8), jnp.min, False),
+        (False, (4, 5), jnp.mean, False),
+    )
+    def test_filler_has_no_part(self, causal, block_shape, pool, per_head):
+        """Each sequence has the blocks that it has where its tokens are all."""
+        lengths, x = (13, 25), operands(26, 26)
+        filled = jnp.arange(26)[:, None, None] >= jnp.reshape(
+            jnp.array(lengths), (-1, 1, 1, 1)
+        )
+        x = [jnp.where(filled, jnp.nan, a) for a in x]
+        options = dict(block_shape=block_shape, pool=pool, per_head=per_head)
+        select = functools.partial(topk_blocks, num_kept=3, causal=causal, **options)
+        few = functools.partial(
+            statistical_topk_blocks, k=1.5, causal=causal, **options
+        )
+        topk, statistical = (
+            np.asarray(blocks_of(fn(*x, lengths=jnp.array(lengths))))
+            for fn in (select, few)
+        )
+        for b, length in enumerate(lengths):
+            cut = [a[b : b + 1, :length] for a in x]
+            scores = scores_oracle(*cut, **options)
+            sight = sight_oracle(*cut, block_shape, causal)
+            rows, columns = scores.shape[2:]
+            for got, want in (
+                (topk, topk_oracle(scores, *sight, 3)),
+                (statistical, statistical_oracle(scores, *sight, 1.5)),
+            ):
+                np.testing.assert_array_equal(got[b, :, :rows, :columns], want[0])
+                self.assertFalse(got[b, :, :, columns:].any())
 
     def test_ties_go_to_the_left(self):
         x = jnp.ones((1, 24, 1, 4))
@@ -236,6 +271,7 @@ class DensityTest(parameterized.TestCase):
         ({"num_kept": 1, "block_shape": (0, 4)}, r"must be positive; got \(0, 4\)"),
         ({"k": 0.5}, "`k` must be at least 1; got k=0.5"),
         ({"k": 2, "capacity": 0}, "`capacity` must be at least 1, or None; got 0"),
+        ({"k": 2, "lengths": [3]}, r"`lengths` must be one .* 2 seq.*int32\[1\]"),
         ({"num_kept": 1, "heads": 3}, r"must divide .*; got \(2, 26, 3, 8\) and"),
         ({"num_kept": 1, "batch": 1}, r"equal in batch .*; got \(1, 26, 4, 8\) and"),
     ],
