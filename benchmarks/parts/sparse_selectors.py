@@ -211,7 +211,7 @@ def seer_decode(cached: Cached, density: float) -> KeyLists:
         cached.gate,
         num_kept=max(round(density * blocks), 1),
         block=side,
-        positions=cached.length[None] - 1,
+        positions=cached.length[None, None] - 1,
     )
     return KeyLists(mask.num[..., 0], mask.indices[..., 0, :], mask.overflowed, side)
 

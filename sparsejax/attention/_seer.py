@@ -280,7 +280,7 @@ def topk_kept(scores: jax.Array, own: jax.Array, num_kept: ArrayLike) -> jax.Arr
                 f"got {num_kept}. Lower the budget or the size of a block."
             )
     scores = jax.lax.stop_gradient(scores)
-    is_own = jnp.arange(columns) == own[:, None]
+    is_own = jnp.arange(columns) == own[..., None]
     if not isinstance(num_kept, int):
         num_kept = jnp.reshape(jnp.asarray(num_kept), (-1, 1))  # of each head's rows
     ranks = jnp.where(is_own, jnp.inf, scores)
@@ -293,7 +293,7 @@ def threshold_kept(scores: jax.Array, own: jax.Array, threshold: ArrayLike):
     in_sight = scores > -jnp.inf
     weights = jax.nn.softmax(jnp.where(in_sight, scores, -1e30), axis=-1)
     above = (weights > threshold) & in_sight
-    return above | (jnp.arange(scores.shape[-1]) == own[:, None])
+    return above | (jnp.arange(scores.shape[-1]) == own[..., None])
 
 
 def room(num_kept: ArrayLike) -> int | None:

@@ -18,7 +18,7 @@ from sparsejax.attention._seer import (
     threshold_kept,
     topk_kept,
 )
-from sparsejax.attention._slots import check_next
+from sparsejax.attention._slots import change_slots, check_next, lengths_of
 from sparsejax.formats import BlockMask
 
 
@@ -45,12 +45,12 @@ class SeerCache(NamedTuple):
     Attributes:
       gated_keys: `[batch, blocks, kv_heads, d_gate]`, of each finished block, rotated.
       tail: `[batch, block, kv_heads, head_dim]`, keys of the block that is not.
-      length: int32, tokens so far.
+      lengths: int32 `[batch]`, tokens so far.
     """
 
     gated_keys: jax.Array
     tail: jax.Array
-    length: jax.Array
+    lengths: jax.Array
 
 
 def init_seer_decode_gate(
@@ -128,7 +128,7 @@ def seer_decode_scores(
     gated_query = _gated_query(gate, query, jnp.arange(length)[None], rotate)
     starts = jnp.arange(0, length, block)[None]
     gated_key = _gated_key(gate, key_features(key, block), starts, rotate)
-    return _scores(gated_query, gated_key, jnp.arange(length) // block)
+    return _scores(gated_query, gated_key, _own(length, block, None))
 
 
 def init_seer_cache(
@@ -161,7 +161,7 @@ def init_seer_cache(
     return SeerCache(
         jnp.zeros((batch, blocks, kv_heads, d_gate)),
         jnp.zeros((batch, block, kv_heads, width // len(KEY_POOLS)), dtype),
-        jnp.int32(0),
+        jnp.zeros(batch, jnp.int32),
     )
 
 
@@ -169,19 +169,22 @@ def fill_seer_cache(
     gate: SeerDecodeGate,
     cache: SeerCache,
     key: Float[Array, "batch seq kv_heads head_dim"],
+    lengths: ArrayLike | None = None,
     *,
     rotate: Rotate,
 ) -> SeerCache:
-    """Takes in a prompt at once: scores are as if its keys were appended one by one.
+    """Takes in prompts at once: scores are as if their keys were appended one by one.
 
     Args:
       gate: weights.
       cache: empty; its contents are not read.
       key: before rotation; at most as many as the cache has room for.
+      lengths: int32 `[batch]` or one integer, tokens of each prompt; what lies behind
+        them is not read. All by default.
       rotate: see `Rotate`.
 
     Raises:
-      ValueError: if `key` does not fit the cache.
+      ValueError: if `key` does not fit the cache, or `lengths` do not fit `key`.
     """
     batch, block, kv_heads, head_dim = cache.tail.shape
     most = block * cache.gated_keys.shape[1]
@@ -191,15 +194,20 @@ def fill_seer_cache(
             f"`key` must be {(batch, 'seq', kv_heads, head_dim)} of at most {most} "
             f"tokens, the room of the cache; got {key.shape}."
         )
-    blocks = length // block
-    whole, rest = jnp.split(key.astype(cache.tail.dtype), [blocks * block], axis=1)
-    gated_keys = cache.gated_keys
+    key, lengths = key.astype(cache.tail.dtype), lengths_of(key, lengths)
+    blocks, finished = length // block, (lengths // block)[:, None]
+    gated_keys = jnp.zeros_like(cache.gated_keys)
     if blocks:
         starts = block * jnp.arange(blocks)[None]
-        gated = _gated_key(gate, key_features(whole, block), starts, rotate)
-        gated_keys = gated_keys.at[:, :blocks].set(gated)
-    tail = cache.tail.at[:, : rest.shape[1]].set(rest)
-    return SeerCache(gated_keys, tail, jnp.int32(length))
+        features = key_features(key[:, : blocks * block], block)
+        gated = _gated_key(gate, features, starts, rotate)
+        whole = (jnp.arange(blocks) < finished)[..., None, None]
+        gated_keys = gated_keys.at[:, :blocks].set(jnp.where(whole, gated, 0))
+    at = block * finished + jnp.arange(block)
+    in_key = jnp.minimum(at, length - 1)[..., None, None]
+    tail = jnp.take_along_axis(key, in_key, axis=1)
+    tail = jnp.where((at < lengths[:, None])[..., None, None], tail, 0)
+    return SeerCache(gated_keys, tail, lengths)
 
 
 def append_to_seer_cache(
@@ -225,13 +233,13 @@ def append_to_seer_cache(
     """
     batch, block, kv_heads, head_dim = cache.tail.shape
     check_next("key", key, batch, kv_heads, head_dim)
-    slot, row = cache.length % block, cache.length // block
-    tail = cache.tail.at[:, slot].set(key[:, 0].astype(cache.tail.dtype))
-    starts = (row * block)[None, None]
-    gated = _gated_key(gate, key_features(tail, block), starts, rotate)
-    finished = cache.gated_keys.at[:, row].set(gated[:, 0])  # beyond the end: dropped
-    gated_keys = jnp.where(slot == block - 1, finished, cache.gated_keys)
-    return SeerCache(gated_keys, tail, cache.length + 1)
+    row, slot = jnp.divmod(cache.lengths, block)
+    tail = change_slots(cache.tail, slot, lambda _: key)
+    gated = _gated_key(gate, key_features(tail, block), (row * block)[:, None], rotate)
+    beyond = cache.gated_keys.shape[1]  # of a block that is not finished
+    finished = jnp.where(slot == block - 1, row, beyond)
+    gated_keys = change_slots(cache.gated_keys, finished, lambda _: gated)
+    return SeerCache(gated_keys, tail, cache.lengths + 1)
 
 
 def seer_cached_scores(
@@ -270,9 +278,10 @@ def seer_cached_scores(
     if query.ndim != 4 or query.shape[1] != 1:
         raise ValueError(f"`query` must be of one token; got shape {query.shape}.")
     _check_gate(gate, query.shape[2:], cache.tail.shape[2])
-    position = cache.length[None] - 1
-    gated_query = _gated_query(gate, query, position[None], rotate)
-    return _scores(gated_query, cache.gated_keys, position // cache.tail.shape[1])
+    positions = cache.lengths[:, None] - 1
+    gated_query = _gated_query(gate, query, positions, rotate)
+    own = _own(1, cache.tail.shape[1], positions)
+    return _scores(gated_query, cache.gated_keys, own)
 
 
 def seer_decode_topk(
@@ -280,7 +289,7 @@ def seer_decode_topk(
     *,
     num_kept: ArrayLike,
     block: int,
-    positions: Int[Array, " queries"] | None = None,
+    positions: Int[Array, "#batch queries"] | None = None,
 ) -> BlockMask:
     """Keeps the blocks of highest score for each token, and its own.
 
@@ -289,7 +298,7 @@ def seer_decode_topk(
       num_kept: blocks of a token, its own among them: a budget in tokens over `block`.
         One number, or one for each key head; may be traced.
       block: tokens of a block.
-      positions: of the queries; 0, 1, 2, ... by default.
+      positions: of the queries of each sequence, or of all; 0, 1, 2, ... by default.
 
     Returns:
       A mask of blocks `(1, block)`, which `sj.ops.block_attention` reads. The token's
@@ -302,12 +311,12 @@ def seer_decode_topk(
     Example:
       >>> scores = jnp.array([3.0, 1.0, 2.0, -jnp.inf, -jnp.inf])[None, None, None]
       >>> mask = seer_decode_topk(
-      ...     scores, num_kept=3, block=64, positions=jnp.array([200])
+      ...     scores, num_kept=3, block=64, positions=jnp.array([[200]])
       ... )
       >>> print(mask.indices[0, 0, 0])
       [0 2 3]
     """
-    own = _own(scores, block, positions)
+    own = _own(scores.shape[-2], block, positions)
     kept = topk_kept(scores, own, num_kept)
     return BlockMask.from_blocks(kept, (1, block), capacity=room(num_kept))
 
@@ -317,7 +326,7 @@ def seer_decode_threshold(
     *,
     threshold: ArrayLike,
     block: int,
-    positions: Int[Array, " queries"] | None = None,
+    positions: Int[Array, "#batch queries"] | None = None,
 ) -> BlockMask:
     """Keeps the blocks whose softmax of scores is above a threshold, and its own.
 
@@ -325,21 +334,21 @@ def seer_decode_threshold(
       scores: of `seer_decode_scores` or `seer_cached_scores`.
       threshold: of a row's softmax; may be traced.
       block: tokens of a block.
-      positions: of the queries; 0, 1, 2, ... by default.
+      positions: of the queries of each sequence, or of all; 0, 1, 2, ... by default.
 
     Returns:
       As `seer_decode_topk`.
     """
-    own = _own(scores, block, positions)
+    own = _own(scores.shape[-2], block, positions)
     kept = threshold_kept(scores, own, threshold)
     return BlockMask.from_blocks(kept, (1, block))
 
 
-def _own(scores: jax.Array, block: int, positions: jax.Array | None) -> jax.Array:
-    """The block of each query."""
+def _own(num_queries: int, block: int, positions: jax.Array | None) -> jax.Array:
+    """The block of each query, `[1 | batch, 1, queries]`."""
     if positions is None:
-        positions = jnp.arange(scores.shape[-2])
-    return positions // block
+        positions = jnp.arange(num_queries)[None]
+    return (positions // block)[:, None]
 
 
 def _check_gate(gate: SeerDecodeGate, of_query: tuple[int, ...], kv_heads: int) -> None:
@@ -373,5 +382,5 @@ def _normed(x: jax.Array, scale: jax.Array | None) -> jax.Array:
 def _scores(gated_query, gated_key, own) -> jax.Array:
     scores = jnp.einsum("bskd,bnkd->bksn", gated_query, gated_key)
     scores *= gated_key.shape[-1] ** -0.5
-    earlier = jnp.arange(scores.shape[-1]) < own[:, None]
+    earlier = jnp.arange(scores.shape[-1]) < own[..., None]
     return jnp.where(earlier, scores, -jnp.inf)

@@ -378,7 +378,7 @@ class DecodeTest(parameterized.TestCase):
                 q, k = (x[:, None] for x in token)
                 cache = attention.append_to_seer_cache(gate, cache, k, rotate=rotate)
                 scores = attention.seer_cached_scores(gate, cache, q, rotate=rotate)
-                mask = select(scores, positions=cache.length[None] - 1)
+                mask = select(scores, positions=cache.lengths[:, None] - 1)
                 return cache, (scores[:, :, 0], blocks_of(mask)[:, :, 0])
 
             cache = attention.init_seer_cache(gate, 2, 15, block=4)
@@ -388,11 +388,12 @@ class DecodeTest(parameterized.TestCase):
             _, (later, _) = step(filled[1], [x[10] for x in tokens])
             cache, outputs = jax.lax.scan(step, cache, tokens)
             outputs = [jnp.moveaxis(x, 0, 2) for x in outputs]
-            return cache.length, *outputs, filled, later
+            return cache.lengths, *outputs, filled, later
 
-        length, scores, kept, filled, later = walk(query, key)
-        assert length == 15
-        assert [cache.length for cache in filled] == [3, 10]  # less than a block, more
+        lengths, scores, kept, filled, later = walk(query, key)
+        np.testing.assert_array_equal(lengths, [15, 15])
+        for cache, length in zip(filled, (3, 10), strict=True):  # of no block, of more
+            np.testing.assert_array_equal(cache.lengths, [length, length])
         np.testing.assert_array_equal(filled[0].tail[:, :3], key[:, :3])
         np.testing.assert_allclose(later, want[:, :, 10], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-5)
@@ -406,10 +407,59 @@ class DecodeTest(parameterized.TestCase):
     def test_threshold(self):
         scores = jnp.log(jnp.array([0.6, 0.3, 0.1, 0.0]))[None, None, None]
         mask = attention.seer_decode_threshold(
-            scores, threshold=0.2, block=4, positions=jnp.array([13])
+            scores, threshold=0.2, block=4, positions=jnp.array([[13]])
         )
         np.testing.assert_array_equal(mask.indices[0, 0, 0, :3], [0, 1, 3])
         assert mask.num == 3
+
+    def test_sequences_of_unlike_lengths(self):
+        """Each at its own position: scores and choice are those of the whole form."""
+        lengths = jnp.array([3, 8, 11, 12])
+        gate = decode_gate()
+        query, key = (jnp.concatenate([x, x + 0.5]) for x in operands(seq=15))
+        want = np.asarray(decode_scores_of(gate, query, key))
+        filled = jnp.arange(14)[:, None, None] >= lengths[:, None, None, None]
+        filled = jnp.where(filled, jnp.nan, key[:, :14])  # behind a prompt: anything
+
+        def choose(scores, positions):
+            options = dict(block=4, positions=positions)
+            masks = (
+                attention.seer_decode_topk(scores, num_kept=2, **options),
+                attention.seer_decode_threshold(scores, threshold=0.3, **options),
+            )
+            return [mask.to_blocks()[:, :, 0] for mask in masks]
+
+        @jax.jit
+        def walk(query, key, filled):
+            def step(cache, _):
+                at = cache.lengths[:, None, None, None]
+                q, k = (jnp.take_along_axis(x, at, axis=1) for x in (query, key))
+                cache = attention.append_to_seer_cache(gate, cache, k, rotate=rotate)
+                scores = attention.seer_cached_scores(gate, cache, q, rotate=rotate)
+                kept = choose(scores, cache.lengths[:, None] - 1)
+                return cache, (scores[:, :, 0], *kept)
+
+            cache = attention.init_seer_cache(gate, 4, 15, block=4)
+            cache = attention.fill_seer_cache(
+                gate, cache, filled, lengths, rotate=rotate
+            )
+            return jax.lax.scan(step, cache, length=3)
+
+        cache, found = walk(query, key, filled)
+        np.testing.assert_array_equal(cache.lengths, lengths + 3)
+        for row, length in enumerate(np.asarray(lengths)):
+            for i, (scores, topk, above) in enumerate(zip(*found, strict=True)):
+                now = want[row, :, length + i]
+                np.testing.assert_allclose(scores[row], now, rtol=1e-4, atol=1e-5)
+                own = (length + i) // 4
+                for head, of_head in enumerate(now):
+                    best = np.argsort(-of_head[:own], kind="stable")[:1]
+                    wanted = np.isin(np.arange(4), [*best, own])
+                    np.testing.assert_array_equal(topk[row, head], wanted)
+                    shares = np.exp(of_head)
+                    wanted = shares > 0.3 * shares.sum()
+                    wanted[own] = True
+                    np.testing.assert_array_equal(above[row, head], wanted)
 
     def test_masks_are_read_by_the_kernel(self):
         """A token attends to the kept blocks, its own up to itself."""
@@ -492,6 +542,12 @@ def test_bad_input_is_named():
                 decoding, cache, jnp.zeros((2, 9, 2, 8)), rotate=rotate
             ),
             r"at most 8 tokens, the room of the cache; got \(2, 9, 2, 8\)",
+        ),
+        (
+            lambda: attention.fill_seer_cache(
+                decoding, cache, key, jnp.array([1, 2, 3]), rotate=rotate
+            ),
+            r"one for each of 2 sequences; got int32\[3\]",
         ),
         (
             lambda: attention.append_to_seer_cache(decoding, cache, key, rotate=rotate),
