@@ -35,9 +35,9 @@ def block_statistical_topk(
         row is returned unchanged.
       block: neurons in a tile; it divides the length of `axis`.
       axis: the axis that a row lies along.
-      pool: "max" or "mean". Few values of a kept tile exceed a threshold of maxima: with
-        tiles of 32 Gaussian entries, 8 % of them kept, 0.3 % of all values are not 0,
-        with means 4 %.
+      pool: "max" or "mean". Few values of a kept tile exceed a threshold of maxima:
+        with tiles of 32 Gaussian entries, 8 % of them kept, 0.3 % of all values are
+        not 0, with means 4 %.
       where: True = counts, broadcastable to `x`. Scores pool the True entries of a
         tile, a tile without any does not count, False entries give 0 and are not in the
         mask. A row of at most `k` True entries keeps them all, unchanged.
