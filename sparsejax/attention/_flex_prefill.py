@@ -8,7 +8,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax.attention import _window
-from sparsejax.attention._vertical_slash import line_sums
+from sparsejax.attention._slots import lengths_of
+from sparsejax.attention._vertical_slash import (
+    blocks_of_lines,
+    highest_lines,
+    line_sums,
+)
 from sparsejax.formats import BlockMask
 
 
@@ -24,6 +29,7 @@ def flex_prefill(
     block_shape: tuple[int, int] = (64, 64),
     per_head: bool = True,
     causal: Literal[True] = True,
+    lengths: ArrayLike | None = None,
 ) -> BlockMask:
     """Keeps the columns and diagonals that hold a share `alpha` of the last weights.
 
@@ -43,6 +49,7 @@ def flex_prefill(
       block_shape: `(height, width)`, queries and keys of a block.
       per_head: see `vertical_slash`.
       causal: there is no other form; taken as `sj.nn.BlockAttention` passes it.
+      lengths: see `vertical_slash`.
 
     Returns:
       As `vertical_slash`. The lists have room for all blocks, since no shape may depend
@@ -73,15 +80,18 @@ def flex_prefill(
     _window.check_count("min_budget", min_budget, max(sink, local), keys, "keys")
     if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be in [0, 1], a share; got {alpha}.")
-    vertical, slash = line_sums(query, key, window, per_head)
-    at = jnp.arange(keys)
+    lengths = None if lengths is None else lengths_of(key, lengths)
+    asked = window
+    if lengths is not None:
+        asked = jnp.minimum(lengths, window)[:, None, None]
+    vertical, slash = line_sums(query, key, window, per_head, lengths)
 
-    def kept(sums, always):
-        budget = _budget(sums / window, alpha, min_budget)
-        return _window.keep_highest(sums, budget, always=always)
+    def kept(sums, num_first):
+        budget = _budget(sums / asked, alpha, min_budget)
+        return highest_lines(sums, budget, num_first, lengths)
 
-    columns, offsets = kept(vertical, at < sink), kept(slash, at < local)
-    return _window.lines_to_blocks(columns, offsets, block_shape)
+    columns, offsets = kept(vertical, sink), kept(slash, local)
+    return blocks_of_lines(columns, offsets, block_shape, lengths)
 
 
 def _budget(shares: jax.Array, alpha: ArrayLike, min_budget: int) -> jax.Array:

@@ -4,9 +4,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.attention import _window
+from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import BlockMask
 
 
@@ -22,6 +24,7 @@ def vertical_slash(
     block_shape: tuple[int, int] = (64, 64),
     per_head: bool = True,
     causal: Literal[True] = True,
+    lengths: ArrayLike | None = None,
 ) -> BlockMask:
     """Keeps the columns and the diagonals that the last queries attend to most.
 
@@ -45,6 +48,9 @@ def vertical_slash(
       per_head: a mask for each query head; else for each key head, by the mean of the
         weights over its query heads: fewer blocks to read, and ours.
       causal: there is no other form; taken as `sj.nn.BlockAttention` passes it.
+      lengths: int32 `[batch]` or one integer, in `[1, seq]`: tokens of each prompt; the
+        last of these are asked, all of a prompt that has fewer than `window`, and what
+        fills it up has no part. All by default.
 
     Returns:
       A mask `[batch, heads | kv_heads, seq, seq]`, rounded up to whole blocks; use it
@@ -77,19 +83,80 @@ def vertical_slash(
     _window.check_ends(local, sink, keys, least_local=1)
     _window.check_count("num_vertical", num_vertical, max(sink, 1), keys, "keys")
     _window.check_count("num_slash", num_slash, local, keys, "distances")
-    vertical, slash = line_sums(query, key, window, per_head)
-    at = jnp.arange(keys)
-    columns = _window.keep_highest(vertical, num_vertical, always=at < sink)
-    offsets = _window.keep_highest(slash, num_slash, always=at < local)
-    return _window.lines_to_blocks(columns, offsets, block_shape)
+    lengths = None if lengths is None else lengths_of(key, lengths)
+    vertical, slash = line_sums(query, key, window, per_head, lengths)
+    columns = highest_lines(vertical, num_vertical, sink, lengths)
+    offsets = highest_lines(slash, num_slash, local, lengths)
+    return blocks_of_lines(columns, offsets, block_shape, lengths)
 
 
 def line_sums(
-    query: jax.Array, key: jax.Array, window: int, per_head: bool
+    query: jax.Array,
+    key: jax.Array,
+    window: int,
+    per_head: bool,
+    lengths: Int[Array, " batch"] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weights of the last queries by key and by distance, `[batch, heads, keys]`."""
-    weights = _window.window_weights(query, key, window)
+    weights = _window.window_weights(query, key, window, lengths)
     if not per_head:
         weights = weights.mean(axis=2, keepdims=True)
     weights = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
-    return weights.sum(axis=-2), _window.diagonal_sums(weights)
+    vertical = weights.sum(axis=-2)
+    if lengths is not None:  # filler goes to the front, so that prompts end together
+        shift = jax.vmap(lambda x, by: jnp.roll(x, by, axis=-1))
+        weights = shift(weights, key.shape[1] - lengths)
+    return vertical, _window.diagonal_sums(weights)
+
+
+def highest_lines(
+    sums: Float[Array, "batch heads keys"],
+    num_kept: int | jax.Array,
+    num_first: int,
+    lengths: Int[Array, " batch"] | None = None,
+) -> Bool[Array, "batch heads keys"]:
+    """Keeps columns, or distances: the first and then the highest, no filler."""
+    at = jnp.arange(sums.shape[-1])
+    if lengths is None:
+        return _window.keep_highest(sums, num_kept, always=at < num_first)
+    there = at < lengths[:, None, None]
+    sums = jnp.where(there, sums, jnp.nan)  # kept last
+    return _window.keep_highest(sums, num_kept, always=there & (at < num_first)) & there
+
+
+def blocks_of_lines(
+    columns: Bool[Array, "*lead keys"],
+    offsets: Bool[Array, "*lead keys"],
+    block_shape: tuple[int, int],
+    lengths: Int[Array, " batch"] | None = None,
+) -> BlockMask:
+    """Keeps the blocks that hold a kept pair: its key's column, or its offset, is kept.
+
+    Causal, for as many queries as keys; an offset is the distance from query to key.
+    With `lengths`, of queries before these alone, and `lead` is `batch heads`.
+    """
+    (height, width), length = block_shape, columns.shape[-1]
+    end = length if lengths is None else lengths[:, None, None, None]
+    first_query = height * jnp.arange(-(-length // height))[:, None]
+    last_query = jnp.minimum(first_query + height, end) - 1
+    first_key = width * jnp.arange(-(-length // width))
+    last_key = jnp.minimum(first_key + width, length) - 1
+
+    # a column counts from the query on that sees it
+    lead = [(0, 0)] * (columns.ndim - 1)
+    at = jnp.where(columns, jnp.arange(length), length)
+    padding = [*lead, (0, -length % width)]
+    at = jnp.pad(at, padding, constant_values=length)
+    leftmost = at.reshape(*at.shape[:-1], -1, width).min(axis=-1)
+    crossed = leftmost[..., None, :] <= last_query
+
+    # the distances of the pairs of a block have no gap
+    before = jnp.pad(jnp.cumsum(offsets, axis=-1, dtype=jnp.int32), [*lead, (1, 0)])
+    nearest = jnp.maximum(first_query - last_key, 0)
+    beyond = jnp.maximum(last_query - first_key + 1, 0)
+    if lengths is None:
+        upto = before[..., beyond]
+    else:
+        upto = jnp.take_along_axis(before[..., None, :], beyond, axis=-1)
+    crossed |= upto > before[..., nearest]
+    return BlockMask.from_blocks(crossed, block_shape)

@@ -72,6 +72,28 @@ class FlexPrefillTest(parameterized.TestCase):
         else:
             self.assertGreater(min(budgets), 30)
 
+    @parameterized.parameters(0.3, 0.8)
+    def test_filler_has_no_part(self, alpha):
+        def select(*x, **lengths):
+            return attention.flex_prefill(*x, alpha=alpha, **SMALL, **lengths)
+
+        prompts.assert_filler_has_no_part(jax.jit(select), (18, 33), 33)
+
+    def test_a_prompt_shorter_than_the_window(self):
+        """Shares are of the queries that are asked, which here are all."""
+        x = prompts.prompt(16)
+
+        @jax.jit
+        def both(*x):
+            alone = [a[:, :6] for a in x]
+            select = functools.partial(attention.flex_prefill, alpha=0.5)
+            found = select(*x, **SMALL, lengths=6), select(*alone, **SMALL | of_all)
+            return [mask.to_blocks() for mask in found]
+
+        of_all = {"window": 6}
+        got, want = both(*x)
+        np.testing.assert_array_equal(got[:, :, :3, :3], want)
+
     def test_budgets_grow_with_alpha(self):
         shares = jax.nn.softmax(jax.random.normal(jax.random.key(0), (3, 50)))
         grid = jnp.linspace(0, 1, 21)

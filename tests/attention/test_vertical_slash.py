@@ -63,6 +63,21 @@ class VerticalSlashTest(parameterized.TestCase):
         want[distance] = weights.sum()
         np.testing.assert_array_equal(sums, want)
 
+    @parameterized.parameters(((4, 4), True), ((8, 4), False), ((4, 8), True))
+    def test_filler_has_no_part(self, block_shape, per_head):
+        options = SMALL | dict(block_shape=block_shape, per_head=per_head)
+        select = functools.partial(vertical_slash, **options)
+        prompts.assert_filler_has_no_part(select, (18, 30, 33), 33)
+
+    def test_a_prompt_shorter_than_the_window(self):
+        """All of its queries are asked: as by a window of its length."""
+        x = prompts.prompt(16)
+        mask = vertical_slash(*x, **SMALL, lengths=5)
+        alone = [a[:, :5] for a in x]
+        want = vertical_slash(*alone, **SMALL | dict(window=5))
+        got = prompts.blocks_of(mask)[:, :, :2, :2]
+        np.testing.assert_array_equal(got, prompts.blocks_of(want))
+
     def test_full_budgets_are_dense_attention(self):
         query, key = prompts.prompt(24)
         mask = vertical_slash(query, key, **SMALL | dict(num_vertical=24, num_slash=24))
