@@ -11,7 +11,8 @@ that no model trains or is tuned on.
 - Spark FFN and attention: also 64 keys expected, by half of each head.
 - Gemma 3n form: 4 x 576 neurons; the gate sees all inputs; 8 % by the same operator.
 - exact top-k: that form, but exactly 8 %, unshifted, by their rank.
-- block top-k: Spark FFN whose tiles of 16 neurons are used or not, 8 % expected.
+- block top-k: Spark FFN whose tiles of 16 neurons are used or not, by their means, 8 %
+  of them expected.
 
 All have Adam, clipping, b1, b2 and a warm-up, then a cosine to a tenth. Each is tuned
 over three learning rates by runs of a quarter of the length, which favours higher rates

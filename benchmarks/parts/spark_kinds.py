@@ -102,7 +102,10 @@ def kinds(settings: Settings) -> dict[str, Kind]:
         SelectedFFN,
         k=expected,
         split=settings.split,
-        select=functools.partial(sj.block_statistical_topk, block=settings.block),
+        # of a tile chosen by its maximum hardly a value would be left
+        select=functools.partial(
+            sj.block_statistical_topk, block=settings.block, pool="mean"
+        ),
         block=settings.block,
     )
     return {
