@@ -136,13 +136,25 @@ class Attention(nnx.Module):
         key: Float[Array, "batch keys kv_heads head_dim"],
         value: Float[Array, "batch keys kv_heads head_dim"],
         valid: Bool[Array, "#batch 1 queries keys"] | None = None,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Attends to the keys that are valid; causal within the sequence by default.
+
+        Args:
+          query: rotated.
+          key: rotated.
+          value: as the keys.
+          valid: which keys each query sees; None for those up to its own.
+          lengths: tokens of each sequence; what comes after them only fills it up, and
+            its outputs are not used. Here causality keeps it from the others; a layer
+            that selects for several tokens at once leaves it out. All by default.
 
         Returns:
           The outputs `[batch, queries, heads, head_dim]`, and the share of the valid
           keys that were attended, a mean over heads, float32 `[batch, queries]`: 1.
         """
+        del lengths
         window = None
         if valid is None and self.window is not None:
             window = (self.window - 1, 0)

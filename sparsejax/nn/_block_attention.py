@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import attention, ops
 from sparsejax.formats import BlockMask
@@ -19,11 +19,18 @@ class BlockSelector(Protocol):
     So are `statistical_topk_blocks`, `block_sparse`, `vertical_slash`, `flex_prefill`.
 
     Takes rotated queries and keys `[batch, seq, heads, head_dim]` and gives a mask
-    `[batch | 1, heads | kv_heads | 1, seq, seq]`, rounded up to whole blocks.
+    `[batch | 1, heads | kv_heads | 1, seq, seq]`, rounded up to whole blocks. It is
+    given `lengths` where sequences are filled up, as the prompts of a batch are.
     """
 
     def __call__(
-        self, query: jax.Array, key: jax.Array, /, *, causal: Literal[True]
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        /,
+        *,
+        causal: Literal[True],
+        lengths: jax.Array = ...,
     ) -> BlockMask: ...
 
 
@@ -39,12 +46,13 @@ class BlockAttention(Attention):
     before it attend to. Decoding a token at a time cannot repeat that: there each token
     attends to all before it, or to the pages that `sj.decode.prepare` is told to
     select, and only the prompt is read by blocks. What fills up a shorter prompt of a
-    batch has such a say too, in its last block.
+    batch has no say in it.
 
     Args:
       d_model: width of input and output.
       num_heads: query heads.
-      select: called as `select(query, key, causal=True)`.
+      select: called as `select(query, key, causal=True)`, in `sj.decode` with
+        `lengths=` too.
       num_kv_heads: key and value heads; divides `num_heads`. All of them by default.
       head_dim: width of a head; even. `d_model / num_heads` by default.
       rope_base: see `apply_rope`.
@@ -99,8 +107,12 @@ class BlockAttention(Attention):
         key: Float[Array, "batch keys kv_heads head_dim"],
         value: Float[Array, "batch keys kv_heads head_dim"],
         valid: Bool[Array, "#batch 1 queries keys"] | None = None,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Attends to the selected blocks of the sequence, or to all keys of `valid`.
+
+        What comes after `lengths` has no part in the selection.
 
         Returns:
           The outputs `[batch, queries, heads, head_dim]`, and the share of the keys in
@@ -108,7 +120,8 @@ class BlockAttention(Attention):
         """
         if valid is not None:
             return super().attend(query, key, value, valid)
-        mask = self.select(query, key, causal=True)
+        filled = {} if lengths is None else {"lengths": lengths}
+        mask = self.select(query, key, causal=True, **filled)
         return attend_to_blocks(query, key, value, mask)
 
 

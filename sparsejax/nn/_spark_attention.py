@@ -98,15 +98,20 @@ class SparkAttention(Attention):
         value: Float[Array, "batch keys kv_heads head_dim"],
         valid: Bool[Array, "#batch 1 queries keys"] | None = None,
         *,
+        lengths: Int[Array, " batch"] | None = None,
         k: ArrayLike | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Attends to about `k` of the valid keys; causal in the sequence by default.
+
+        Each query selects by itself, so that `lengths` matter as little as in
+        `Attention`.
 
         Returns:
           The outputs `[batch, queries, heads, head_dim]`, and the share of the valid
           keys that were attended, a mean over heads, float32 `[batch, queries]`; 1
           where none is valid.
         """
+        del lengths
         if valid is None:
             positions = jnp.arange(query.shape[1])[None]
             valid = attention.causal_mask(positions, positions, window=self.window)

@@ -82,6 +82,25 @@ class BlockAttentionTest(parameterized.TestCase):
         ):
             np.testing.assert_array_equal(got, want)
 
+    def test_filler_has_no_part(self):
+        """A selector learns of `lengths` where there are any."""
+        layer, lengths = make(select=topk), (11, SEQ)
+
+        @nnx.jit
+        def run(layer):
+            parts = layer.project(*inputs())
+            filled = layer.attend(*parts, lengths=jnp.array(lengths))
+            alone = [
+                layer.attend(*(x[b : b + 1, :n] for x in parts))
+                for b, n in enumerate(lengths)
+            ]
+            return filled, alone
+
+        filled, alone = run(layer)
+        for b, length in enumerate(lengths):
+            for got, want in zip(filled, alone[b], strict=True):
+                np.testing.assert_allclose(got[b, :length], want[0], atol=1e-5)
+
     @parameterized.parameters(
         ({"num_kv_heads": 3}, "divide `num_heads`.*num_kv_heads=3 and num_heads=4"),
         ({"num_kv_heads": 0}, "both at least 1; got num_kv_heads=0"),
