@@ -60,7 +60,7 @@ def prefill(
     keys, values, known = [], [], []
     for block, selector in zip(decoder.blocks, model.select_keys, strict=True):
         query, key, value = block.attention.project(block.attention_norm(x), positions)
-        y, _ = block.attention.attend(query, key, value)
+        y, _ = block.attention.attend(query, key, value, lengths=lengths)
         x = x + block.attention.combine(y)
         x = x + block.ffn(block.ffn_norm(x))
         room = ((0, 0), (0, capacity - seq), (0, 0), (0, 0))
