@@ -86,7 +86,8 @@ def test_what_is_used_is_what_the_selector_keeps():
 
     @jax.jit
     def found(x):
-        mask = sj.block_statistical_topk(tiles.gate(x[:, :8]), 0.08 * 96, 4)[1]
+        gate = tiles.gate(x[:, :8])
+        mask = sj.block_statistical_topk(gate, 0.08 * 96, 4, pool="mean")[1]
         layers = [
             (*ffn(x, with_density=True), ffn(x), ffn.hidden(x))
             for ffn in (exact, tiles)
