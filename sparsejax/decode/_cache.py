@@ -18,7 +18,7 @@ class Cache:
       keys: for each layer `[batch, capacity, kv_heads, head_dim]`, rotated.
       values: for each layer `[batch, capacity, kv_heads, head_dim]`.
       lengths: int32 `[batch]`, the tokens of each sequence.
-      known: for each layer what its `KeySelector` knows of the keys, or None.
+      known: for each layer what its `KeySelector` knows of the tokens, or None.
     """
 
     keys: tuple[jax.Array, ...]

@@ -19,8 +19,8 @@ class Generated(NamedTuple):
 
     Attributes:
       tokens: int32 `[batch, num_tokens]`; after a stop token, stop tokens.
-      overflows: for each layer the steps in which it was computed densely, as more was
-        active than there was room for.
+      overflows: for each layer the steps in which more was active than there was room
+        for.
     """
 
     tokens: jax.Array

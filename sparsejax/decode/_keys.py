@@ -1,46 +1,15 @@
-"""Which keys of the cache a decoding query reads: selectors over what they remember."""
+"""Selectors that choose anew for each token, by what they keep of the rotated keys."""
 
 import dataclasses
-from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparsejax import attention
+from sparsejax.decode._selector import LayerTokens, in_slots
 from sparsejax.formats import KeyLists
 from sparsejax.models import Decoder
-
-
-class KeySelector(Protocol):
-    """Chooses keys anew for each token, by something small kept beside the cache.
-
-    A selector is a pytree: settings are static, and what was calibrated are leaves. One
-    without arrays, such as `Quest`, is made so by `jax.tree_util.register_static`.
-    """
-
-    def start(self, key: jax.Array, lengths: jax.Array) -> Any:
-        """Reads a cache of rotated keys `[batch, slots, kv_heads, head_dim]`.
-
-        Args:
-          key: keys, `lengths` of them in each sequence.
-          lengths: int32 `[batch]`.
-
-        Returns:
-          A pytree of arrays: what `select` needs to know of the keys.
-        """
-        ...
-
-    def append(self, known: Any, key: jax.Array) -> Any:
-        """Takes in the next key of each sequence, `[batch, 1, kv_heads, head_dim]`."""
-        ...
-
-    def select(self, query: jax.Array, known: Any) -> KeyLists:
-        """Chooses for a rotated query `[batch, 1, heads, head_dim]`.
-
-        Its own key is in `known`, and should be among those chosen.
-        """
-        ...
 
 
 @jax.tree_util.register_static
@@ -60,20 +29,23 @@ class Quest:
     num_kept: int = 64
     page_size: int = 16
 
-    def start(self, key: jax.Array, lengths: jax.Array) -> attention.PageBounds:
+    def start(
+        self, tokens: LayerTokens, lengths: jax.Array, num_slots: int
+    ) -> attention.PageBounds:
         """Bounds the keys of each page."""
+        key = in_slots(tokens.key, num_slots)
         return attention.page_bounds(key, lengths, page_size=self.page_size)
 
     def append(
-        self, known: attention.PageBounds, key: jax.Array
+        self, known: attention.PageBounds, tokens: LayerTokens
     ) -> attention.PageBounds:
         """Widens the bounds of the last page, or begins the next."""
-        return attention.append_key(known, key)
+        return attention.append_key(known, tokens.key)
 
-    def select(self, query: jax.Array, known: attention.PageBounds) -> KeyLists:
+    def select(self, known: attention.PageBounds, tokens: LayerTokens) -> KeyLists:
         """See `sj.attention.quest`; fewer pages where the cache has fewer."""
         num_kept = min(self.num_kept, known.low.shape[1] - 1)
-        return attention.quest(query, known, num_kept=num_kept)
+        return attention.quest(tokens.query, known, num_kept=num_kept)
 
 
 @jax.tree_util.register_dataclass
@@ -112,18 +84,23 @@ class DoubleSparsity:
     local: int = dataclasses.field(default=1, metadata={"static": True})
     bits: int | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def start(self, key: jax.Array, lengths: jax.Array) -> attention.KeyLabels:
+    def start(
+        self, tokens: LayerTokens, lengths: jax.Array, num_slots: int
+    ) -> attention.KeyLabels:
         """Labels the keys; raises if `channels` are of another model."""
+        key = in_slots(tokens.key, num_slots)
         return attention.key_labels(key, self.channels, lengths, bits=self.bits)
 
-    def append(self, known: attention.KeyLabels, key: jax.Array) -> attention.KeyLabels:
+    def append(
+        self, known: attention.KeyLabels, tokens: LayerTokens
+    ) -> attention.KeyLabels:
         """Labels the next key."""
-        return attention.append_label(known, key)
+        return attention.append_label(known, tokens.key)
 
-    def select(self, query: jax.Array, known: attention.KeyLabels) -> KeyLists:
+    def select(self, known: attention.KeyLabels, tokens: LayerTokens) -> KeyLists:
         """See `sj.attention.double_sparsity`; fewer keys where the cache has fewer."""
         return attention.double_sparsity(
-            query,
+            tokens.query,
             known,
             num_kept=min(self.num_kept, known.values.shape[1]),
             sink=self.sink,

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from sparsejax import nn
-from sparsejax.decode._keys import KeySelector
+from sparsejax.decode._selector import KeySelector
 from sparsejax.models import Decoder
 from sparsejax.typing import KeyPath, plain_path
 
@@ -63,10 +63,11 @@ def prepare(
       capacity_factor: room for active neurons and attended keys, as a multiple of the
         expected number; at least 1. A step that needs more is computed densely, and
         counted: results do not depend on it.
-      select_keys: which keys of the cache attention reads, `Quest(...)` or another
-        `KeySelector`, or a sequence with one for each layer, None where it reads all;
-        all by default. It is for layers of `nn.Attention` and those that attend as it
-        does with a cache, `nn.BlockAttention` say, without a window: others have a rule
+      select_keys: which keys of the cache attention reads: `Quest`, `DoubleSparsity`,
+        `Seer`, `SnapKV`, `AdaSnapKV` or a `KeySelector` of your own; or a sequence with
+        one for each layer, None where it reads all. All by default. It is for layers of
+        `nn.Attention` and those that attend as it does with a cache, such as
+        `nn.BlockAttention` and `nn.SeerAttention`, without a window: others have a rule
         of their own. Prompts are read as without it.
 
     Returns:

@@ -10,12 +10,15 @@ from sparsejax import attention, nn, ops
 from sparsejax.decode._cache import Cache
 from sparsejax.decode._layers import active_ffn, gathered_attention
 from sparsejax.decode._model import DecodeModel
+from sparsejax.decode._selector import in_slots, layer_tokens
 
 
 class Overflows(NamedTuple):
     """How often more was active than there was room for: int32 `[num_layers]` each.
 
-    The layer was then computed densely, with the same result.
+    The layer was then computed densely, with the same result. Where a `KeySelector` had
+    chosen keys that its lists had no room for, in any sequence, they were not read:
+    that step counts in `attention` too, and a larger cache has more room.
     """
 
     ffn: jax.Array
@@ -59,14 +62,16 @@ def prefill(
     x = decoder.embed(tokens)
     keys, values, known = [], [], []
     for block, selector in zip(decoder.blocks, model.select_keys, strict=True):
-        query, key, value = block.attention.project(block.attention_norm(x), positions)
-        y, _ = block.attention.attend(query, key, value, lengths=lengths)
-        x = x + block.attention.combine(y)
+        layer = block.attention
+        seen, value = layer_tokens(layer, block.attention_norm(x), positions)
+        y, _ = layer.attend(seen.query, seen.key, value, lengths=lengths)
+        x = x + layer.combine(y)
         x = x + block.ffn(block.ffn_norm(x))
-        room = ((0, 0), (0, capacity - seq), (0, 0), (0, 0))
-        keys.append(jnp.pad(key, room))
-        values.append(jnp.pad(value, room))
-        known.append(None if selector is None else selector.start(keys[-1], lengths))
+        keys.append(in_slots(seen.key, capacity))
+        values.append(in_slots(value, capacity))
+        known.append(
+            None if selector is None else selector.start(seen, lengths, capacity)
+        )
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
     cache = Cache(tuple(keys), tuple(values), lengths, tuple(known))
     return decoder.logits(last), cache
@@ -93,20 +98,19 @@ def decode_step(
     x = decoder.embed(tokens)[:, None]
     keys, values, knowns, ffn_overflows, attention_overflows = [], [], [], [], []
     for layer, block in enumerate(decoder.blocks):
-        query, key, value = block.attention.project(block.attention_norm(x), positions)
+        seen, value = layer_tokens(block.attention, block.attention_norm(x), positions)
+        key = _written(cache.keys[layer], cache.lengths, seen.key)
+        value = _written(cache.values[layer], cache.lengths, value)
         known, selector = cache.known[layer], model.select_keys[layer]
         if selector is not None:
-            known = selector.append(known, key)
-        key = _written(cache.keys[layer], cache.lengths, key)
-        value = _written(cache.values[layer], cache.lengths, value)
-        if selector is not None:
-            lists = selector.select(query, known)
-            y = ops.listed_attention(query, key, value, lists, cache.lengths + 1)
-            overflow = jnp.int32(0)
+            known = selector.append(known, seen)
+            lists = selector.select(known, seen)
+            y = ops.listed_attention(seen.query, key, value, lists, cache.lengths + 1)
+            overflow = jnp.any(lists.overflowed).astype(jnp.int32)
         else:
             window = block.attention.window
             valid = attention.causal_mask(positions, slots, window=window)
-            y, overflow = _attend(model, block.attention, query, key, value, valid)
+            y, overflow = _attend(model, block.attention, seen.query, key, value, valid)
         attention_overflows.append(overflow)
         x = x + block.attention.combine(y)
         y, overflow = _feed_forward(model, layer, block.ffn, block.ffn_norm(x)[:, 0])
