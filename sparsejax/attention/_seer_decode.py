@@ -189,6 +189,11 @@ def fill_seer_cache(
     batch, block, kv_heads, head_dim = cache.tail.shape
     most = block * cache.gated_keys.shape[1]
     length = key.shape[1]
+    if key.shape[2:] != (kv_heads, head_dim):
+        raise ValueError(
+            f"`key` must be {(batch, 'seq', kv_heads, head_dim)}, by `gate`; got "
+            f"{key.shape}. Is it the gate of another model?"
+        )
     if key.shape != (batch, length, kv_heads, head_dim) or length > most:
         raise ValueError(
             f"`key` must be {(batch, 'seq', kv_heads, head_dim)} of at most {most} "

@@ -11,6 +11,7 @@ from sparsejax.decode._keys import Quest as Quest
 from sparsejax.decode._keys import channel_scores as channel_scores
 from sparsejax.decode._model import DecodeModel as DecodeModel
 from sparsejax.decode._model import prepare as prepare
+from sparsejax.decode._seer import Seer as Seer
 from sparsejax.decode._selector import KeySelector as KeySelector
 from sparsejax.decode._selector import LayerTokens as LayerTokens
 from sparsejax.decode._step import Overflows as Overflows

@@ -37,7 +37,8 @@ class SeerAttention(Attention):
     - In use: `select` alone.
 
     `select` and `distill` are attributes and may be set later. Decoding by `sj.decode`
-    attends to all tokens; the gate for it is `sj.attention.seer_decode_scores`.
+    attends to all tokens; the gate for it is `sj.attention.seer_decode_scores`, and
+    `sj.decode.Seer` selects by it.
 
     Args:
       d_model: width of input and output.
