@@ -31,14 +31,15 @@ from sparsejax.attention._label_channels import select_channels as select_channe
 from sparsejax.attention._masks import causal_mask as causal_mask
 from sparsejax.attention._psa import kv_pyramid as kv_pyramid
 from sparsejax.attention._psa import pyramid_attention as pyramid_attention
-from sparsejax.attention._psa_levels import (
+from sparsejax.attention._psa import pyramid_density as pyramid_density
+from sparsejax.attention._psa_importance import (
     antidiagonal_importance as antidiagonal_importance,
 )
+from sparsejax.attention._psa_importance import sampled_importance as sampled_importance
 from sparsejax.attention._psa_levels import level_density as level_density
 from sparsejax.attention._psa_levels import mass_levels as mass_levels
 from sparsejax.attention._psa_levels import pyramid_full_blocks as pyramid_full_blocks
 from sparsejax.attention._psa_levels import quota_levels as quota_levels
-from sparsejax.attention._psa_levels import sampled_importance as sampled_importance
 from sparsejax.attention._psa_similarity import similarity_cap as similarity_cap
 from sparsejax.attention._quest import PageBounds as PageBounds
 from sparsejax.attention._quest import append_key as append_key

@@ -255,9 +255,17 @@ def causal_density(
       [[12. 12.  4.  6.]]
     """
     check_covers(block_mask, num_queries)
-    height, width = block_mask.block_shape
-    *_, rows, columns = block_mask.blocks_shape
     share = jnp.mean(block_mask.to_blocks(), axis=1, dtype=jnp.float32)
+    return share_in_sight(share, block_mask.block_shape, num_queries)
+
+
+def share_in_sight(
+    share: Float[Array, "batch block_rows block_columns"],
+    block_shape: tuple[int, int],
+    num_queries: int,
+) -> Float[Array, "batch queries"]:
+    """The mean of `share` over the keys in sight of each query, causal."""
+    (height, width), (rows, columns) = block_shape, share.shape[1:]
     in_sight = 1 + jnp.arange(rows * height)
     in_block = jnp.clip(in_sight[:, None] - width * jnp.arange(columns), 0, width)
     attended = jnp.einsum(

@@ -2,7 +2,7 @@
 
 Each pair of a block of queries and a block of keys has a *level* `h`: it is read with
 keys and values averaged over `h` neighbours, and not at all at level 0. `_psa_levels`
-chooses levels.
+chooses levels, by what `_psa_importance` finds.
 """
 
 import math
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
 from sparsejax.attention._arguments import check_tokens
-from sparsejax.attention._blocks import in_sight
-from sparsejax.attention._psa_levels import check
+from sparsejax.attention._blocks import in_sight, share_in_sight
+from sparsejax.attention._psa_importance import check
 from sparsejax.formats import BlockMask
 
 LEVELS = (1, 2, 4, 8)
@@ -127,18 +127,8 @@ def pyramid_attention(
       on the diagonal; here these are at level 1.
     """
     height, width = block_shape
-    level_map = jnp.asarray(level_map)
-    _check(q, k, level_map, block_shape)
-    check_levels(levels, width)
-    if 1 not in levels:
-        raise ValueError(
-            f"`levels` must have 1, for blocks that are cut through; got {levels}."
-        )
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    seen, _ = in_sight(num_queries, num_keys, block_shape, causal)
-    seen_whole = _seen_whole(num_queries, num_keys, block_shape, causal)
-    kept = seen & jnp.isin(level_map, jnp.array(levels))
-    level_map = jnp.where(kept, jnp.where(seen_whole, level_map, 1), 0)
+    check(q, k, block_shape)
+    level_map = _as_read(level_map, q.shape[1], k.shape[1], block_shape, levels, causal)
     coarse = tuple(sorted(set(levels) - {1}))
     keys_of, values_of = (
         (x, *kv_pyramid(x, block=width, levels=coarse)) for x in (k, v)
@@ -162,6 +152,44 @@ def pyramid_attention(
     for part in parts[1:]:
         out, lse = ops.merge_attention(out, lse, *part)
     return (out, lse) if with_lse else out
+
+
+def pyramid_density(
+    level_map: Int[Array, "batch heads block_rows block_columns"],
+    num_queries: int,
+    *,
+    block_shape: tuple[int, int],
+    levels: Sequence[int] = LEVELS,
+) -> Float[Array, "batch queries"]:
+    """Computes the share of the keys in sight that causal pyramid attention reads.
+
+    A key of a block that is read at level `h` counts `1 / h`, as in `level_density`; so
+    that is a share of the work, and pooled keys stand for more of what is in sight.
+    Blocks that are cut through are read at level 1. With levels 0 and 1 alone it is
+    `causal_density` of the blocks that are kept.
+
+    Args:
+      level_map: see `pyramid_attention`, for as many keys as queries.
+      num_queries: without the padding to whole blocks.
+      block_shape: `(height, width)`, queries and keys of a block.
+      levels: see `pyramid_attention`.
+
+    Returns:
+      float32, a mean over the heads of the map; query i has `i + 1` keys in sight.
+
+    Raises:
+      TypeError: if `level_map` is not of integers.
+      ValueError: if `level_map` does not fit the queries, or `levels` are out of range.
+
+    Example:
+      >>> level_map = jnp.array([[[[1, 1, 1], [1, 1, 1], [2, 0, 1]]]])
+      >>> density = pyramid_density(level_map, 6, block_shape=(2, 2), levels=(1, 2))
+      >>> print(30 * density)
+      [[30. 30. 30. 30. 12. 15.]]
+    """
+    level_map = _as_read(level_map, num_queries, num_queries, block_shape, levels, True)
+    shares = jnp.where(level_map > 0, 1 / jnp.maximum(level_map, 1), 0)
+    return share_in_sight(shares.mean(axis=1), block_shape, num_queries)
 
 
 def check_levels(levels: Sequence[int], width: int, length: int | None = None) -> None:
@@ -195,16 +223,33 @@ def _seen_whole(
     return whole & (last_key <= first_query)
 
 
-def _check(q: Any, k: Any, level_map: Any, block_shape: tuple[int, int]) -> None:
-    check(q, k, block_shape)
+def _as_read(
+    level_map: Any,
+    num_queries: int,
+    num_keys: int,
+    block_shape: tuple[int, int],
+    levels: Sequence[int],
+    causal: bool,
+) -> jax.Array:
+    """The levels at which blocks are read: 0 out of sight, 1 where cut through."""
+    level_map = jnp.asarray(level_map)
     if not jnp.issubdtype(level_map.dtype, jnp.integer):
         raise TypeError(
             f"`level_map` must be of integers; got {jax.typeof(level_map)}."
         )
     height, width = block_shape
-    blocks = (-(-q.shape[1] // height), -(-k.shape[1] // width))
+    blocks = (-(-num_queries // height), -(-num_keys // width))
     if level_map.ndim != 4 or level_map.shape[2:] != blocks:
         raise ValueError(
             "`level_map` must have one number for each block, [batch|1, "
             f"heads|kv_heads|1, {blocks[0]}, {blocks[1]}]; got {level_map.shape}."
         )
+    check_levels(levels, width)
+    if 1 not in levels:
+        raise ValueError(
+            f"`levels` must have 1, for blocks that are cut through; got {levels}."
+        )
+    seen, _ = in_sight(num_queries, num_keys, block_shape, causal)
+    seen_whole = _seen_whole(num_queries, num_keys, block_shape, causal)
+    kept = seen & jnp.isin(level_map, jnp.array(levels))
+    return jnp.where(kept, jnp.where(seen_whole, level_map, 1), 0)

@@ -213,7 +213,67 @@ def in_sight(rows, columns):
     return seen
 
 
+class DensityTest(parameterized.TestCase):
+    @parameterized.parameters(1, KV_HEADS)
+    def test_equals_a_count(self, heads):
+        """Each key in sight counts by the level that it is read at."""
+        length, level_map = 45, random_map(queries=45, keys=45, heads=heads)
+        got = jax.jit(
+            functools.partial(
+                attention.pyramid_density, num_queries=length, block_shape=BLOCK
+            )
+        )(level_map)
+        read = cut_oracle(level_map, length, length, True)
+        want = np.zeros((2, length))
+        for b, h, t in np.ndindex(2, heads, length):
+            of_row = read[b, h, t // BLOCK[0]]
+            at = [of_row[j // BLOCK[1]] for j in range(t + 1)]
+            want[b, t] += sum(1 / level for level in at if level) / (t + 1)
+        np.testing.assert_allclose(got, want / heads, rtol=1e-5)
+
+    def test_levels_that_are_not_in_use_are_not_read(self):
+        level_map = random_map(keys=40)
+        options = dict(num_queries=40, block_shape=BLOCK)
+        got = attention.pyramid_density(level_map, levels=(1, 4), **options)
+        used = np.where(np.isin(level_map, (1, 4)), level_map, 0)
+        want = attention.pyramid_density(used, **options)
+        np.testing.assert_array_equal(got, want)
+
+
 class ImportanceTest(parameterized.TestCase):
+    @parameterized.product(sampled=[False, True], causal=[False, True])
+    def test_filler_has_no_part(self, sampled, causal):
+        """Each sequence has the importances that it has where its tokens are all."""
+        lengths, (q, k, _) = (19, 37), operands()
+        filler = (
+            jnp.arange(40)[:, None, None] >= jnp.array(lengths)[:, None, None, None]
+        )
+        q, k = (jnp.where(filler, jnp.nan, x) for x in (q, k))
+        options = dict(block_shape=BLOCK, causal=causal)
+        if sampled:
+            fn = functools.partial(
+                attention.sampled_importance, key=jax.random.key(0), **options
+            )
+        else:
+            fn = functools.partial(
+                attention.antidiagonal_importance, stride=4, **options
+            )
+
+        @jax.jit
+        def run(q, k):
+            alone = [
+                fn(q[b : b + 1, :n], k[b : b + 1, :n]) for b, n in enumerate(lengths)
+            ]
+            return fn(q, k, lengths=jnp.array(lengths)), alone
+
+        got, alone = run(q, k)
+        for b, want in enumerate(alone):
+            rows, columns = want.shape[2:]
+            np.testing.assert_allclose(
+                got[b, :, :rows, :columns], want[0], rtol=1e-4, atol=1e-6
+            )
+            self.assertTrue((got[b, :, :, columns:] == -np.inf).all())
+
     @parameterized.parameters(False, True)
     def test_antidiagonal(self, causal):
         stride, (q, k, _) = 4, operands()
@@ -516,6 +576,18 @@ def test_bad_input_is_named():
                 q, k, key=key, block_shape=BLOCK, fraction=0
             ),
             "`fraction` must be .*got 0",
+        ),
+        (
+            ValueError,
+            lambda: attention.antidiagonal_importance(
+                q, k, stride=4, block_shape=BLOCK, lengths=[3, 4, 5]
+            ),
+            r"`lengths` must be one integer, or one for each of 2 .*int32\[3\]",
+        ),
+        (
+            ValueError,
+            lambda: attention.pyramid_density(ones, 41, block_shape=BLOCK),
+            r"heads\|kv_heads\|1, 6, 3\]; got \(1, 1, 5, 3\)",
         ),
         (
             ValueError,
