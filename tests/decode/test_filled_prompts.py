@@ -30,6 +30,12 @@ KINDS = {
         attention.vertical_slash, num_vertical=2, num_slash=2, **LINES
     ),
     "flex_prefill": of_blocks(attention.flex_prefill, alpha=0.2, min_budget=2, **LINES),
+    "pyramid": functools.partial(
+        nn.PyramidAttention,
+        block_shape=(4, 4),
+        bounds=((2, 0.4), (4, 0.7)),
+        importance=functools.partial(attention.antidiagonal_importance, stride=4),
+    ),
     "spark": functools.partial(nn.SparkAttention, k=3, split=2),
 }
 
@@ -39,7 +45,7 @@ def make(kind):
     config = models.DecoderConfig(
         vocab_size=31,
         d_model=16,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         num_kv_heads=2,
         head_dim=4,
