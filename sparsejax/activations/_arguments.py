@@ -11,6 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from sparsejax import ops
+
 
 def check_floating(x: Any) -> jax.Array:
     """`x` as a floating array, or an error that says what it is."""
@@ -41,11 +43,7 @@ def check_where(where: Any, x: jax.Array) -> jax.Array | None:
 
 def check_broadcasts(name: str, value: jax.Array, x: jax.Array) -> None:
     """Raises a ValueError unless `value` broadcasts to the shape that `x` has."""
-    try:
-        fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
-    except ValueError:
-        fits = False
-    if not fits:
+    if not ops.broadcasts(value.shape, x.shape):
         raise ValueError(
             f"`{name}` must broadcast to the shape of `x`, {x.shape}; got "
             f"{value.shape}."

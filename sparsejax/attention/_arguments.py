@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax import ops
+
 
 def check_tokens(name: str, x: Any) -> None:
     """Raises unless `x`, called `name`, has the axes of queries, keys or values."""
@@ -35,11 +37,8 @@ def check_valid(valid: Any, shape: tuple[int, ...]) -> None:
     """Raises unless `valid` is bool, has all the keys, and broadcasts to `shape`."""
     if valid.dtype != jnp.bool_:
         raise TypeError(f"`valid` must be bool; got {jax.typeof(valid)}.")
-    try:
-        fits = jnp.broadcast_shapes(valid.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits or valid.shape[-1:] != shape[-1:]:
+    has_all_keys = valid.shape[-1:] == shape[-1:]
+    if not has_all_keys or not ops.broadcasts(valid.shape, shape):
         raise ValueError(
             f"`valid` must broadcast to {shape} and have its last size, the keys; got "
             f"{valid.shape}."

@@ -1,6 +1,7 @@
 """Operations that have kernels: for each a plain reference, and one function."""
 
 from sparsejax.ops._platform import Implementation as Implementation
+from sparsejax.ops._shapes import broadcasts as broadcasts
 from sparsejax.ops.active_ffn import active_ffn as active_ffn
 from sparsejax.ops.active_ffn import active_indices as active_indices
 from sparsejax.ops.active_ffn import has_active_ffn_kernel as has_active_ffn_kernel

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
+from sparsejax.ops._shapes import broadcasts
 from sparsejax.ops.gaussian_topk import _reference, _slopes
 from sparsejax.ops.gaussian_topk._reference import Activation, AxisName
 
@@ -120,7 +121,7 @@ def _check(x, z, up, huber_delta, where) -> None:
             f"`huber_delta` must be at least 0 and finite; got {huber_delta}."
         )
     rows = (*x.shape[:-1], 1)
-    if not _broadcasts(jnp.shape(z), rows):
+    if not broadcasts(jnp.shape(z), rows):
         raise ValueError(
             f"`z` must be a scalar or broadcast to {rows}, one value a row of `x`; got "
             f"shape {jnp.shape(z)}."
@@ -134,14 +135,7 @@ def _check(x, z, up, huber_delta, where) -> None:
         return
     if where.dtype != jnp.bool_:
         raise TypeError(f"`where` must be bool; got {jax.typeof(where)}.")
-    if not _broadcasts(where.shape, x.shape):
+    if not broadcasts(where.shape, x.shape):
         raise ValueError(
             f"`where` must broadcast to the shape of `x`, {x.shape}; got {where.shape}."
         )
-
-
-def _broadcasts(shape, to) -> bool:
-    try:
-        return jnp.broadcast_shapes(shape, to) == tuple(to)
-    except ValueError:
-        return False

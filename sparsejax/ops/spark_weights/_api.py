@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
+from sparsejax.ops._shapes import broadcasts
 from sparsejax.ops.spark_weights import _reference
 
 # With the 32 rows of a decode step, of 512 or 4096 keys, the kernel's first form took a
@@ -100,22 +101,15 @@ def _check(scores, z, where) -> None:
     if where.dtype != jnp.bool_:
         raise TypeError(f"`where` must be bool; got {jax.typeof(where)}.")
     *sizes, _, keys = scores.shape
-    if len(where.shape) != len(sizes) + 1 or not _broadcasts(where, (*sizes, keys)):
+    whole = (*sizes, keys)
+    is_like = where.ndim == len(whole) and where.shape[-1] == keys
+    if not is_like or not broadcasts(where.shape, whole):
         raise ValueError(
-            f"`where` must have the shape {(*sizes, keys)}, each axis but the last "
+            f"`where` must have the shape {whole}, each axis but the last "
             f"maybe of size 1; got {where.shape}."
         )
-    if not _broadcasts(z, (*sizes, 1)):
+    if not broadcasts(jnp.shape(z), (*sizes, 1)):
         raise ValueError(
             f"`z` must be a scalar or broadcast to {(*sizes, 1)}, one value a row; got "
             f"shape {jnp.shape(z)}."
         )
-
-
-def _broadcasts(value, to) -> bool:
-    """Whether it has the last size of `to`, or none, and 1 or that of `to` before."""
-    shape = jnp.shape(value)
-    sizes = to[len(to) - len(shape) :]
-    if len(shape) > len(to) or (shape and shape[-1] != to[-1]):
-        return False
-    return all(mine in (1, size) for mine, size in zip(shape, sizes, strict=True))
