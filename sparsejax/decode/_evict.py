@@ -1,6 +1,8 @@
 """Selectors that choose once, after the prompt: what they drop is never read again."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,34 @@ from sparsejax.decode._selector import LayerTokens
 from sparsejax.formats import KeyLists
 
 
+class _ChosenOnce:
+    """What both share; their fields are the options of `choose`."""
+
+    choose: ClassVar[Callable[..., KeyLists]]
+
+    def start(
+        self, tokens: LayerTokens, lengths: jax.Array, num_slots: int
+    ) -> KeyLists:
+        """Chooses; raises where a setting is out of its range."""
+        seq = tokens.key.shape[1]
+        options = dataclasses.asdict(cast(Any, self))
+        for name in ("num_kept", "window", "local", "sink"):
+            options[name] = min(options[name], seq)  # all of a shorter prompt
+        lists = self.choose(tokens.query, tokens.key, lengths, **options)
+        return _with_room(lists, num_slots - seq)
+
+    def append(self, known: KeyLists, tokens: LayerTokens) -> KeyLists:
+        """Lists the next token."""
+        return _appended(known, tokens.positions)
+
+    def select(self, known: KeyLists, tokens: LayerTokens) -> KeyLists:
+        """Gives the same lists to all queries."""
+        return known
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class SnapKV:
+class SnapKV(_ChosenOnce):
     """Reads the keys of the prompt that its last queries attend to, and all later keys.
 
     The keys are chosen once; the others stay in the cache, but are read no more. Lists
@@ -41,32 +68,18 @@ class SnapKV:
       See `sj.attention.snapkv`.
     """
 
+    choose = staticmethod(attention.snapkv)
+
     num_kept: int = 1024
     window: int = 256
     pool_size: int = 21
     local: int = 128
     sink: int = 4
 
-    def start(
-        self, tokens: LayerTokens, lengths: jax.Array, num_slots: int
-    ) -> KeyLists:
-        """Chooses; raises where a setting is out of its range."""
-        options = _options(self, tokens)
-        lists = attention.snapkv(tokens.query, tokens.key, lengths, **options)
-        return _with_room(lists, num_slots - tokens.key.shape[1])
-
-    def append(self, known: KeyLists, tokens: LayerTokens) -> KeyLists:
-        """Lists the next token."""
-        return _appended(known, tokens.positions)
-
-    def select(self, known: KeyLists, tokens: LayerTokens) -> KeyLists:
-        """Gives the same lists to all queries."""
-        return known
-
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class AdaSnapKV:
+class AdaSnapKV(_ChosenOnce):
     """As `SnapKV`, with a budget that the key heads share, some of it for each.
 
     Attributes:
@@ -82,37 +95,14 @@ class AdaSnapKV:
       See `sj.attention.ada_snapkv`.
     """
 
+    choose = staticmethod(attention.ada_snapkv)
+
     num_kept: int = 1024
     min_share: float = 0.2
     window: int = 256
     pool_size: int = 21
     local: int = 128
     sink: int = 4
-
-    def start(
-        self, tokens: LayerTokens, lengths: jax.Array, num_slots: int
-    ) -> KeyLists:
-        """Chooses; raises where a setting is out of its range."""
-        options = _options(self, tokens)
-        lists = attention.ada_snapkv(tokens.query, tokens.key, lengths, **options)
-        return _with_room(lists, num_slots - tokens.key.shape[1])
-
-    def append(self, known: KeyLists, tokens: LayerTokens) -> KeyLists:
-        """Lists the next token."""
-        return _appended(known, tokens.positions)
-
-    def select(self, known: KeyLists, tokens: LayerTokens) -> KeyLists:
-        """Gives the same lists to all queries."""
-        return known
-
-
-def _options(selector: SnapKV | AdaSnapKV, tokens: LayerTokens) -> dict:
-    """The settings, counts of keys or queries at most those of the prompts."""
-    options = dataclasses.asdict(selector)
-    seq = tokens.key.shape[1]
-    for name in ("num_kept", "window", "local", "sink"):
-        options[name] = min(options[name], seq)
-    return options
 
 
 def _with_room(lists: KeyLists, num_later: int) -> KeyLists:
