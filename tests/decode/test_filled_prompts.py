@@ -13,7 +13,7 @@ from sparsejax import attention, decode, models, nn
 
 pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all is compilation
 
-LENGTHS = (9, 14, 26)
+LENGTHS = (13, 21, 26)
 
 
 def of_blocks(select, **options):
@@ -25,7 +25,7 @@ LINES = dict(window=8, sink=1, local=2)
 KINDS = {
     "topk": of_blocks(attention.topk_blocks, num_kept=2),
     "statistical": of_blocks(attention.statistical_topk_blocks, k=1.5),
-    "block_sparse": of_blocks(attention.block_sparse, num_kept=3),
+    "block_sparse": of_blocks(attention.block_sparse, num_kept=4),
     "vertical_slash": of_blocks(
         attention.vertical_slash, num_vertical=2, num_slash=2, **LINES
     ),
