@@ -4,7 +4,6 @@ The last queries of a prompt attend to all of it; what they attend to stands for
 the others, or those to come, need.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsejax import ops
 from sparsejax.attention import _blocks
 from sparsejax.attention._spark import scaled_scores
-from sparsejax.formats import BlockMask
 
 
 def window_weights(
@@ -70,37 +68,6 @@ def keep_highest(
     For `num_kept` see `ops.keep_highest`. A NaN ranks below every number.
     """
     return ops.keep_highest(jnp.where(always, jnp.inf, scores), num_kept)
-
-
-def lines_to_blocks(
-    columns: Bool[Array, "*lead keys"],
-    offsets: Bool[Array, "*lead keys"],
-    block_shape: tuple[int, int],
-) -> BlockMask:
-    """Keeps the blocks that hold a kept pair: its key's column, or its offset, is kept.
-
-    Causal, for as many queries as keys; an offset is the distance from query to key.
-    """
-    (height, width), length = block_shape, columns.shape[-1]
-    first_query = height * jnp.arange(math.ceil(length / height))[:, None]
-    last_query = jnp.minimum(first_query + height, length) - 1
-    first_key = width * jnp.arange(math.ceil(length / width))
-    last_key = jnp.minimum(first_key + width, length) - 1
-
-    # a column counts from the query on that sees it
-    lead = [(0, 0)] * (columns.ndim - 1)
-    at = jnp.where(columns, jnp.arange(length), length)
-    padding = [*lead, (0, -length % width)]
-    at = jnp.pad(at, padding, constant_values=length)
-    leftmost = at.reshape(*at.shape[:-1], -1, width).min(axis=-1)
-    crossed = leftmost[..., None, :] <= last_query
-
-    # the distances of the pairs of a block have no gap
-    before = jnp.pad(jnp.cumsum(offsets, axis=-1, dtype=jnp.int32), [*lead, (1, 0)])
-    nearest = jnp.maximum(first_query - last_key, 0)
-    beyond = jnp.maximum(last_query - first_key + 1, 0)
-    crossed |= before[..., beyond] > before[..., nearest]
-    return BlockMask.from_blocks(crossed, block_shape)
 
 
 def check_prompt(query: Any, key: Any, window: int) -> None:

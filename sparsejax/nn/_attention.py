@@ -23,7 +23,8 @@ class Attention(nnx.Module):
       d_model: width of input and output.
       num_heads: query heads.
       num_kv_heads: key and value heads; divides `num_heads`. All of them by default.
-      head_dim: width of a head; even. `d_model / num_heads` by default.
+      head_dim: width of a head; even. `d_model / num_heads` by default, which must then
+        be whole.
       window: see only the last `window` tokens, oneself included; all by default.
       rope_base: see `apply_rope`.
       implementation: of attention within a sequence, as in
@@ -34,8 +35,8 @@ class Attention(nnx.Module):
       rngs: draws the kernels.
 
     Raises:
-      ValueError: If `num_kv_heads` does not divide `num_heads`, `head_dim` is odd, or a
-        number is below 1.
+      ValueError: If `num_kv_heads` does not divide `num_heads`, `head_dim` is odd or no
+        whole number, or a number is below 1.
 
     Example:
       >>> from flax import nnx
@@ -65,6 +66,11 @@ class Attention(nnx.Module):
             raise ValueError(
                 "`num_kv_heads` must divide `num_heads`, both at least 1; got "
                 f"num_kv_heads={num_kv_heads} and num_heads={num_heads}."
+            )
+        if head_dim is None and d_model % num_heads:
+            raise ValueError(
+                "`num_heads` must divide `d_model` where no `head_dim` is given; got "
+                f"num_heads={num_heads} and d_model={d_model}."
             )
         self.head_dim = d_model // num_heads if head_dim is None else head_dim
         if self.head_dim < 2 or self.head_dim % 2:

@@ -106,7 +106,8 @@ class BlockAttentionTest(parameterized.TestCase):
         ({"num_kv_heads": 0}, "both at least 1; got num_kv_heads=0"),
         ({"num_heads": 0}, "both at least 1; got .*num_heads=0"),
         ({"head_dim": 7}, "`head_dim` must be even.*got 7"),
-        ({"num_heads": 32}, "at least 2; got 0, with d_model=16 and num_heads=32"),
+        ({"num_heads": 3}, "`num_heads` must divide `d_model`.*got num_heads=3"),
+        ({"num_heads": 16}, "at least 2; got 1, with d_model=16 and num_heads=16"),
     )
     def test_bad_sizes_are_named(self, options, message):
         sizes = {"d_model": 16, "num_heads": 4} | options
