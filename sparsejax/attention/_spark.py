@@ -1,5 +1,7 @@
 """Spark attention: a slice of queries and keys decides which keys are attended."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -176,9 +178,19 @@ def _products(query, key) -> jax.Array:
     would take as long as all else that is done with them.
     """
     query = jnp.moveaxis(query, 1, 3)
+    last = query.ndim - 1
+    if jax.default_backend() == "cpu" and math.prod(query.shape[2:last]) < key.shape[3]:
+        # of few queries: its product would transpose the keys instead, which are more
+        products = jax.lax.dot_general(
+            key,
+            query,
+            (((3,), (last,)), ((0, 2), (0, 1))),
+            preferred_element_type=jnp.float32,
+        )
+        return jnp.moveaxis(products, 2, -1)
     return jax.lax.dot_general(
         query,
         key,
-        (((query.ndim - 1,), (3,)), ((0, 1), (0, 2))),
+        (((last,), (3,)), ((0, 1), (0, 2))),
         preferred_element_type=jnp.float32,
     )
