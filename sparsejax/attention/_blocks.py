@@ -142,17 +142,10 @@ def topk_blocks(
             f"keeps; got num_kept={num_kept}, causal={causal} and blocks of "
             f"{block_shape}."
         )
-    scores = block_scores(
-        query,
-        key,
-        block_shape=block_shape,
-        pool=pool,
-        per_head=per_head,
-        lengths=lengths,
-    )
-    visible, diagonal = in_sight(
-        query.shape[1], key.shape[1], block_shape, causal, lengths
-    )
+    options = {"pool": pool, "per_head": per_head, "lengths": lengths}
+    scores = block_scores(query, key, block_shape=block_shape, **options)
+    sizes = query.shape[1], key.shape[1]
+    visible, diagonal = in_sight(*sizes, block_shape, causal, lengths)
     ranks = ranked(scores, visible, diagonal)
     return highest_blocks(ranks, block_shape, min(num_kept, columns))
 
@@ -213,17 +206,10 @@ def statistical_topk_blocks(
     activations.check_k(k)
     if capacity is not None and capacity < 1:
         raise ValueError(f"`capacity` must be at least 1, or None; got {capacity}.")
-    scores = block_scores(
-        query,
-        key,
-        block_shape=block_shape,
-        pool=pool,
-        per_head=per_head,
-        lengths=lengths,
-    )
-    visible, diagonal = in_sight(
-        query.shape[1], key.shape[1], block_shape, causal, lengths
-    )
+    options = {"pool": pool, "per_head": per_head, "lengths": lengths}
+    scores = block_scores(query, key, block_shape=block_shape, **options)
+    sizes = query.shape[1], key.shape[1]
+    visible, diagonal = in_sight(*sizes, block_shape, causal, lengths)
     kept = spark_selection(scores, visible, k=k) | diagonal
     if capacity is None or capacity >= scores.shape[-1]:
         return BlockMask.from_blocks(kept, block_shape)
