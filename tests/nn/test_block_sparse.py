@@ -103,7 +103,7 @@ class LayerTest(parameterized.TestCase):
         with pytest.raises(ValueError, match=r"\(8, 8\) for d_in=16 and d_out=20"):
             nn.BlockSparseLinear(16, 20, block_shape=BLOCK, rngs=nnx.Rngs(0))
         with pytest.raises(TypeError, match=r"`\(height, width\)`.* got 8"):
-            nn.BlockSparseLinear(16, 16, block_shape=8, rngs=nnx.Rngs(0))  # type: ignore
+            nn.BlockSparseLinear(16, 16, block_shape=8, rngs=nnx.Rngs(0))
 
 
 class TrainingTest(parameterized.TestCase):
