@@ -117,17 +117,22 @@ def run(
     del dense, spark
     token = jnp.zeros(1, jnp.int32)
     cache = make_cache(size, dtype, context, num_tokens)
-    errors = {
-        f"{name}_error": compare(ready, layers, token, cache)
-        for name, layers in (("layer", 1), ("logits", size.num_layers))
-    }
-    if errors["layer_error"] > (1e-5 if dtype == "float32" else 2e-2):
-        raise AssertionError(f"one layer differs: {errors}")
-
+    depths = {"layer": 1, "logits": size.num_layers}
     steps = {
         kind: functools.partial(decode_tokens, m, token, cache, num_tokens=num_tokens)
         for kind, m in ready.items()
     }
+    compared = [
+        functools.partial(compare, ready, layers, token, cache)
+        for layers in depths.values()
+    ]
+    *found, _, _, _ = common.side_by_side(
+        lambda call: call(), [*compared, *steps.values()]
+    )
+    errors = {f"{name}_error": x for name, x in zip(depths, found, strict=True)}
+    if errors["layer_error"] > (1e-5 if dtype == "float32" else 2e-2):
+        raise AssertionError(f"one layer differs: {errors}")
+
     times = common.time_in_turn(steps, repeats=repeats, units=num_tokens)
     overflows = steps["spark"]()[1]
     dense_ms = times["dense"].ms
