@@ -51,6 +51,11 @@ def decode_operands(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     return x, gate, indices, num_active, w, w
 
 
+def gated_operands(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    w = array(D_FF, D_MODEL)
+    return array(batch, D_MODEL), array(batch, D_FF), w, w
+
+
 def weights_operands(keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     scores = array(8, SIDE, 2, keys, dtype=jnp.float32)
     z = array(1, SIDE, 1, dtype=jnp.float32)
@@ -90,6 +95,7 @@ def cases() -> list[Case]:
     """All kernels; a new one is one more entry."""
     topk = functools.partial(sj.ops.gaussian_topk, implementation="mosaic_gpu")
     ffn = functools.partial(sj.ops.active_ffn, implementation="mosaic_gpu")
+    gated = functools.partial(sj.ops.gated_ffn, implementation="mosaic_gpu")
     matmul = functools.partial(sj.ops.block_matmul, implementation="mosaic_gpu")
     silu = functools.partial(matmul, activation=jax.nn.silu)
     attention = functools.partial(sj.ops.block_attention, implementation="mosaic_gpu")
@@ -140,6 +146,15 @@ def cases() -> list[Case]:
                 decode_operands(batch),
             )
             for batch in (1, 2, 4, 8, 16)
+        ),
+        *(
+            Case(
+                f"gated_ffn, batch {batch}",
+                ("forward",),
+                gated,
+                gated_operands(batch),
+            )
+            for batch in (1, 2, 4, 8)
         ),
         *(
             Case(

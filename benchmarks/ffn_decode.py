@@ -1,7 +1,8 @@
 """How fast is a decode step of an FFN that reads only the rows of active neurons?
 
 First the up and the down projection alone, with the active neurons given: the dense
-products, a gather of the rows, the loop of `ops.active_ffn` and its kernel, over the
+products, a gather of the rows, the loop of `ops.active_ffn` and its kernel, and
+`found`, the kernel of `ops.gated_ffn`, which finds them itself by the gate; over the
 share of active neurons and the batch. Then a whole Spark FFN, which finds its neurons
 by a predictor and a statistical threshold, against a dense gated FFN of as many
 parameters. Times are of one layer; several layers with weights of their own run in
@@ -23,6 +24,7 @@ import numpy as np
 from benchmarks.parts import common
 from sparsejax import ops
 
+FOUND = "found"  # by `gated_ffn`, which needs no list
 SPARE = 1.25  # capacity of the list, in numbers of expected neurons
 
 
@@ -64,12 +66,12 @@ def has_kernel() -> bool:
 
 
 def implementations() -> dict[str, str]:
-    """Column name -> what `active_ffn` is told."""
+    """Column name -> what `active_ffn` is told, or `FOUND`."""
     found = {"gather": "reference"}
     if jax.default_backend() == "cpu":
         found["loop"] = "xla"
     if has_kernel():
-        found["kernel"] = "mosaic_gpu"
+        found |= {"kernel": "mosaic_gpu", FOUND: FOUND}
     return found
 
 
@@ -127,6 +129,9 @@ def room_of(implementation: str) -> str:
 
 
 def active_form(layer, h, implementation, tiles=None):
+    if implementation == FOUND:
+        gate = layer["dense_gate"]
+        return found_form(h, gate, layer["up"], layer["down"])
     gate, indices = layer[room_of(implementation)]
     operands = h, gate, indices, layer["num_active"], layer["up"], layer["down"]
     if tiles is None:
@@ -134,6 +139,10 @@ def active_form(layer, h, implementation, tiles=None):
     from sparsejax.ops.active_ffn import _mosaic_gpu
 
     return _mosaic_gpu.active_ffn(*operands, tiles=tiles)
+
+
+def found_form(h, gate, up, down):
+    return ops.gated_ffn(h, gate.astype(h.dtype), up, down, implementation="mosaic_gpu")
 
 
 def random_matrix(key, rows, columns, dtype, fan_in):
@@ -290,8 +299,10 @@ def spark_gate(layer, h):
 
 def spark_form(layer, h, implementation, capacity):
     gate = spark_gate(layer, h)
-    indices, count, _ = ops.active_indices(jnp.any(gate > 0, axis=0), capacity)
     half, weights = h.shape[1] // 2, layer["spark"]
+    if implementation == FOUND:
+        return found_form(h[:, half:], gate, weights["up"], weights["down"])
+    indices, count, _ = ops.active_indices(jnp.any(gate > 0, axis=0), capacity)
     return ops.active_ffn(
         *(h[:, half:], gate[:, indices], indices, count),
         *(weights["up"], weights["down"]),

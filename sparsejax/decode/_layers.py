@@ -41,24 +41,24 @@ def active_ffn(
     gate = ffn.gate_values(x)
     # a kernel would get its part as a slice of `x`, made whole beside the gate's part
     rest = jax.lax.optimization_barrier(ffn.parts(x)[1])
-    active = (gate != 0).any(axis=0)
     down = ffn.down.kernel[...]
+    if ops.has_gated_ffn_kernel(rest, up, down):
+        # Its time follows what is active. At a `cond` a GPU waits for the host, for as
+        # long as the layer takes.
+        return ops.gated_ffn(rest, gate, up, down), jnp.int32(0)
+    active = (gate != 0).any(axis=0)
+    capacity = math.ceil(min(active.size, factor * expected))
 
-    def sparse(room: int):
-        indices, num_active, _ = ops.active_indices(active, room)
+    def sparse():
+        indices, num_active, _ = ops.active_indices(active, capacity)
         gates = jnp.take(gate, indices, axis=1)
         return ops.active_ffn(rest, gates, indices, num_active, up, down)
 
     def dense():
         return ffn.down(gate * ffn.up(rest))
 
-    if ops.has_active_ffn_kernel(rest, up, down):
-        # Its time follows the count, so the list may have room for all. At a `cond` a
-        # GPU waits for the host, for as long as the layer takes.
-        return sparse(active.size), jnp.int32(0)
-    capacity = math.ceil(min(active.size, factor * expected))
     overflowed = jnp.sum(active) > capacity
-    y = jax.lax.cond(overflowed, dense, lambda: sparse(capacity))
+    y = jax.lax.cond(overflowed, dense, sparse)
     return y, overflowed.astype(jnp.int32)
 
 

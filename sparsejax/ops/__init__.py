@@ -4,7 +4,8 @@ from sparsejax.ops._platform import Implementation as Implementation
 from sparsejax.ops._shapes import broadcasts as broadcasts
 from sparsejax.ops.active_ffn import active_ffn as active_ffn
 from sparsejax.ops.active_ffn import active_indices as active_indices
-from sparsejax.ops.active_ffn import has_active_ffn_kernel as has_active_ffn_kernel
+from sparsejax.ops.active_ffn import gated_ffn as gated_ffn
+from sparsejax.ops.active_ffn import has_gated_ffn_kernel as has_gated_ffn_kernel
 from sparsejax.ops.block_attention import attention_peaks as attention_peaks
 from sparsejax.ops.block_attention import block_attention as block_attention
 from sparsejax.ops.block_attention import listed_attention as listed_attention

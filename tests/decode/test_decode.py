@@ -121,7 +121,7 @@ class StepTest(parameterized.TestCase):
         self.assertEqual(got[1:], [[0, 0], [0, 0]])
 
     def test_with_a_kernel_there_is_room_for_all(self):
-        """Nothing overflows then; here the kernel's place is taken by the loop."""
+        """Nothing overflows then; here dense products take the kernel's place."""
         ffn = make("spark").blocks[0].ffn
         kernel = ffn.gate.kernel
         kernel[...] = jnp.where(jnp.arange(192) < 48, kernel[...][:, :1], 0)
@@ -129,7 +129,7 @@ class StepTest(parameterized.TestCase):
         x = jax.random.normal(jax.random.key(0), (2, 32))
         _, overflowed = _layers.active_ffn(ffn, up, x, factor=1.0)
         self.assertEqual(int(overflowed), 1)
-        with mock.patch.object(ops, "has_active_ffn_kernel", return_value=True):
+        with mock.patch.object(ops, "has_gated_ffn_kernel", return_value=True):
             got, overflowed = _layers.active_ffn(ffn, up, x, factor=1.0)
         self.assertEqual(int(overflowed), 0)
         np.testing.assert_allclose(got, ffn(x), rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.ops import _platform
-from sparsejax.ops.active_ffn import _reference, _xla
+from sparsejax.ops.active_ffn import _checks, _reference, _xla
 
 Implementation: TypeAlias = Literal["reference", "xla", "mosaic_gpu"]
 
@@ -75,27 +75,6 @@ def active_ffn(
     return _no_gradient(implementation, *operands)
 
 
-def has_active_ffn_kernel(x: jax.Array, up: jax.Array, down: jax.Array) -> bool:
-    """Whether `active_ffn` runs a kernel on the visible devices, by its default.
-
-    The time of a kernel follows `num_active`. Without one, on anything but a CPU, all
-    of `indices` is gathered, so that the capacity should be as small as can be.
-
-    Args:
-      x: `[batch, d_in]`; of all operands shapes and dtypes are read.
-      up: `[d_ff, d_in]`.
-      down: `[d_ff, d_model]`.
-
-    Example:
-      >>> has_active_ffn_kernel(jnp.ones((1, 8)), jnp.ones((9, 8)), jnp.ones((9, 8)))
-      False
-    """
-    if "mosaic_gpu" not in _platform.visible_kernels():
-        return False
-    reason = _mosaic_gpu_kernel().unsupported_reason(x, None, None, None, up, down)
-    return reason is None
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _no_gradient(implementation, *operands):
     if implementation == "xla":
@@ -111,11 +90,8 @@ def _no_gradient(implementation, *operands):
 
 @_no_gradient.defjvp
 def _no_gradient_jvp(implementation, primals, tangents):
-    raise NotImplementedError(
-        "`active_ffn` is for inference and has no gradient; got a differentiation of "
-        "it. Train with the dense products under the gate's zeros, which give the same "
-        "values, or wrap the operands in `jax.lax.stop_gradient`."
-    )
+    del implementation, primals, tangents
+    _checks.refuse_gradient("active_ffn")
 
 
 def _mosaic_gpu_kernel() -> _platform.Kernel:
@@ -134,25 +110,11 @@ def _plain(*operands):
 
 
 def _check(x, gate, indices, num_active, up, down) -> None:
-    ranks = {"x": (x, 2), "gate": (gate, 2), "indices": (indices, 1)}
-    for name, (array, ndim) in (ranks | {"up": (up, 2), "down": (down, 2)}).items():
-        kind = jnp.integer if name == "indices" else jnp.floating
-        if not jnp.issubdtype(array.dtype, kind):
-            raise TypeError(
-                f"`{name}` must be {kind.__name__}; got {jax.typeof(array)}. Convert "
-                "it."
-            )
-        if array.ndim != ndim:
-            raise ValueError(
-                f"`{name}` must have {ndim} axes; got shape {array.shape}. Without a "
-                "batch, add an axis of size 1."
-            )
-        if 0 in array.shape:
-            raise ValueError(f"`{name}` must not be empty; got shape {array.shape}.")
-    _check_equal("x", x, 1, "up", up, 1, "d_in")
-    _check_equal("up", up, 0, "down", down, 0, "d_ff")
-    _check_equal("x", x, 0, "gate", gate, 0, "the batch")
-    _check_equal("gate", gate, 1, "indices", indices, 0, "capacity")
+    ffn = {"x": (x, 2), "gate": (gate, 2), "up": (up, 2), "down": (down, 2)}
+    _checks.check_arrays(**ffn)
+    _checks.check_arrays(jnp.integer, indices=(indices, 1))
+    _checks.check_ffn(x, gate, up, down)
+    _checks.check_equal("gate", gate, 1, "indices", indices, 0, "capacity")
     if jnp.ndim(num_active) or not jnp.issubdtype(
         jnp.result_type(num_active), jnp.integer
     ):
@@ -164,13 +126,4 @@ def _check(x, gate, indices, num_active, up, down) -> None:
         raise ValueError(
             f"`num_active` must be in [0, {indices.size}], the length of `indices`; "
             f"got {num_active}."
-        )
-
-
-def _check_equal(name_a, a, axis_a, name_b, b, axis_b, what) -> None:
-    if a.shape[axis_a] != b.shape[axis_b]:
-        raise ValueError(
-            f"`{name_a}` and `{name_b}` must agree on {what}; got {name_a} of shape "
-            f"{a.shape} and {name_b} of shape {b.shape}. `up` and `down` hold a row "
-            "for each neuron."
         )

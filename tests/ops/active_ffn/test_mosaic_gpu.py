@@ -1,4 +1,4 @@
-"""The Hopper kernel of active_ffn: values in interpret mode, lowering, limits."""
+"""The Hopper kernel of active_ffn and gated_ffn: interpreted, lowering, limits."""
 
 import dataclasses
 import functools
@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sparsejax.ops import active_ffn
-from sparsejax.ops.active_ffn import _mosaic_gpu, _reference
-from sparsejax.ops.active_ffn._mosaic_gpu import Tiles
+from sparsejax.ops import active_ffn, gated_ffn
+from sparsejax.ops.active_ffn import _gated, _mosaic_gpu, _reference
+from sparsejax.ops.active_ffn._dealing import Found
+from sparsejax.ops.active_ffn._tiles import Tiles
 from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
 kernel = functools.partial(active_ffn, implementation="mosaic_gpu")
+gated_kernel = functools.partial(gated_ffn, implementation="mosaic_gpu")
 
 
 def operands(batch, d_in, d_model, capacity, num_active, dtype=jnp.float32):
@@ -30,6 +32,25 @@ def operands(batch, d_in, d_model, capacity, num_active, dtype=jnp.float32):
     padding = rng.integers(0, d_ff, capacity - num_active)
     indices = jnp.asarray(np.concatenate([neurons, padding]), jnp.int32)
     return x, gate, indices, jnp.int32(num_active), up, down
+
+
+def gated_operands(batch, d_in, d_model, d_ff, share, dtype=jnp.float32):
+    """Likewise; rows of neurons that no row of the batch uses are not finite."""
+    rng = np.random.default_rng([batch, d_in, d_ff])
+    x, gate, up, down = (
+        rng.integers(-2, 3, shape).astype(np.float32)
+        for shape in [(batch, d_in), (batch, d_ff), (d_ff, d_in), (d_ff, d_model)]
+    )
+    gate *= rng.random(gate.shape) < share
+    idle = (gate == 0).all(axis=0)[:, None]
+    up, down = np.where(idle, np.nan, up), np.where(idle, np.inf, down)
+    return tuple(jnp.asarray(a, dtype) for a in (x, gate, up, down))
+
+
+def abstract_gated(case, dtype=jnp.float32):
+    batch, d_in, d_model, d_ff, _ = case
+    shapes = (batch, d_in), (batch, d_ff), (d_ff, d_in), (d_ff, d_model)
+    return tuple(jnp.zeros(shape, dtype) for shape in shapes)
 
 
 @needs_gpu_interpreter
@@ -51,6 +72,28 @@ class InterpretTest(parameterized.TestCase):
         with gpu_interpreted():
             got = fn(*args)
         want = _reference.active_ffn(*args)
+        self.assertEqual(got.dtype, dtype)
+        np.testing.assert_array_equal(
+            np.asarray(got, np.float32), np.asarray(want, np.float32)
+        )
+
+    @parameterized.parameters(
+        # one neuron at a time in flight; blocks that share one, windows of two pieces
+        ((1, 512, 512, 128, 0.1), jnp.bfloat16, Tiles(2, num_sms=2)),
+        ((2, 256, 1024, 264, 0.1), jnp.float32, Tiles(2, parts=2, num_sms=2)),
+        # axes of an odd number of pieces; the last range is shorter
+        ((3, 1280, 768, 392, 0.1), jnp.float16, Tiles(4, num_sms=2, blocks_per_sm=2)),
+        # ranges beyond the last neuron; none is active, all are
+        ((1, 512, 256, 128, 0.05), jnp.float32, Tiles(2, num_sms=20)),
+        ((1, 512, 512, 256, 0), jnp.bfloat16, Tiles(2, num_sms=3)),
+        ((2, 256, 256, 256, 1), jnp.bfloat16, Tiles(3, num_sms=30)),
+    )
+    def test_gated_matches_reference(self, case, dtype, tiles):
+        args = gated_operands(*case, dtype=dtype)
+        fn = jax.jit(functools.partial(_mosaic_gpu.gated_ffn, tiles=tiles))
+        with gpu_interpreted():
+            got = fn(*args)
+        want = _gated._reference(*args)
         self.assertEqual(got.dtype, dtype)
         np.testing.assert_array_equal(
             np.asarray(got, np.float32), np.asarray(want, np.float32)
@@ -79,9 +122,22 @@ class LoweringTest(parameterized.TestCase):
         exported = jax.export.export(jax.jit(kernel), platforms=["cuda"])(*shapes)
         self.assertIn("mosaic_gpu", exported.mlir_module())
 
+    @parameterized.parameters(
+        ((1, 4096, 4096, 24576, 0), jnp.bfloat16),
+        ((8, 4096, 4096, 32768, 0), jnp.bfloat16),
+        ((2, 1280, 2304, 4096, 0), jnp.float32),
+    )
+    def test_gated_exports_for_cuda(self, case, dtype):
+        shapes = jax.eval_shape(lambda: abstract_gated(case, dtype))
+        exported = jax.export.export(jax.jit(gated_kernel), platforms=["cuda"])(*shapes)
+        self.assertIn("mosaic_gpu", exported.mlir_module())
+
     def test_none_takes_the_plain_form_on_a_cpu(self):
         shapes = jax.eval_shape(lambda: operands(1, 512, 512, 8, 8))
         text = jax.jit(active_ffn).lower(*shapes).as_text()
+        self.assertNotIn("mosaic_gpu", text)
+        shapes = jax.eval_shape(lambda: abstract_gated((1, 512, 512, 256, 0)))
+        text = jax.jit(gated_ffn).lower(*shapes).as_text()
         self.assertNotIn("mosaic_gpu", text)
 
 
@@ -107,8 +163,29 @@ class UnsupportedTest(parameterized.TestCase):
         with self.assertRaisesRegex(NotImplementedError, message):
             jax.eval_shape(kernel, *args)
 
+    @parameterized.parameters(
+        ((1, 256, 256, 260, 0), {}, r"d_ff must be a multiple of 8.*got 260"),
+        ((1, 256, 256, 120, 0), {}, r"at least 128; got 120"),
+        ((16, 256, 256, 2**20, 0), {}, r"must fit into 10240 bytes; got 16 x 4096"),
+        ((1, 500, 512, 256, 0), {}, r"d_in and d_model must be multiples of 256"),
+        ((1, 256, 256, 256, 0), {1: jnp.bfloat16}, r"`gate` must have the dtype of"),
+    )
+    def test_named_gated_kernel_raises_with_the_reason(self, case, dtypes, message):
+        args = list(jax.eval_shape(lambda: abstract_gated(case)))
+        for position, dtype in dtypes.items():
+            args[position] = args[position].update(dtype=dtype)
+        with self.assertRaisesRegex(NotImplementedError, message):
+            jax.eval_shape(gated_kernel, *args)
+
 
 class TilesTest(parameterized.TestCase):
+    @parameterized.product(d_ff=[128, 1000, 24576, 49152], num_blocks=[1, 132, 264])
+    def test_ranges_cover_all_neurons(self, d_ff, num_blocks):
+        found = Found(1, d_ff, num_blocks)
+        self.assertGreaterEqual(found.share * num_blocks, d_ff)
+        self.assertLess((found.share - 8) * num_blocks, d_ff)
+        self.assertGreaterEqual(found.pieces * 128, found.share)
+
     @parameterized.product(
         batch=[1, 2, 3, 8, 16], d_in=[256, 1280, 4096], d_model=[256, 2304, 8192]
     )
@@ -144,5 +221,20 @@ class DeviceTest(parameterized.TestCase):
         # small enough that float32 sums are exact; results may be rounded differently
         got = np.asarray(jax.jit(kernel)(*args), np.float32)
         want = np.asarray(_reference.active_ffn(*args), np.float32)
+        limit = 2 * float(jnp.finfo(dtype).eps) * (1 + np.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=limit)
+
+    @parameterized.parameters(
+        ((1, 2048, 4096, 24576, 0.08), jnp.bfloat16),
+        ((1, 4096, 8192, 49152, 0.08), jnp.bfloat16),
+        ((8, 2048, 4096, 32768, 0.08), jnp.bfloat16),
+        ((4, 1280, 2304, 4000, 0.2), jnp.float16),
+        ((3, 768, 1280, 2048, 1), jnp.float32),
+        ((1, 512, 512, 256, 0), jnp.bfloat16),
+    )
+    def test_gated_matches_reference(self, case, dtype):
+        args = gated_operands(*case, dtype=dtype)
+        got = np.asarray(jax.jit(gated_kernel)(*args), np.float32)
+        want = np.asarray(_gated._reference(*args), np.float32)
         limit = 2 * float(jnp.finfo(dtype).eps) * (1 + np.abs(want).max())
         np.testing.assert_allclose(got, want, rtol=0, atol=limit)

@@ -1,0 +1,113 @@
+"""`gated_ffn`: checks, then the dense products or the kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparsejax.ops import _platform
+from sparsejax.ops._platform import Implementation
+from sparsejax.ops.active_ffn import _checks
+
+
+def gated_ffn(
+    x: Float[Array, "batch d_in"],
+    gate: Float[Array, "batch d_ff"],
+    up: Float[Array, "d_ff d_in"],
+    down: Float[Array, "d_ff d_model"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "batch d_model"]:
+    """The up and the down projection of a gated FFN whose gate is mostly 0.
+
+    `y[b] = sum_j gate[b, j] * dot(up[j], x[b]) * down[j]` over the neurons j whose gate
+    is not 0 for some row of the batch. It is `active_ffn` without a list: the kernel
+    for Hopper finds the neurons itself and reads their rows alone, so that there is
+    nothing to list and no capacity to exceed. The reference is the dense products; on
+    devices without the kernel `active_ffn` reads less. Sums are float32. For inference:
+    it has no gradient.
+
+    Args:
+      x: what the up projection sees, a slice or all of the input of the FFN.
+      gate: activated gate values. A NaN is not 0.
+      up: up projection, a row for each neuron.
+      down: down projection, a row for each neuron. Rows of neurons that are not used
+        add exactly 0, whatever they hold.
+      implementation: "reference", "mosaic_gpu" (one fused kernel for Hopper, batches of
+        at most 16), or None for the fastest.
+
+    Returns:
+      Of `x.dtype`.
+
+    Raises:
+      TypeError: if an operand is not floating.
+      ValueError: if shapes disagree, or the implementation is unknown.
+      NotImplementedError: if the named implementation cannot take these operands; or
+        when differentiated. Train with the masked dense products.
+
+    Example:
+      >>> x, up, down = jnp.ones((1, 2)), jnp.ones((4, 2)), jnp.eye(4, 3)
+      >>> print(gated_ffn(x, jnp.array([[0.0, 1.0, 0.0, 0.5]]), up, down))
+      [[0. 2. 0.]]
+
+    References:
+      As `active_ffn`.
+    """
+    x, gate, up, down = map(jnp.asarray, (x, gate, up, down))
+    _checks.check_arrays(x=(x, 2), gate=(gate, 2), up=(up, 2), down=(down, 2))
+    _checks.check_ffn(x, gate, up, down)
+    _checks.check_equal("gate", gate, 1, "up", up, 0, "d_ff")
+    return _no_gradient(implementation, x, gate, up, down)
+
+
+def has_gated_ffn_kernel(x: jax.Array, up: jax.Array, down: jax.Array) -> bool:
+    """Whether `gated_ffn` runs a kernel on the visible devices, by its default.
+
+    Args:
+      x: `[batch, d_in]`; of all operands shapes and dtypes are read.
+      up: `[d_ff, d_in]`.
+      down: `[d_ff, d_model]`.
+
+    Example:
+      >>> has_gated_ffn_kernel(jnp.ones((1, 8)), jnp.ones((9, 8)), jnp.ones((9, 8)))
+      False
+    """
+    if "mosaic_gpu" not in _platform.visible_kernels():
+        return False
+    gate = jax.ShapeDtypeStruct((x.shape[0], up.shape[0]), x.dtype)
+    return _kernel().unsupported_reason(x, gate, up, down) is None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _no_gradient(implementation, *operands):
+    return _platform.dispatch(
+        operands,
+        implementation,
+        reference=_reference,
+        kernels={"mosaic_gpu": _kernel},
+    )
+
+
+@_no_gradient.defjvp
+def _no_gradient_jvp(implementation, primals, tangents):
+    del implementation, primals, tangents
+    _checks.refuse_gradient("gated_ffn")
+
+
+def _kernel() -> _platform.Kernel:
+    from sparsejax.ops.active_ffn import _mosaic_gpu  # loads pallas
+
+    return _platform.Kernel(_mosaic_gpu.gated_ffn, _mosaic_gpu.gated_unsupported_reason)
+
+
+def _reference(x, gate, up, down):
+    """The dense products, with the rows of unused neurons replaced by 0."""
+    used = jnp.any(gate != 0, axis=0)[:, None]
+    product = functools.partial(
+        jnp.einsum, precision="highest", preferred_element_type=jnp.float32
+    )
+    hidden = product("bi,fi->bf", x, jnp.where(used, up, 0))
+    hidden *= gate.astype(jnp.float32)
+    down = jnp.where(used, down, 0).astype(jnp.float32)
+    return product("bf,fm->bm", hidden, down).astype(x.dtype)
