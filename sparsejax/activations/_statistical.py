@@ -84,7 +84,7 @@ def statistical_topk(
 
 def statistical_glu(
     x: Float[Array, "*shape"],
-    up: Float[Array, "*shape"] | None,
+    up: Float[Array, "*shape"],
     k: ArrayLike,
     *,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
@@ -105,7 +105,7 @@ def statistical_glu(
 
     Args:
       x: what the gate gives before its activation; any floating dtype.
-      up: of the shape and dtype of `x`; None for no product, the gate alone.
+      up: of the shape and dtype of `x`.
       k: expected number of survivors of a row of `x`, as in `statistical_topk`; from
         the number of entries on, all survive unchanged.
       activation: elementwise; GELU in its tanh form, as in Gemma. Which ones kernels
@@ -136,8 +136,8 @@ def statistical_glu(
     References:
       You et al., 2025, https://arxiv.org/abs/2506.06644, section 3.
     """
-    x, up = jnp.asarray(x), None if up is None else jnp.asarray(up)
-    if up is not None and (up.shape, up.dtype) != (x.shape, x.dtype):
+    x, up = jnp.asarray(x), jnp.asarray(up)
+    if (up.shape, up.dtype) != (x.shape, x.dtype):
         raise ValueError(
             f"`up` must be like `x`, {jax.typeof(x)}; got {jax.typeof(up)}. Cast it or "
             "broadcast it."
@@ -146,7 +146,7 @@ def statistical_glu(
     out = ops.gaussian_topk(
         x,
         z,
-        None if up is None else jnp.moveaxis(up, axis, -1),
+        jnp.moveaxis(up, axis, -1),
         activation=activation,
         huber_delta=huber_delta,
         where=where,
