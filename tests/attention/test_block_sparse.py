@@ -69,6 +69,7 @@ class BlockSparseTest(parameterized.TestCase):
             self.assertTrue(row[..., [0, before, t // width]].all())
 
     @parameterized.parameters((4, 4), (8, 4), (4, 8))
+    @pytest.mark.once
     def test_filler_has_no_part(self, *block_shape):
         select = functools.partial(block_sparse, num_kept=4, block_shape=block_shape)
         prompts.assert_filler_has_no_part(select, (25, 46), 46)

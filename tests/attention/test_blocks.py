@@ -144,6 +144,7 @@ class SelectorsTest(parameterized.TestCase):
         (True, (4, 8), jnp.min, False),
         (False, (4, 5), jnp.mean, False),
     )
+    @pytest.mark.once
     def test_filler_has_no_part(self, causal, block_shape, pool, per_head):
         """Each sequence has the blocks that it has where its tokens are all."""
         lengths, x = (13, 25), operands(26, 26)
@@ -172,6 +173,7 @@ class SelectorsTest(parameterized.TestCase):
                 np.testing.assert_array_equal(got[b, :, :rows, :columns], want[0])
                 self.assertFalse(got[b, :, :, columns:].any())
 
+    @pytest.mark.once
     def test_ties_go_to_the_left(self):
         x = jnp.ones((1, 24, 1, 4))
         mask = topk_blocks(x, x, num_kept=2, block_shape=(4, 4))
@@ -180,6 +182,7 @@ class SelectorsTest(parameterized.TestCase):
         lists = [[0, 0], [0, 1], [0, 2], [0, 3], [0, 4], [0, 5]]
         np.testing.assert_array_equal(mask.indices[0, 0], lists)
 
+    @pytest.mark.once
     def test_no_query_is_left_without_a_key(self):
         """Nor with NaN in it: its own block stays, and only its row is touched."""
         query, key = operands(26, 26)
@@ -195,6 +198,7 @@ class SelectorsTest(parameterized.TestCase):
             )
             np.testing.assert_array_equal(mask.num[0, :, 2], 1)
 
+    @pytest.mark.once
     def test_more_than_there_are_keeps_all(self):
         x = operands(16, 16)
         options = dict(block_shape=(4, 4), causal=True)
@@ -260,6 +264,7 @@ class DensityTest(parameterized.TestCase):
         np.testing.assert_allclose(got, want / 2, rtol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -251,6 +251,7 @@ class LabelsTest(parameterized.TestCase):
         self.assertLess(off[0], off[1] / 4)
         self.assertLess(off[1], off[2] / 2)
 
+    @pytest.mark.once
     def test_a_nan_and_an_infinity_stay_among_the_keys(self):
         query, key = prompts.prompt(ROOM)
         channels = found_channels(query, key)
@@ -264,6 +265,7 @@ class LabelsTest(parameterized.TestCase):
         self.assertTrue((lists.indices == 13).any(axis=-1).all())
 
 
+@pytest.mark.once
 def test_calibrated_channels_find_a_needle_where_others_do_not():
     """One key points along the query, in channels of very unequal sizes."""
     rng = np.random.default_rng(0)

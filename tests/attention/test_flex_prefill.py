@@ -73,12 +73,14 @@ class FlexPrefillTest(parameterized.TestCase):
             self.assertGreater(min(budgets), 30)
 
     @parameterized.parameters(0.3, 0.8)
+    @pytest.mark.once
     def test_filler_has_no_part(self, alpha):
         def select(*x, **lengths):
             return attention.flex_prefill(*x, alpha=alpha, **SMALL, **lengths)
 
         prompts.assert_filler_has_no_part(jax.jit(select), (18, 33), 33)
 
+    @pytest.mark.once
     def test_a_prompt_shorter_than_the_window(self):
         """Shares are of the queries that are asked, which here are all."""
         x = prompts.prompt(16)
@@ -94,6 +96,7 @@ class FlexPrefillTest(parameterized.TestCase):
         got, want = both(*x)
         np.testing.assert_array_equal(got[:, :, :3, :3], want)
 
+    @pytest.mark.once
     def test_budgets_grow_with_alpha(self):
         shares = jax.nn.softmax(jax.random.normal(jax.random.key(0), (3, 50)))
         grid = jnp.linspace(0, 1, 21)

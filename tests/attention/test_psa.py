@@ -135,6 +135,7 @@ class PyramidAttentionTest(parameterized.TestCase):
         assert np.isneginf(want[0][1]).any()  # rows that see nothing
         assert_close(got, want)
 
+    @pytest.mark.once
     def test_zeros_and_ones_are_a_block_mask(self):
         q, k, v = operands(queries=24, keys=48)
         level_map = np.minimum(random_map(24, 48), 1)
@@ -145,6 +146,7 @@ class PyramidAttentionTest(parameterized.TestCase):
         seen = mask.any(-1).swapaxes(1, 2)[..., None]
         np.testing.assert_allclose(out, np.where(seen, want, 0), atol=1e-5)
 
+    @pytest.mark.once
     def test_a_pooled_key_counts_for_all_its_keys(self):
         """Keys equal in a group lose nothing by a mean, whatever the values.
 
@@ -242,6 +244,7 @@ class DensityTest(parameterized.TestCase):
 
 class ImportanceTest(parameterized.TestCase):
     @parameterized.product(sampled=[False, True], causal=[False, True])
+    @pytest.mark.once
     def test_filler_has_no_part(self, sampled, causal):
         """Each sequence has the importances that it has where its tokens are all."""
         lengths, (q, k, _) = (19, 37), operands()
@@ -488,6 +491,7 @@ def errors(q, k, v):
     return jnp.array(found)
 
 
+@pytest.mark.once
 def test_claim_in_small():
     """Smooth keys: means lose less than dropping, at less cost. Noise: they lose more.
 
@@ -507,6 +511,7 @@ def test_claim_in_small():
     assert pyramid_error > dropped_error
 
 
+@pytest.mark.once
 def test_bad_input_is_named():
     q, k, v = operands()
     ones = np.ones((1, 1, 5, 3), int)

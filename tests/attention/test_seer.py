@@ -291,6 +291,7 @@ class SelectionTest(parameterized.TestCase):
             want[*at, i] = True
         np.testing.assert_array_equal(blocks_of(mask), want)
 
+    @pytest.mark.once
     def test_no_row_is_empty(self):
         """The released code may keep none by threshold, and then divides by 0."""
         query, key = operands(seq=24)
@@ -489,6 +490,7 @@ class DecodeTest(parameterized.TestCase):
             np.testing.assert_allclose(jnp.abs(kernel).max(), reach, rtol=1e-2)
 
 
+@pytest.mark.once
 def test_bad_input_is_named():
     query, key = operands(seq=8)
     gate = attention.init_seer_gate(4, 2, 8, d_gate=8, key=jax.random.key(0))

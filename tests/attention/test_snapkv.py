@@ -103,6 +103,7 @@ class AdaSnapKVTest(parameterized.TestCase):
             self.assertGreater(np.ptp(lists.num), 0)  # heads differ
         prompts.assert_same_under_vmap(lists, again)
 
+    @pytest.mark.once
     def test_equal_heads_keep_what_each_would_alone(self):
         """One query is asked, by one head a key head: its sum is its maximum."""
         query, key = prompts.prompt(LENGTH)
@@ -120,6 +121,7 @@ class AdaSnapKVTest(parameterized.TestCase):
         np.testing.assert_array_equal(lists.num.sum(axis=1), 18)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("select", [attention.snapkv, attention.ada_snapkv])
 def test_of_unlike_lengths_each_prompt_is_read_as_alone(select):
     """Some have fewer keys than are kept, or fewer queries than are asked."""

@@ -117,6 +117,7 @@ class SparkAttentionTest(parameterized.TestCase):
         chex.assert_tree_all_finite(grads)
         self.assertFalse(grads[0][:, 3].any())
 
+    @pytest.mark.once
     def test_equal_and_two_valued_scores_keep_the_highest(self):
         """The card's pitfall: the threshold alone would leave none, and NaN."""
         query = jnp.ones((1, 1, 1, 4))
@@ -156,6 +157,7 @@ class SparkAttentionTest(parameterized.TestCase):
         grads = [jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*x) for f in (plain, spark)]
         chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.once
     def test_about_k_are_attended(self):
         scores = jax.random.normal(jax.random.key(0), (500, 2048))
         valid = jnp.ones((1, 2048), bool)
@@ -199,6 +201,7 @@ class SparkAttentionTest(parameterized.TestCase):
         want, _ = jitted(*wide, causal(24), k=100, split=4)
         np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.05)
 
+    @pytest.mark.once
     def test_valid_broadcasts(self):
         x, valid = operands(), causal(24)
         want = jitted(*x, valid, k=3, split=4)

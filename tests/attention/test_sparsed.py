@@ -111,6 +111,7 @@ class SparseDTest(parameterized.TestCase):
         self.assertTrue(np.any(np.not_equal(got, scaled)))
 
     @parameterized.parameters("strict", "repo")
+    @pytest.mark.once
     def test_padding_has_no_weight_and_no_say(self, isolated):
         options = dict(num_generated=13, density=0.3, block_shape=(8, 4))
         options["isolated"] = isolated
@@ -127,6 +128,7 @@ class SparseDTest(parameterized.TestCase):
             np.testing.assert_array_equal(blocks[b, h][asks], want[asks])
         self.assertFalse(blocks[0, :, :, :2].any())
 
+    @pytest.mark.once
     def test_isolation(self):
         """Generated keys that take all weight leave the prompt its blocks, if strict.
 

@@ -64,6 +64,7 @@ class VerticalSlashTest(parameterized.TestCase):
         np.testing.assert_array_equal(sums, want)
 
     @parameterized.parameters(((4, 4), True), ((8, 4), False), ((4, 8), True))
+    @pytest.mark.once
     def test_filler_has_no_part(self, block_shape, per_head):
         options = SMALL | dict(block_shape=block_shape, per_head=per_head)
         select = functools.partial(vertical_slash, **options)
@@ -78,6 +79,7 @@ class VerticalSlashTest(parameterized.TestCase):
         got = prompts.blocks_of(mask)[:, :, :2, :2]
         np.testing.assert_array_equal(got, prompts.blocks_of(want))
 
+    @pytest.mark.once
     def test_full_budgets_are_dense_attention(self):
         query, key = prompts.prompt(24)
         mask = vertical_slash(query, key, **SMALL | dict(num_vertical=24, num_slash=24))

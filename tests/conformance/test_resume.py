@@ -81,6 +81,7 @@ def test_in_chain_and_multi_steps(checkpointer, tmp_path):
         assert bits(carry) == bits(wanted)
 
 
+@pytest.mark.once
 def test_adams_with_another_total_steps_raises(checkpointer, tmp_path):
     params = suite.make_params()
 

@@ -101,6 +101,7 @@ class StepTest(parameterized.TestCase):
             np.testing.assert_array_equal(logits, want[0])
             chex.assert_tree_all_finite(cache)
 
+    @pytest.mark.once
     def test_overflow_is_counted_and_changes_nothing(self):
         model = make("spark")
         # a quarter of the neurons has the same gate: all of it survives, not k
@@ -134,6 +135,7 @@ class StepTest(parameterized.TestCase):
         self.assertEqual(int(overflowed), 0)
         np.testing.assert_allclose(got, ffn(x), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.once
     def test_a_batch_that_uses_most_neurons_is_computed_densely(self):
         ffn = make("spark").blocks[0].ffn
         x = jax.random.normal(jax.random.key(0), (8, 32))
@@ -206,6 +208,7 @@ class GenerateTest(parameterized.TestCase):
         cold = np.asarray(draw(ready, temperature=1e-4, key=key).tokens)
         np.testing.assert_array_equal(cold, np.full((400, 1), best[0]))
 
+    @pytest.mark.once
     def test_a_stop_token_is_repeated(self):
         ready = decode.prepare(make("dense"))
         free = np.asarray(decode.generate(ready, prompts(), num_tokens=12).tokens)
@@ -250,6 +253,7 @@ class GenerateTest(parameterized.TestCase):
         self.assertEqual(out.tokens.dtype, jnp.int32)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -269,6 +273,7 @@ def test_bad_input_raises(options, message):
         decode.generate(ready, **{"prompts": prompts(), "num_tokens": 2} | options)
 
 
+@pytest.mark.once
 def test_too_little_room_raises():
     with pytest.raises(ValueError, match="`capacity_factor` must be at least 1; got 0"):
         decode.prepare(make("spark"), capacity_factor=0.5)
@@ -277,6 +282,7 @@ def test_too_little_room_raises():
         decode.prefill(ready, prompts(), jnp.full(3, 20), capacity=19)
 
 
+@pytest.mark.once
 def test_what_is_no_model_and_no_token_raises():
     with pytest.raises(TypeError, match=r"`sj\.decode\.prepare`; got a Decoder"):
         decode.generate(make("spark"), prompts(), num_tokens=2)

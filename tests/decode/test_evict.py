@@ -74,6 +74,7 @@ def test_generated_tokens_are_those_by_hand(make_selector):
     assert out.overflows.attention.tolist() == [0]
 
 
+@pytest.mark.once
 def test_with_every_key_kept_nothing_changes():
     """By default more are kept than these prompts have; two layers."""
     model, lengths = make(num_layers=2), jnp.array([12, 5])
@@ -89,6 +90,7 @@ def test_with_every_key_kept_nothing_changes():
     np.testing.assert_array_equal(out[0], out[2])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make_selector", SELECTORS)
 def test_neither_fillers_nor_others_matter(make_selector):
     ready = decode.prepare(make(), select_keys=make_selector(**SMALL))
@@ -101,6 +103,7 @@ def test_neither_fillers_nor_others_matter(make_selector):
     chex.assert_trees_all_equal(*knowns)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make_selector", SELECTORS)
 def test_tokens_beyond_the_room_of_the_lists_are_counted(make_selector):
     """A shorter prompt is continued by more tokens than lie behind the longest."""
@@ -120,6 +123,7 @@ def test_tokens_beyond_the_room_of_the_lists_are_counted(make_selector):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make_selector", SELECTORS)
 def test_bad_settings_raise(make_selector):
     for changed, message in (

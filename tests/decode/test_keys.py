@@ -110,6 +110,7 @@ def test_another_calibration_needs_no_new_trace():
     assert np.abs(knowns[0] - knowns[1]).max() > 0
 
 
+@pytest.mark.once
 def test_with_room_for_all_pages_nothing_changes():
     """Two layers; one attends by blocks, and reads its prompt so."""
     select = functools.partial(
@@ -133,6 +134,7 @@ def test_with_room_for_all_pages_nothing_changes():
     np.testing.assert_array_equal(out[0], out[2])
 
 
+@pytest.mark.once
 def test_layers_with_a_rule_of_their_own_are_left_alone():
     windowed = functools.partial(nn.Attention, window=5)
     spark = functools.partial(nn.SparkAttention, k=4, split=4)
@@ -147,6 +149,7 @@ def test_layers_with_a_rule_of_their_own_are_left_alone():
     np.testing.assert_array_equal(out[0], out[1])
 
 
+@pytest.mark.once
 def test_selectors_of_another_model_raise():
     model, tokens = make(), prompts(seq=8)
     channels = channels_of(model, tokens, num_channels=2)[0]

@@ -111,6 +111,7 @@ def test_generated_tokens_are_those_by_hand():
         np.testing.assert_array_equal(out.tokens[row], want)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("options", [dict(num_kept=99), dict(threshold=-1.0)])
 def test_with_every_block_kept_nothing_changes(options):
     model, lengths = make(num_layers=2), jnp.array([12, 5])
@@ -151,6 +152,7 @@ def test_another_gate_needs_no_new_trace():
     assert np.abs(knowns[0] - knowns[1]).max() > 0
 
 
+@pytest.mark.once
 def test_bad_settings_raise():
     tokens, lengths = prompts(), jnp.array([24, 10])
 

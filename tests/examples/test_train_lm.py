@@ -14,6 +14,8 @@ import sparsejax as sj
 from examples import train_lm
 from sparsejax import models, training
 
+pytestmark = pytest.mark.once
+
 TINY = [
     *("--dense-steps", "6", "--steps", "12", "--evaluate-every", "6"),
     *("--d-model", "32", "--num-layers", "1", "--num-heads", "2"),
@@ -86,7 +88,6 @@ def test_cast_ends_at_exact_2_4(tmp_path, text, capsys):
     assert np.isfinite(nnx.merge(graph, weights)(tokens)).all()
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("method", "options", "sparsity"),
     [
@@ -122,7 +123,6 @@ def test_every_method_runs(tmp_path, text, method, options, sparsity):
         assert steps[-1]["sparsity"] == pytest.approx(sparsity)
 
 
-@pytest.mark.once
 def test_resume_reads_and_repeats_the_table(tmp_path, text):
     rows = run(tmp_path, text, "--method", "sr_ste")
     assert run(tmp_path, text, "--method", "sr_ste", "--resume") == rows
@@ -135,7 +135,6 @@ def refused(capsys, *arguments) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.once
 def test_bad_input_is_named_before_anything_is_written(tmp_path, text, capsys):
     runs = ("--runs", tmp_path / "runs", "--text", text, *TINY)
     short = tmp_path / "short.txt"
@@ -191,7 +190,6 @@ def test_a_run_is_never_overwritten(tmp_path, text, capsys):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.once
 def test_spark_layers(tmp_path, text, capsys):
     """Densities are logged, printed and drawn, and a bad one is named."""
     spark = ("--method", "dense", "--ffn", "spark", "--attention", "spark")

@@ -6,9 +6,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from sparsejax import metrics
+
+pytestmark = pytest.mark.once
 
 
 class SearchTest(parameterized.TestCase):

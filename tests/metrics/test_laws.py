@@ -3,10 +3,13 @@
 import math
 
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from sparsejax import metrics
 from sparsejax.metrics import ReluLaw, SiluLaw
+
+pytestmark = pytest.mark.once
 
 RELU = {
     "0.1B": ReluLaw(0.101, -0.0151, 3.20, 0.0614),

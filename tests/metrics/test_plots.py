@@ -3,9 +3,12 @@
 import io
 
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from sparsejax import metrics
+
+pytestmark = pytest.mark.once
 
 STEPS = [0, 10, 40]
 DENSITIES = np.array([[0.5, 0.5], [0.25, 0.0], [0.125, 0.01]])

@@ -112,6 +112,7 @@ class DecoderTest(parameterized.TestCase):
             np.testing.assert_allclose(row, want, rtol=1e-4, atol=1e-5)
 
     @parameterized.parameters((0, 3), (2, 0))
+    @pytest.mark.once
     def test_of_no_tokens_there_are_no_logits(self, *shape):
         logits = make(SMALL)(np.zeros(shape, np.int32))
         self.assertEqual(logits.shape, (*shape, 11))
@@ -124,6 +125,7 @@ class DecoderTest(parameterized.TestCase):
         np.testing.assert_array_equal(before[:, :3], after[:, :3])
         self.assertTrue((before[:, 3:] != after[:, 3:]).any())
 
+    @pytest.mark.once
     def test_only_distances_count(self):
         model = make(SMALL)
         positions = np.broadcast_to(np.arange(5), TOKENS.shape)
@@ -201,6 +203,7 @@ class DecoderTest(parameterized.TestCase):
         alone = model(TOKENS[:, 2:3])
         np.testing.assert_allclose(model(TOKENS)[:, 2:3], alone, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.once
     def test_block_sparse_layers_begin_as_dense_ones(self):
         config = dataclasses.replace(
             SMALL, ffn=functools.partial(nn.BlockSparseFFN, block_shape=(4, 4))

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from flax import nnx
 
@@ -31,6 +32,7 @@ make = functools.partial(attending.make, nn.BlockAttention)
 
 
 class BlockAttentionTest(parameterized.TestCase):
+    @pytest.mark.once
     def test_all_blocks_equal_dense_attention(self):
         every = functools.partial(topk, num_kept=100)
         got = value_and_grads(make(select=every))
@@ -72,6 +74,7 @@ class BlockAttentionTest(parameterized.TestCase):
         np.testing.assert_allclose(density, want, rtol=1e-5)
         self.assertTrue(jnp.isfinite(y).all())
 
+    @pytest.mark.once
     def test_valid_keys_are_all_attended(self):
         block, dense = make(select=topk), attending.make(nn.Attention)
         x, positions = inputs()
@@ -82,6 +85,7 @@ class BlockAttentionTest(parameterized.TestCase):
         ):
             np.testing.assert_array_equal(got, want)
 
+    @pytest.mark.once
     def test_filler_has_no_part(self):
         """A selector learns of `lengths` where there are any."""
         layer, lengths = make(select=topk), (11, SEQ)
@@ -115,6 +119,7 @@ class BlockAttentionTest(parameterized.TestCase):
             with self.assertRaisesRegex(ValueError, message):
                 kind(**sizes, rngs=nnx.Rngs(0))
 
+    @pytest.mark.once
     def test_trains_in_a_decoder(self):
         config = models.DecoderConfig(
             vocab_size=5,

@@ -66,6 +66,7 @@ def blocks(mask):
 
 
 class LayerTest(parameterized.TestCase):
+    @pytest.mark.once
     def test_the_ffn_begins_as_the_dense_one_of_its_seed(self):
         block, dense = ffn(), nn.GatedFFN(16, 32, rngs=nnx.Rngs(0))
         chex.assert_trees_all_equal(*(nnx.state(m, nnx.Param) for m in (block, dense)))
@@ -265,6 +266,7 @@ class SetBlockMasksTest(parameterized.TestCase):
             nn.set_block_masks(model, late)
             self.assertEqual(self.flags(model), [False] * 3)
 
+    @pytest.mark.once
     def test_brought_masks_of_blocks(self):
         model = ffn()
         params = nnx.state(model, nnx.Param)
@@ -307,6 +309,7 @@ class SetBlockMasksTest(parameterized.TestCase):
         density = stacked.gate.block_mask.get_value().density()
         np.testing.assert_array_equal(density, [0.5, 0.5])
 
+    @pytest.mark.once
     def test_lists_keep_their_length_and_tell_when_a_mask_does_not_fit(self):
         model = ffn()
         opt_state = jax.jit(method("rigl").init)(nnx.state(model, nnx.Param))

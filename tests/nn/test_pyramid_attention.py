@@ -149,6 +149,7 @@ class PyramidAttentionTest(parameterized.TestCase):
         ):
             np.testing.assert_array_equal(got, want)
 
+    @pytest.mark.once
     def test_filler_has_no_part(self):
         layer = make(thresholds=((2, 0.2), (4, 0.1)))
 
@@ -191,6 +192,7 @@ class PyramidAttentionTest(parameterized.TestCase):
         self.assertEqual(density.shape, (2, 2, SEQ))
         self.assertLess(density[..., 20:].max(), 1)
 
+    @pytest.mark.once
     def test_trains_in_a_decoder(self):
         tokens = jnp.asarray(np.tile([1, 3, 0, 4, 2], (2, 6)))
         graph, params = nnx.split(decoder())

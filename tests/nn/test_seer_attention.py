@@ -213,6 +213,7 @@ def test_distilled_into_a_frozen_model():
         assert jnp.all(recalled > other + 0.02)
 
 
+@pytest.mark.once
 def test_trained_from_scratch():
     """One step of both losses: the model learns its task, the gate the model."""
     graph, gate, rest = decoder(distill=True, select=topk)

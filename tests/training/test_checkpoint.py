@@ -167,6 +167,7 @@ class Bomb:
         return open, (self.path, "w")
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 @pytest.mark.parametrize(
     "damage",

@@ -8,6 +8,8 @@ import pytest
 
 from sparsejax import training
 
+pytestmark = pytest.mark.once
+
 
 def test_table_lines_up():
     rows = [

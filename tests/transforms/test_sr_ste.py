@@ -165,6 +165,7 @@ class SrSteTest(parameterized.TestCase):
         )
 
 
+@pytest.mark.once
 def test_masks_flicker_less_the_stronger_the_pull():
     """The card's item 5 [own], smaller: normalised SAD a step falls with the decay.
 
