@@ -1,8 +1,11 @@
 """What every test shares."""
 
+import collections
 import gc
 import importlib.metadata
+import inspect
 import os
+import zlib
 
 import chex
 import flax
@@ -36,6 +39,17 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     _COMPILE_FAST["xla_cpu_use_fusion_emitters"] = "false"
 
 
+def pytest_addoption(parser):
+    """For a second run, on another jax, of what a first did in full."""
+    parser.addoption(
+        "--one-in",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the cases of each test do one in N, at least one, always the same",
+    )
+
+
 def pytest_configure(config):
     """Runs on the CPU also where there is an accelerator, unless asked by `-m`."""
     # Eight virtual CPU devices, so that meshes and shardings are tested everywhere.
@@ -50,6 +64,23 @@ def pytest_configure(config):
     added = [f"--{name}={flags[name]}" for name in flags if name not in given]
     # read when the first device is asked for; processes that tests start inherit it
     os.environ["XLA_FLAGS"] = " ".join([*added, given]).strip()
+
+
+@pytest.hookimpl(trylast=True)  # of what `-m` and `-k` left
+def pytest_collection_modifyitems(config, items):
+    """Leaves out cases as `--one-in` says; no test is left out whole.
+
+    Drawn by name: every second of a product would always be of the same values.
+    """
+    cases = collections.defaultdict(list)
+    for item in items:  # absl wraps one function for each case
+        cases[item.parent.nodeid, inspect.unwrap(item.function)].append(item)
+    done = set()
+    for of_test in cases.values():
+        of_test.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        done.update(of_test[: -(-len(of_test) // config.option.one_in)])
+    config.hook.pytest_deselected(items=[item for item in items if item not in done])
+    items[:] = [item for item in items if item in done]
 
 
 def pytest_collection_finish(session):
