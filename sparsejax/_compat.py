@@ -47,7 +47,7 @@ def can_interpret_mosaic_gpu(plgpu: Any) -> bool:
 def mosaic_gpu_load(plgpu: Any, ref: Any, layout: Any) -> Any:
     """Loads a reference to registers of a given layout.
 
-    jax 0.10 takes the indices apart from the reference, jax 0.12 does not.
+    jax 0.10 takes the indices apart from the reference, later ones had better not.
 
     Args:
       plgpu: the module `jax.experimental.pallas.mosaic_gpu`.
@@ -57,8 +57,8 @@ def mosaic_gpu_load(plgpu: Any, ref: Any, layout: Any) -> Any:
     Returns:
       The array.
     """
-    apart = "idx" in inspect.signature(plgpu.load).parameters
-    indices = ((),) if apart else ()
+    apart = inspect.signature(plgpu.load).parameters.get("idx")
+    indices = ((),) if apart and apart.default is apart.empty else ()
     return plgpu.load(ref, *indices, layout=layout, optimized=False)
 
 

@@ -93,8 +93,6 @@ class SparkFFN(nnx.Module):
         self, x: Float[Array, "*batch d_model"], *, k: ArrayLike | None = None
     ) -> Float[Array, "*batch d_ff"]:
         """Computes the activated gate; a neuron is active where it is not 0."""
-        # One row of a decode step is one multiprocessor's: the activation would take
-        # 20 us of an H200 there, and 2 us by all of them.
         kept = activations.statistical_topk(
             self.gate(self.parts(x)[0]),
             self.k if k is None else k,
