@@ -1,6 +1,7 @@
 """Decoding by hand: one layer, one sequence, without a cache and without padding."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -32,9 +33,14 @@ class Seen(NamedTuple):
     value: np.ndarray
 
 
-def make(**changes):
+@functools.cache
+def _made(**changes):
     config = dataclasses.replace(CONFIG, **changes)
-    return nnx.jit(lambda: models.Decoder(config, rngs=nnx.Rngs(0)))()
+    return nnx.split(nnx.jit(lambda: models.Decoder(config, rngs=nnx.Rngs(0)))())
+
+
+def make(**changes):
+    return nnx.merge(*_made(**changes))
 
 
 def prompts(batch=2, seq=24):
