@@ -24,16 +24,35 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def losses(file: str) -> dict[str, str]:
-    """Mean and standard error over the seeds judged on `test`, by method."""
+def seeds(file: str, column: str = "loss") -> dict[str, list[float]]:
+    """That column of the runs judged on `test`, by method."""
     found = {}
     for row in json.loads((ROOT / "benchmarks/results" / file).read_text())["rows"]:
         if row["judged_on"] == "test":
-            found.setdefault(row["method"], []).append(row["loss"])
+            found.setdefault(row["method"], []).append(row[column])
+    return found
+
+
+def losses(file: str, column: str = "loss") -> dict[str, str]:
+    """Mean and standard error over the seeds, if there are several."""
     return {
         name: "{:.3f} ± {:.3f}".format(*common.mean_and_error(of_seeds))
-        for name, of_seeds in found.items()
+        if len(of_seeds) > 1
+        else f"{of_seeds[0]:.3f}"
+        for name, of_seeds in seeds(file, column).items()
     }
+
+
+def test_cast_on_smollm2():
+    file = "smollm2_cast_h200.json"
+    table = table_below("method")
+    columns = {"before the prune": "loss_before", "after it": "loss_after"}
+    for head, column in columns.items():
+        found = losses(file, column)
+        assert {name: cells[head] for name, cells in table.items()} == found
+    for name, of_seeds in seeds(file, "ms_step").items():
+        assert table[name]["seeds"] == str(len(of_seeds)), name
+        assert table[name]["ms a step"] in (f"{of_seeds[0]:.1f}", ""), name
 
 
 def test_high_sparsity_on_digits():
