@@ -4,9 +4,7 @@ y = x W, dx = dy W^T and dW = x^T dy with random blocks of W kept, each against 
 product by XLA with all of W, and y against PyTorch's BSR product where torch is there.
 TFLOP/s count kept blocks only. `dw` is as large as W, with zeros; `dw compact` has the
 kept blocks alone. Some products of different inputs make one program, so that what
-Python takes for a call does not count. A small batch is bound by reading W: there the
-bytes of kept blocks a second are given, beside those that a copy of a large array
-moves.
+Python takes for a call does not count. Of a few rows: `block_stream`.
 """
 
 import dataclasses
@@ -26,7 +24,6 @@ import sparsejax as sj
 from benchmarks.parts import common
 
 TOGETHER = 4  # products in a program
-STREAMED_BYTES = 200e6  # of kept blocks in distinct matrices: more than any cache holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +52,9 @@ CASES = [
     (Shape(8192, 2048, 8192, 128), [Case(d) for d in (0.5, 0.25, 0.1)]),
     (Shape(8192, 8192, 2048, 128), [Case(d) for d in (0.5, 0.25, 0.1)]),
 ]
-STREAMS = [
-    (Shape(rows, 4096, 8192, 128), Case(d)) for rows in (1, 8, 64) for d in (0.5, 0.1)
-]
 QUICK_CASES = [
     (Shape(64, 256, 384, 64, "float32"), [Case(1), Case(0.5), Case(0.5, True)])
 ]
-QUICK_STREAMS = [(Shape(2, 256, 384, 64, "float32"), Case(0.5))]
 
 
 def make_mask(shape: Shape, case: Case, seed: int = 0) -> sj.BlockMask:
@@ -209,85 +202,11 @@ def run_shape(shape: Shape, cases: list[Case], repeats: int) -> Iterator[dict]:
             yield row
 
 
-def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
-    """A few rows through many matrices, one after the other, y alone."""
-    itemsize = jnp.dtype(shape.dtype).itemsize
-    kept_bytes = case.density * shape.d_in * shape.d_out * itemsize
-    layers = 2 if shape.dtype == "float32" else math.ceil(STREAMED_BYTES / kept_bytes)
-    x = normal(0, (shape.rows, shape.d_in), shape.dtype)
-    masks = [make_mask(shape, case, seed) for seed in range(layers)]
-    make = jax.jit(
-        lambda i: normal(i, (shape.d_in, shape.d_out), shape.dtype), static_argnums=0
-    )
-    ws = [make(i) / math.sqrt(shape.d_in) for i in range(layers)]
-    kernel = common.KERNELS.get(jax.default_backend())
-    call = functools.partial(sj.ops.block_matmul, implementation=kernel)
-
-    # a result each, so that no product is left out
-    sparse = jax.jit(
-        lambda x, ws, masks: list(map(functools.partial(call, x), ws, masks))
-    )
-    dense = jax.jit(lambda x, ws: [jnp.dot(x, w) for w in ws])
-    want = jnp.dot(x, jnp.where(masks[-1].to_dense(), ws[-1], 0))
-    error = common.relative_error(sparse(x, ws, masks)[-1], want)
-    assert error < 0.01, (shape, case, error)
-    large = jnp.concatenate([w.reshape(-1) for w in ws])
-    copy = jax.jit(lambda x: jax.lax.optimization_barrier(x) + 0)
-    times = common.time_in_turn(
-        {
-            "ours": functools.partial(sparse, x, ws, masks),
-            "dense": functools.partial(dense, x, ws),
-            "copy": functools.partial(copy, large),
-        },
-        repeats=repeats,
-    )
-    total = sum(float(mask.density()) for mask in masks) * shape.d_in * shape.d_out
-    return (
-        dataclasses.asdict(shape)
-        | dataclasses.asdict(case)
-        | {
-            "product": "y",
-            "layers": layers,
-            "ms": times["ours"].ms / layers,
-            "iqr_ms": times["ours"].iqr_ms / layers,
-            "gb_per_s": total * itemsize / times["ours"].ms / 1e6,
-            "copy_gb_per_s": 2 * large.nbytes / times["copy"].ms / 1e6,
-            "dense_ms": times["dense"].ms / layers,
-            "speedup": times["dense"].ms / times["ours"].ms,
-            "error": error,
-        }
-    )
-
-
-def run_building(shape: Shape, repeats: int) -> list[dict]:
-    """The lists of a mask, from bools of blocks and from an elementwise mask."""
-    mask = make_mask(shape, Case(0.1))
-    block = (shape.block, shape.block)
-    fns = {
-        "mask from blocks": functools.partial(
-            jax.jit(lambda kept: sj.BlockMask.from_blocks(kept, block)),
-            mask.to_blocks(),
-        ),
-        "mask from dense": functools.partial(
-            jax.jit(lambda kept: sj.BlockMask.from_dense(kept, block)), mask.to_dense()
-        ),
-    }
-    times = common.time_in_turn(fns, repeats=repeats)
-    return [
-        dataclasses.asdict(shape)
-        | {"product": name, "ms": time.ms, "iqr_ms": time.iqr_ms}
-        for name, time in times.items()
-    ]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, argv=argv)
-    cases, streams = (QUICK_CASES, QUICK_STREAMS) if args.quick else (CASES, STREAMS)
-    parts: list[Callable] = [functools.partial(run_building, cases[0][0])]
-    parts += [lambda repeats, s=s: [run_stream(*s, repeats)] for s in streams]
-    parts += [functools.partial(run_shape, *of_shape) for of_shape in cases]
-    rows = (row for part in parts for row in part(repeats=args.repeats))
+    cases = QUICK_CASES if args.quick else CASES
+    rows = (row for of_shape in cases for row in run_shape(*of_shape, args.repeats))
     common.report(args.json, common.environment(repeats=args.repeats), rows)
 
 

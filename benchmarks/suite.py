@@ -101,17 +101,18 @@ JOBS = (
     Job("multi_process", 10, **CPU),
     Job("scale_compiled", 30, module="scale", **ANY),
     # blocks of weights
-    Job("block_matmul", 4),
+    Job("block_matmul", 5),
+    Job("block_stream", 3),
     Job("block_matmul_tiles", 4),
     Job("block_training", 5),
     # blocks of attention
     Job("block_attention", 6),
     Job("block_attention_tiles", 5),
     Job("attention_training", 4),
-    Job("decode_attention", 2),
+    Job("decode_attention", 3),
     Job("decode_attention_tiles", 3),
     Job("keep_highest", 1),
-    Job("selection_cost", 4),
+    Job("selection_cost", 3),
     Job("sparse_frontier", 40, "--length 1024 --steps 1200 --sequences 16", **CPU),
     *(
         Job(
@@ -125,10 +126,10 @@ JOBS = (
     ),
     # activations
     Job("statistical_topk", 4),
-    Job("spark_training", 4),
-    Job("decode", 5),
+    Job("spark_training", 2),
+    Job("decode", 2),
     Job("decode", 10, **CPU),
-    Job("ffn_decode", 3),
+    Job("ffn_decode", 5),
     Job("ffn_decode", 10, **CPU),
     Job("gemma3n_parity", 1, **ANY),
     # pretrained models
@@ -139,11 +140,11 @@ JOBS = (
     # studies, see RESULTS.md
     Job(
         "smollm2_cast",
-        15,
+        12,
         "--model {data}/SmolLM2-135M-Instruct.Q4_1.gguf --tokens {data}/tokens.npz",
         **STUDY,
     ),
-    Job("high_sparsity_text", 10, "--task text", module="high_sparsity", **STUDY),
+    Job("high_sparsity_text", 25, "--task text", module="high_sparsity", **STUDY),
     Job(
         "high_sparsity_digits",
         8,
