@@ -144,6 +144,14 @@ JOBS = (
         "--model {data}/SmolLM2-135M-Instruct.Q4_1.gguf --tokens {data}/tokens.npz",
         **STUDY,
     ),
+    Job(
+        "smollm2_cast_longer",
+        17,
+        "--model {data}/SmolLM2-135M-Instruct.Q4_1.gguf --tokens {data}/tokens.npz "
+        "--steps 2400 --tuning-steps 600 --methods CAST AST-like",
+        module="smollm2_cast",
+        **STUDY,
+    ),
     Job("high_sparsity_text", 25, "--task text", module="high_sparsity", **STUDY),
     Job(
         "high_sparsity_digits",
