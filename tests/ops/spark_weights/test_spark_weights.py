@@ -9,6 +9,7 @@ import pytest
 from absl.testing import parameterized
 
 from sparsejax import ops
+from sparsejax.ops import _platform
 from sparsejax.ops._rows import Tiles
 from sparsejax.ops.spark_weights import _mosaic_gpu, _reference
 from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
@@ -177,3 +178,11 @@ def test_errors():
     for shape in ((8,), (2, 1), (1, 3, 1)):
         with pytest.raises(ValueError, match=r"`z` must be a scalar or .*\(3, 1\)"):
             fn(x, jnp.ones(shape), where)
+
+
+@pytest.mark.parametrize("num_rows, by_kernel", [(1023, False), (1024, True)])
+def test_few_rows_take_the_reference(num_rows, by_kernel, monkeypatch):
+    monkeypatch.setattr(_platform, "visible_kernels", lambda: {"mosaic_gpu"})
+    scores, where = jnp.zeros((num_rows, 2, 512)), jnp.ones((1, 512), jnp.bool_)
+    jaxpr = jax.make_jaxpr(ops.spark_weights)(scores, 0.0, where)
+    assert ("platform_index" in str(jaxpr)) == by_kernel
