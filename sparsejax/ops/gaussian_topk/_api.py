@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops._shapes import broadcasts
 from sparsejax.ops.gaussian_topk import _reference, _slopes
-from sparsejax.ops.gaussian_topk._reference import Activation, AxisName
+from sparsejax.ops.gaussian_topk._moments import AxisName
+from sparsejax.ops.gaussian_topk._reference import Activation
 
 # A row is one multiprocessor's. One row of 24576 took 1 us longer on an H200 than the
 # five programs that XLA makes of the reference, one of 49152 10 us.
@@ -31,10 +32,10 @@ def gaussian_topk(
 ) -> Float[Array, "*batch d"]:
     """What exceeds `mean + z * std` of its row, activated: `f(max(x - theta, 0)) * up`.
 
-    Rows lie along the last axis. Mean and population std are float32, in two passes;
-    theta is cast to `x.dtype`; all that follows is float32, and the result is rounded
-    once. Gradients run through mean, std and z: with h the derivative of the output
-    with respect to `x - theta` and G the sum of `g * h` over the row,
+    Rows lie along the last axis. Mean and population std are float32; theta is cast to
+    `x.dtype`; all that follows is float32, and the result is rounded once. Gradients
+    run through mean, std and z: with h the derivative of the output with respect to
+    `x - theta` and G the sum of `g * h` over the row,
     `dx = g * h - G * (1 / d + z * (x - mean) / (d * std))` and `dz = -G * std`.
 
     Args:

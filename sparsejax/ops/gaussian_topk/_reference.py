@@ -1,18 +1,18 @@
 """The Gaussian threshold and what exceeds it, in plain jnp: the definition.
 
-Its gradients are autodiff's. Statistics are float32 (float64 for float64 inputs), in
-two passes: the mean, then the mean of squared distances to it.
+Its gradients are autodiff's.
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-AxisName = Hashable | tuple[Hashable, ...] | None
+from sparsejax.ops.gaussian_topk._moments import AxisName, mean_and_std
+
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -114,59 +114,6 @@ def soft_threshold(excess: jax.Array, huber_delta: float) -> jax.Array:
 def _threshold(x, z, where, axis_name) -> jax.Array:
     mean, std = mean_and_std(x, where=where, axis_name=axis_name)
     return mean + std * jnp.asarray(z, std.dtype)
-
-
-def mean_and_std(
-    x: Float[Array, "*batch d"],
-    *,
-    where: Bool[Array, "..."] | None = None,
-    axis_name: AxisName = None,
-) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch 1"]]:
-    """Mean and population std of each row, at least float32; the last axis kept as 1.
-
-    Args:
-      x: rows along the last axis.
-      where: True = counts, broadcastable to `x`.
-      axis_name: mesh axis or axes over which the last axis is sharded.
-
-    Returns:
-      The mean and the std; both 0 in a row without entries, NaN in one with a NaN or an
-      infinite entry. The derivative of the std at 0 is 0.
-    """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    x = x.astype(dtype)
-    count = jnp.maximum(num_entries(x, where=where, axis_name=axis_name), 1)
-    count = jnp.asarray(count, dtype)
-
-    def mean_of(values):
-        total = jnp.sum(values, axis=-1, keepdims=True)
-        return (total if axis_name is None else jax.lax.psum(total, axis_name)) / count
-
-    if where is not None:
-        x = jnp.where(where, x, 0)
-    mean = mean_of(x)
-    centered = x - mean
-    if where is not None:
-        centered = jnp.where(where, centered, 0)
-    var = mean_of(jnp.square(centered))
-    # sqrt has an infinite slope at 0, which would make the gradient NaN
-    std = jnp.where(var == 0, 0, jnp.sqrt(jnp.where(var == 0, 1, var)))
-    return mean, std
-
-
-def num_entries(
-    x: Float[Array, "*batch d"],
-    *,
-    where: Bool[Array, "..."] | None = None,
-    axis_name: AxisName = None,
-) -> int | jax.Array:
-    """How many entries a row has: an int, or under `where` int32 `[*batch, 1]`."""
-    if where is None:
-        shards = 1 if axis_name is None else jax.lax.psum(1, axis_name)
-        return x.shape[-1] * shards
-    where = jnp.broadcast_to(where, x.shape)
-    count = jnp.sum(where, axis=-1, keepdims=True, dtype=jnp.int32)
-    return count if axis_name is None else jax.lax.psum(count, axis_name)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
