@@ -68,9 +68,10 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)  # of what `-m` and `-k` left
 def pytest_collection_modifyitems(config, items):
-    """Leaves out cases as `--one-in` says; no test is left out whole.
+    """Leaves out cases as `--one-in` says, and begins with the slow tests.
 
-    Drawn by name: every second of a product would always be of the same values.
+    Cases are drawn by name: every second of a product would be of the same values. A
+    slow test that began last would leave the other workers idle.
     """
     cases = collections.defaultdict(list)
     for item in items:  # absl wraps one function for each case
@@ -81,6 +82,7 @@ def pytest_collection_modifyitems(config, items):
         done.update(of_test[: -(-len(of_test) // config.option.one_in)])
     config.hook.pytest_deselected(items=[item for item in items if item not in done])
     items[:] = [item for item in items if item in done]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish(session):
