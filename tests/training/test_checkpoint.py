@@ -3,6 +3,7 @@
 Foreign and hostile folders are read without running anything that is in them.
 """
 
+import functools
 import gc
 import json
 import pickle
@@ -28,6 +29,7 @@ class Extra(NamedTuple):
     key: jax.Array
 
 
+@functools.cache
 def make_state(step):
     config = models.DecoderConfig(
         d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, d_ff=8
