@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import sparsejax as sj
 from benchmarks.block_matmul import Case, Shape, make_mask, normal
-from benchmarks.parts import common
+from benchmarks.parts import common, kernel_times
 
 TOKENS = 4  # through all layers, in a program
 STREAMED_BYTES = 200e6  # of kept blocks in distinct matrices: more than any cache holds
@@ -75,6 +75,8 @@ def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
         },
         repeats=repeats,
     )
+    if told := kernel_times.longest(lambda: sparse(fn=product), units=TOKENS):
+        print(f"  ours, a token: {told}")
     ours, dense = (times[name].ms / TOKENS / layers for name in ("ours", "dense"))
     mean_density = sum(float(mask.density()) for mask in masks) / layers
     num_bytes = mean_density * shape.d_in * shape.d_out * itemsize

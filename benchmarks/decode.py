@@ -12,13 +12,14 @@ the context. The models take turns, so that a busy machine slows all alike.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.parts import common, spark_models
+from benchmarks.parts import common, kernel_times, spark_models
 from benchmarks.parts.spark_models import DENSITY, Size
 from sparsejax import decode, models
 
@@ -101,7 +102,8 @@ def compare(ready: dict, num_layers: int, token: jax.Array, cache) -> float:
 
 def run(
     size: Size, dtype: str, context: int, num_tokens: int, repeats: int
-) -> list[dict]:
+) -> Iterator[tuple[dict, str]]:
+    """Rows, each with the kernels that took the time of a token."""
     numerics = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
     dense = make(spark_models.dense(size, **numerics), 0)
     spark = make(spark_models.spark(size, attended=ATTENDED, **numerics), 0)
@@ -136,7 +138,6 @@ def run(
     times = common.time_in_turn(steps, repeats=repeats, units=num_tokens)
     overflows = steps["spark"]()[1]
     dense_ms = times["dense"].ms
-    rows = []
     for kind, found in times.items():
         row = {
             "d_model": size.d_model,
@@ -164,8 +165,7 @@ def run(
                 "attention_overflows": int(overflows.attention),
                 **errors,
             }
-        rows.append(row)
-    return rows
+        yield row, kernel_times.longest(steps[kind], units=num_tokens)
 
 
 def main(argv=None):
@@ -181,12 +181,16 @@ def main(argv=None):
     ]
     described = [dataclasses.asdict(size) for size in sizes]
     env = common.environment(repeats=args.repeats, sizes=described, dtype=dtype)
-    rows = (
-        row
-        for context, size in itertools.product(contexts, sizes)
-        for row in run(size, dtype, context, num_tokens, args.repeats)
-    )
-    common.report(args.json, env, rows, notes)
+
+    def rows():
+        for context, size in itertools.product(contexts, sizes):
+            for row, kernels in run(size, dtype, context, num_tokens, args.repeats):
+                if kernels:
+                    which = f"{row['model']}, d_model {size.d_model}, {context}"
+                    notes.append(f"{which}: {kernels}")
+                yield row
+
+    common.report(args.json, env, rows(), notes)
 
 
 if __name__ == "__main__":
