@@ -70,9 +70,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Leaves out cases as `--one-in` says, and begins with the slow tests.
 
-    Cases are drawn by name: every second of a product would be of the same values. A
-    slow test that began last would leave the other workers idle.
+    Cases are drawn by name: every second of a product would be of the same values. What
+    some other jax skips is done in full. A slow test that began last would leave the
+    other workers idle.
     """
+    if config.option.one_in < 1:
+        raise pytest.UsageError(f"--one-in must be at least 1: {config.option.one_in}")
     cases = collections.defaultdict(list)
     for item in items:  # absl wraps one function for each case
         cases[item.parent.nodeid, inspect.unwrap(item.function)].append(item)
@@ -80,6 +83,7 @@ def pytest_collection_modifyitems(config, items):
     for of_test in cases.values():
         of_test.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
         done.update(of_test[: -(-len(of_test) // config.option.one_in)])
+        done.update(item for item in of_test if item.get_closest_marker("skipif"))
     config.hook.pytest_deselected(items=[item for item in items if item not in done])
     items[:] = [item for item in items if item in done]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
