@@ -24,9 +24,11 @@ def gated_ffn(
     `y[b] = sum_j gate[b, j] * dot(up[j], x[b]) * down[j]` over the neurons j whose gate
     is not 0 for some row of the batch. It is `active_ffn` without a list: the kernel
     for Hopper finds the neurons itself and reads their rows alone, so that there is
-    nothing to list and no capacity to exceed. The reference is the dense products; on
-    devices without the kernel `active_ffn` reads less. Sums are float32. For inference:
-    it has no gradient.
+    nothing to list and no capacity to exceed. It cuts the neurons into some hundred
+    ranges of equal length, and takes as long as the one with most active neurons: their
+    order should have no meaning, as training leaves it. The reference is the dense
+    products; on devices without the kernel `active_ffn` reads less. Sums are float32.
+    For inference: it has no gradient.
 
     Args:
       x: what the up projection sees, a slice or all of the input of the FFN.

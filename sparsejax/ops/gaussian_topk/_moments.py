@@ -43,7 +43,7 @@ def mean_and_std(
         where = jnp.broadcast_to(where, x.shape)
         x = jnp.where(where, x, 0)
     two = functools.partial(_two_passes, axis_name=axis_name)
-    few = x.size <= _FEW_ROWS * x.shape[-1] and x.shape[-1] < _LONGEST
+    few = x.size <= _FEW_ROWS * x.shape[-1] and 0 < x.shape[-1] < _LONGEST
     if few and axis_name is None and sees_gpu():
         mean, var = jax.lax.platform_dependent(x, where, cuda=_one_pass, default=two)
     else:

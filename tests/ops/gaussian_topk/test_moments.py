@@ -38,6 +38,13 @@ class OnePassTest(parameterized.TestCase):
         for got, want in zip(one_pass(x, where), oracle(x, where), strict=True):
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
 
+    def test_vmap(self):
+        x, where = normal((4, 3, 50)), normal((4, 3, 50), 1) > 0
+        x = jnp.where(where, x, 0)
+        chex.assert_trees_all_close(
+            jax.vmap(_moments._one_pass)(x, where), one_pass(x, where), atol=1e-6
+        )
+
     @parameterized.parameters(1e3, 1e5)
     def test_a_large_mean_leaves_the_variance_as_exact_as_two_passes_do(self, offset):
         x = normal((4, 4096)) + offset
@@ -89,6 +96,9 @@ class OnePassTest(parameterized.TestCase):
             self.assertEqual(lowered(1024, "cuda"), 1)
             self.assertEqual(lowered(1025, "cuda"), 2)
             self.assertEqual(lowered(1024, "cpu"), 2)
+            chex.assert_trees_all_equal(
+                _moments.mean_and_std(jnp.zeros((2, 0)))[0], jnp.zeros((2, 1))
+            )
         self.assertEqual(lowered(1024, "cuda"), 2)
 
 
