@@ -51,7 +51,7 @@ def gated_unsupported_reason(x, gate, up, down) -> str | None:
     reason = _unsupported(x, up, down)
     if reason is not None:
         return reason
-    found = Found(*gate.shape, _default_tiles(x, down).num_blocks)
+    found = _found(gate, _default_tiles(x, down))
     return found.unsupported_reason(gate.dtype.itemsize)
 
 
@@ -80,7 +80,13 @@ def _unsupported(x, up, down) -> str | None:
 
 
 def _default_tiles(x, down) -> Tiles:
-    return Tiles.default(*x.shape, down.shape[1], x.dtype.itemsize)
+    (batch, d_in), d_model = x.shape, down.shape[1]
+    return Tiles.default(batch, d_in, d_model, x.dtype.itemsize)
+
+
+def _found(gate, tiles: Tiles) -> Found:
+    batch, d_ff = gate.shape
+    return Found(batch, d_ff, tiles.num_blocks)
 
 
 def active_ffn(
@@ -108,7 +114,8 @@ def active_ffn(
       `[batch, d_model]` of `x.dtype`.
     """
     tiles = tiles or _default_tiles(x, down)
-    dealing = Listed(*gate.shape, tiles.num_blocks)
+    batch, capacity = gate.shape
+    dealing = Listed(batch, capacity, tiles.num_blocks)
     return _run(dealing, x, (gate, indices, num_active.reshape(1)), up, down, tiles)
 
 
@@ -122,7 +129,7 @@ def gated_ffn(
 ) -> jax.Array:
     """As the public function; see `gated_unsupported_reason` and `active_ffn`."""
     tiles = tiles or _default_tiles(x, down)
-    return _run(Found(*gate.shape, tiles.num_blocks), x, (gate,), up, down, tiles)
+    return _run(_found(gate, tiles), x, (gate,), up, down, tiles)
 
 
 def _run(dealing: Dealing, x, gates, up, down, tiles: Tiles) -> jax.Array:
