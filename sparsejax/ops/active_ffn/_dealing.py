@@ -4,7 +4,7 @@
 `Found` has no list: the neurons are cut into equal ranges, and a block finds in its
 range those with a gate that is not 0. Some blocks then have more to do than others, by
 a few neurons; but a list takes five programs to make, each of which waits for the one
-before, and that is as long as the kernel itself.
+before: 1 to 4 us of a layer of decoding on an H200.
 """
 
 import dataclasses
