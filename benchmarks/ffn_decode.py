@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.parts import common
+from benchmarks.parts import common, kernel_times
 from sparsejax import ops
 
 FOUND = "found"  # by `gated_ffn`, which needs no list
@@ -352,6 +352,9 @@ def run_spark(layers, size: Size, batch: int, repeats: int) -> dict:
     # once more, side by side with what they are compared with
     fns = {n: functools.partial(f, layers, h) for n, f in (gated | ours).items()}
     times |= common.time_in_turn(fns, repeats=repeats, units=size.num_layers)
+    fastest = fns[best_of(times, ours)]
+    if told := kernel_times.longest(fastest, units=size.num_layers):
+        print(f"  {best_of(times, ours)}, a layer: {told}")
     listing = jax.jit(functools.partial(ops.active_indices, capacity=capacity))
     listing_time = common.time_in_turn(
         {"indices": lambda: listing(active)}, repeats=repeats
