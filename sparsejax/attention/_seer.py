@@ -98,6 +98,7 @@ def seer_scores(
     block: int,
     rotate: Rotate,
     positions: Int[Array, "#batch seq"] | None = None,
+    lengths: ArrayLike | None = None,
 ) -> Float[Array, "batch heads blocks blocks"]:
     """Scores each block of keys for each block of queries, by the gate.
 
@@ -113,6 +114,7 @@ def seer_scores(
       block: tokens of a block, in `[1, seq]`; the paper has 64.
       rotate: see `Rotate`; called with blocks of width `d_gate`.
       positions: of the tokens; 0, 1, 2, ... by default.
+      lengths: see `block_scores`; what comes after them is not pooled.
 
     Returns:
       float32; -inf where a block lies after the queries. Gradients reach `gate` alone.
@@ -147,10 +149,10 @@ def seer_scores(
             f"1; got shape {positions.shape}."
         )
     query, key = jax.lax.stop_gradient((query, key))
-    gated_query = _blocks.pooled(query, block, jnp.mean)
+    gated_query = _blocks.pooled(query, block, jnp.mean, lengths)
     if gate.query is not None:
         gated_query = jnp.einsum("bnhi,hio->bnho", gated_query, gate.query)
-    features = key_features(key, block)
+    features = key_features(key, block, lengths)
     # a kernel for each query head, or for each key head
     kernels = gate.key.reshape(key.shape[2], -1, *gate.key.shape[1:])
     gated_key = jnp.einsum("bnki,kgio->bnkgo", features, kernels)
@@ -301,9 +303,11 @@ def room(num_kept: ArrayLike) -> int | None:
     return None if isinstance(num_kept, Tracer) else int(np.max(num_kept))
 
 
-def key_features(key: jax.Array, block: int) -> jax.Array:
+def key_features(
+    key: jax.Array, block: int, lengths: ArrayLike | None = None
+) -> jax.Array:
     """Pooled keys `[batch, blocks, kv_heads, 3 head_dim]`, float32."""
-    pools = [_blocks.pooled(key, block, pool) for pool in KEY_POOLS]
+    pools = [_blocks.pooled(key, block, pool, lengths) for pool in KEY_POOLS]
     # else XLA pools for the concatenation too, and reads the keys twice
     return jnp.concatenate(jax.lax.optimization_barrier(pools), axis=-1)
 

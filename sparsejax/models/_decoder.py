@@ -1,5 +1,6 @@
 """A decoder-only transformer: tokens in, next-token logits out."""
 
+import functools
 from typing import Any
 
 import jax
@@ -41,18 +42,19 @@ class DecoderBlock(nnx.Module):
         x: Float[Array, "batch seq d_model"],
         positions: Int[Array, "batch seq"],
         *,
+        lengths: Int[Array, " batch"] | None = None,
         with_density: bool = False,
     ) -> Any:
         """Applies the layer; with `with_density`, `(y, {"attention": .., "ffn": ..})`.
 
         See `Decoder`.
         """
+        given = {} if lengths is None else {"lengths": lengths}
+        attention = functools.partial(self.attention, **given)
         if not with_density:
-            x = x + self.attention(self.attention_norm(x), positions)
+            x = x + attention(self.attention_norm(x), positions)
             return x + self.ffn(self.ffn_norm(x))
-        y, attended = self.attention(
-            self.attention_norm(x), positions, with_density=True
-        )
+        y, attended = attention(self.attention_norm(x), positions, with_density=True)
         x = x + y
         y, active = self.ffn(self.ffn_norm(x), with_density=True)
         return x + y, {"attention": attended, "ffn": active}
@@ -102,6 +104,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"] | None = None,
         *,
+        lengths: Int[Array, " batch"] | None = None,
         with_density: bool = False,
     ) -> Any:
         """Computes the float32 logits of the token after each of `tokens`.
@@ -109,6 +112,9 @@ class Decoder(nnx.Module):
         Args:
           tokens: in `[0, vocab_size)`; a token sees itself and those before it.
           positions: of each token; 0, 1, 2, ... by default.
+          lengths: tokens of each sequence; what comes after them only fills it up, and
+            its logits mean nothing. Those of the others do not depend on it then, also
+            where a layer selects for several tokens at once. All by default.
           with_density: return `(logits, densities)`.
 
         Returns:
@@ -122,10 +128,10 @@ class Decoder(nnx.Module):
         densities = []
         for block in self.blocks:
             if with_density:
-                x, density = block(x, positions, with_density=True)
+                x, density = block(x, positions, lengths=lengths, with_density=True)
                 densities.append(density)
             else:
-                x = block(x, positions)
+                x = block(x, positions, lengths=lengths)
         logits = self.logits(x)
         if not with_density:
             return logits

@@ -176,10 +176,14 @@ class Attention(nnx.Module):
         return y, jnp.ones(query.shape[:2])
 
     def mix(
-        self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Attends within the sequence; returns as `attend`."""
-        return self.attend(*self.project(x, positions))
+        """Attends within the sequence; `lengths` and what it returns as `attend`."""
+        return self.attend(*self.project(x, positions), **filled(lengths))
 
     def combine(
         self, y: Float[Array, "batch seq heads head_dim"]
@@ -193,6 +197,7 @@ class Attention(nnx.Module):
         x: Float[Array, "batch seq d_model"],
         positions: Int[Array, "batch seq"],
         *,
+        lengths: Int[Array, " batch"] | None = None,
         with_density: bool = False,
     ) -> Any:
         """Applies the layer.
@@ -200,12 +205,18 @@ class Attention(nnx.Module):
         Args:
           x: activations; a token sees itself and those before it.
           positions: of each token, for the rotation.
+          lengths: see `attend`.
           with_density: return `(y, density)`.
 
         Returns:
           y `[batch, seq, d_model]`; density float32 `[batch, seq]`, the share of the
           tokens in sight that was attended, a mean over heads.
         """
-        y, density = self.mix(x, positions)
+        y, density = self.mix(x, positions, **filled(lengths))
         y = self.combine(y)
         return (y, density) if with_density else y
+
+
+def filled(lengths: jax.Array | None) -> dict[str, jax.Array]:
+    """The argument `lengths`, or none: what a user wrote need not take it then."""
+    return {} if lengths is None else {"lengths": lengths}

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import attention, ops
 from sparsejax.formats import BlockMask
-from sparsejax.nn._attention import Attention
+from sparsejax.nn._attention import Attention, filled
 
 
 class BlockSelector(Protocol):
@@ -120,8 +120,7 @@ class BlockAttention(Attention):
         """
         if valid is not None:
             return super().attend(query, key, value, valid)
-        filled = {} if lengths is None else {"lengths": lengths}
-        mask = self.select(query, key, causal=True, **filled)
+        mask = self.select(query, key, causal=True, **filled(lengths))
         return attend_to_blocks(query, key, value, mask)
 
 

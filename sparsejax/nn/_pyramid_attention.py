@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import attention
-from sparsejax.nn._attention import Attention
+from sparsejax.nn._attention import Attention, filled
 
 
 class PyramidAttention(Attention):
@@ -116,9 +116,8 @@ class PyramidAttention(Attention):
 
         What comes after `lengths` has no part in the choice.
         """
-        filled = {} if lengths is None else {"lengths": lengths}
         importance = self.importance(
-            query, key, block_shape=self.block_shape, causal=True, **filled
+            query, key, block_shape=self.block_shape, causal=True, **filled(lengths)
         )
         full = attention.pyramid_full_blocks(
             query.shape[1], key.shape[1], self.block_shape

@@ -126,7 +126,11 @@ class SeerAttention(Attention):
         )
 
     def scores(
-        self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> Float[Array, "batch heads blocks blocks"]:
         """Scores blocks by the gate, see `sj.attention.seer_scores`."""
         return attention.seer_scores(
@@ -135,26 +139,35 @@ class SeerAttention(Attention):
             block=self.block,
             rotate=self.rotate,
             positions=positions,
+            lengths=lengths,
         )
 
     def mix(
-        self, x: Float[Array, "batch seq d_model"], positions: Int[Array, "batch seq"]
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """As `Attention`, to the selected blocks.
+
+        What comes after `lengths` has no part in the scores; but the last rows, which
+        `select` may keep dense, are those of the batch, and the loss of a gate that
+        learns is of all tokens.
 
         Raises:
           ValueError: If the gate is needed and `x` is shorter than a block.
         """
         query, key, value = self.project(x, positions)
         if self.distill or self.select is not None:
-            scores = self.scores(x, positions)
+            scores = self.scores(x, positions, lengths=lengths)
             if self.distill:
                 target = attention.seer_target(query, key, block=self.block)
                 self.gate_loss = GateLoss(attention.seer_loss(scores, target))
             if self.select is not None:
                 mask = self.select(scores, block=self.block)
                 return attend_to_blocks(query, key, value, mask)
-        return self.attend(query, key, value)
+        return self.attend(query, key, value, lengths=lengths)
 
 
 def pop_gate_losses(model: nnx.Module) -> Float[Array, " layers"]:

@@ -129,12 +129,13 @@ class SparkAttention(Attention):
         positions: Int[Array, "batch seq"],
         *,
         k: ArrayLike | None = None,
+        lengths: Int[Array, " batch"] | None = None,
         with_density: bool = False,
     ) -> Any:
         """As `Attention`; a `k` given here is used instead of the layer's own.
 
         It may be traced, so that layers of different `k` can share one `nnx.scan`.
         """
-        y, density = self.attend(*self.project(x, positions), k=k)
+        y, density = self.attend(*self.project(x, positions), k=k, lengths=lengths)
         y = self.combine(y)
         return (y, density) if with_density else y
