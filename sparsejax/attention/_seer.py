@@ -213,8 +213,9 @@ def seer_topk(
       `causal=True`. `pair_density` gives what it keeps. No gradient.
 
     Raises:
-      ValueError: if `num_kept` is below 1, more than there are blocks, or neither one
-        number nor one for each head; or `dense_last_rows` is negative.
+      ValueError: if `scores` have other axes, `num_kept` is below 1, more than there
+        are blocks, or neither one number nor one for each head; or `dense_last_rows` is
+        negative.
 
     Example:
       >>> scores = jnp.where(jnp.tri(4, dtype=bool), jnp.arange(4.0), -jnp.inf)
@@ -268,6 +269,11 @@ def seer_threshold(
 
 def topk_kept(scores: jax.Array, own: jax.Array, num_kept: ArrayLike) -> jax.Array:
     """The `num_kept` highest of each row, the block `own` of the row among them."""
+    if scores.ndim != 4:
+        raise ValueError(
+            "`scores` must be `[batch, heads, blocks, blocks]`; got shape "
+            f"{scores.shape}."
+        )
     _, heads, _, columns = scores.shape
     if np.shape(num_kept) not in ((), (heads,)):
         raise ValueError(

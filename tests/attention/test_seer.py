@@ -535,6 +535,10 @@ def test_bad_input_is_named():
         (lambda: attention.seer_loss(scores, scores, reduction="sum"), "got 'sum'"),
         (top(5), r"`num_kept` must be in \[1, 4\].*got 5. Lower the budget"),
         (top(0), "got 0"),
+        (
+            lambda: attention.seer_topk(scores[0], num_kept=1, block=4),
+            r"`scores` must be `\[batch, heads, blocks, blocks\]`; got shape \(4, ",
+        ),
         (top(np.array([1, 2])), r"one for each of 4 heads; got shape \(2,\)"),
         (top(1, dense_last_rows=-1), "`dense_last_rows` must .*got -1"),
         (lambda: attention.seer_num_kept(1.5, 4), r"\(0, 1\].*density=1.5"),
