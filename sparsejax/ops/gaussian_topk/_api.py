@@ -55,7 +55,7 @@ def gaussian_topk(
       axis_name: mesh axis or axes over which the last axis is sharded, in `shard_map`;
         the sums then run over all shards. Only the reference takes it.
       implementation: "reference", "pallas_tpu", "mosaic_gpu", or None for the fastest
-        that serves, which is the reference for few rows. Kernels read x and `up` once
+        that serves, on a GPU the reference for few rows. Kernels read x and `up` once
         and write the result once; in the backward they read the gradient too, and write
         theirs once.
 
@@ -90,7 +90,7 @@ def gaussian_topk(
         for name, get in {"pallas_tpu": _tpu, "mosaic_gpu": _gpu}.items()
     }
     if implementation is None and math.prod(x.shape[:-1]) < _FEWEST_ROWS:
-        kernels = {}
+        del kernels["mosaic_gpu"]
     return dispatch((x, z, up), implementation, reference=reference, kernels=kernels)
 
 
