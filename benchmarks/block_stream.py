@@ -49,33 +49,29 @@ def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
     product = functools.partial(sj.ops.block_matmul, implementation=kernel)
     masked = functools.partial(sj.ops.block_matmul, implementation="reference")
 
-    @functools.partial(jax.jit, static_argnames=("fn", "variance", "tokens"))
-    def run(x, given, *, fn, variance=1.0, tokens=TOKENS):
-        def layer(x, args):
-            y = fn(x, *args).astype(jnp.float32) * variance**-0.5
+    def loop(product, variance=1.0, tokens=TOKENS):
+        def layer(x, *has):
+            y = product(x, *has).astype(jnp.float32) * variance**-0.5
             return ((x + y) * 0.5**0.5).astype(x.dtype)
 
-        return jax.lax.fori_loop(
-            0, tokens, lambda _, x: functools.reduce(layer, given, x), x
-        )
+        return common.in_a_loop(layer, tokens=tokens)
 
-    sparse = functools.partial(
-        run, x, list(zip(ws, masks, strict=True)), variance=case.density
-    )
-    got, want = sparse(fn=product, tokens=1), sparse(fn=masked, tokens=1)
+    kept = list(zip(ws, masks, strict=True))
+    got, want = (loop(fn, case.density, tokens=1)(x, kept) for fn in (product, masked))
     error = common.relative_error(got, want)
     assert error < 0.03, (shape, case, error)
+    sparse = functools.partial(loop(product, case.density), x, kept)
     large = jnp.concatenate([w.reshape(-1) for w in ws])
     copy = jax.jit(lambda x: jax.lax.optimization_barrier(x) + 0)
     times = common.time_in_turn(
         {
-            "ours": functools.partial(sparse, fn=product),
-            "dense": functools.partial(run, x, [(w,) for w in ws], fn=jnp.dot),
+            "ours": sparse,
+            "dense": functools.partial(loop(jnp.dot), x, [(w,) for w in ws]),
             "copy": functools.partial(copy, large),
         },
         repeats=repeats,
     )
-    if told := kernel_times.longest(lambda: sparse(fn=product), units=TOKENS):
+    if told := kernel_times.longest(sparse, units=TOKENS):
         print(f"  ours, a token: {told}")
     ours, dense = (times[name].ms / TOKENS / layers for name in ("ours", "dense"))
     mean_density = sum(float(mask.density()) for mask in masks) / layers

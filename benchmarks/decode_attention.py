@@ -97,20 +97,14 @@ def loop(fn: Callable, query: jax.Array, layers: list) -> Callable[[], jax.Array
       layers: a tuple for each.
     """
 
-    @jax.jit
-    def run(query, layers):
-        def layer(query, args):
-            out = fn(query, *args)
-            if isinstance(out, sj.formats.KeyLists):
-                never = jnp.any(out.num < 0) | jnp.any(out.indices < 0)
-                out = jnp.where(never, jnp.inf, query)  # so that they are computed
-            return ((query + out) * 0.5**0.5).astype(query.dtype)
+    def layer(query, *has):
+        out = fn(query, *has)
+        if isinstance(out, sj.formats.KeyLists):
+            never = jnp.any(out.num < 0) | jnp.any(out.indices < 0)
+            out = jnp.where(never, jnp.inf, query)  # so that they are computed
+        return ((query + out) * 0.5**0.5).astype(query.dtype)
 
-        return jax.lax.fori_loop(
-            0, TOKENS, lambda _, query: functools.reduce(layer, layers, query), query
-        )
-
-    return functools.partial(run, query, layers)
+    return functools.partial(common.in_a_loop(layer, tokens=TOKENS), query, layers)
 
 
 def run(case: Case, repeats: int) -> dict:

@@ -274,6 +274,31 @@ def for_each(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
     return jax.jit(together)
 
 
+def in_a_loop(
+    layer: Callable[..., Any], *, tokens: int
+) -> Callable[[Any, Sequence[tuple[Any, ...]]], Any]:
+    """One program that takes some tokens through layers, as a loop of decoding does.
+
+    Its buffers stay where they are: where those of a kernel move, as a program's own
+    results do, XLA on a GPU records the kernel's call anew.
+
+    Args:
+      layer: takes what the layer before gave, and what it has itself.
+      tokens: how many.
+
+    Returns:
+      A jitted function of the first input and of what each layer has, a tuple each.
+    """
+
+    def run(x, layers):
+        def token(_, x):
+            return functools.reduce(lambda x, has: layer(x, *has), layers, x)
+
+        return jax.lax.fori_loop(0, tokens, token, x)
+
+    return jax.jit(run)
+
+
 def relative_error(got: jax.Array, want: jax.Array) -> float:
     """The norm of the difference over that of `want`, 1 in place of 0."""
     got, want = got.astype(jnp.float32), want.astype(jnp.float32)

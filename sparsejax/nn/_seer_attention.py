@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import attention
 from sparsejax.formats import BlockMask
-from sparsejax.nn._attention import Attention
+from sparsejax.nn._attention import Attention, filled
 from sparsejax.nn._block_attention import attend_to_blocks
 
 
@@ -167,7 +167,7 @@ class SeerAttention(Attention):
             if self.select is not None:
                 mask = self.select(scores, block=self.block)
                 return attend_to_blocks(query, key, value, mask)
-        return self.attend(query, key, value, lengths=lengths)
+        return self.attend(query, key, value, **filled(lengths))
 
 
 def pop_gate_losses(model: nnx.Module) -> Float[Array, " layers"]:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import activations, attention
-from sparsejax.nn._attention import Attention
+from sparsejax.nn._attention import Attention, filled
 from sparsejax.nn._rope import apply_rope
 
 
@@ -136,6 +136,7 @@ class SparkAttention(Attention):
 
         It may be traced, so that layers of different `k` can share one `nnx.scan`.
         """
-        y, density = self.attend(*self.project(x, positions), k=k, lengths=lengths)
+        projected = self.project(x, positions)
+        y, density = self.attend(*projected, k=k, **filled(lengths))
         y = self.combine(y)
         return (y, density) if with_density else y

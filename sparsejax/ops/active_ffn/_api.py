@@ -1,6 +1,5 @@
 """`active_ffn`: checks, then the reference, the loop or the kernel."""
 
-import functools
 from typing import Literal, TypeAlias
 
 import jax
@@ -72,11 +71,11 @@ def active_ffn(
     _check(x, gate, indices, num_active, up, down)
     num_active = jnp.asarray(num_active, jnp.int32)
     operands = (x, gate, indices.astype(jnp.int32), num_active, up, down)
-    return _no_gradient(implementation, *operands)
+    return _run(implementation, *operands)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _no_gradient(implementation, *operands):
+@_checks.for_inference("active_ffn")
+def _run(implementation, *operands):
     if implementation == "xla":
         return _xla.active_ffn(*operands)
     plain = _reference.active_ffn if implementation == "reference" else _plain
@@ -86,12 +85,6 @@ def _no_gradient(implementation, *operands):
         reference=plain,
         kernels={"mosaic_gpu": _mosaic_gpu_kernel},
     )
-
-
-@_no_gradient.defjvp
-def _no_gradient_jvp(implementation, primals, tangents):
-    del implementation, primals, tangents
-    _checks.refuse_gradient("active_ffn")
 
 
 def _mosaic_gpu_kernel() -> _platform.Kernel:

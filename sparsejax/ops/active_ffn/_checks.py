@@ -1,6 +1,7 @@
-"""What `active_ffn` and `gated_ffn` ask of their operands."""
+"""What `active_ffn` and `gated_ffn` ask of their operands and of who calls them."""
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,24 @@ def check_equal(name_a, a, axis_a, name_b, b, axis_b, what) -> None:
         )
 
 
-def refuse_gradient(name: str) -> NoReturn:
-    raise NotImplementedError(
-        f"`{name}` is for inference and has no gradient; got a differentiation of it. "
-        "Train with the dense products under the gate's zeros, which give the same "
-        "values, or wrap the operands in `jax.lax.stop_gradient`."
-    )
+def for_inference(name: str) -> Callable[[Callable], Callable]:
+    """Makes the differentiation of a function an error that says what to do.
+
+    Args:
+      name: of the public function; the one decorated takes what is static, then arrays.
+    """
+
+    def decorate(run):
+        guarded = jax.custom_jvp(run, nondiff_argnums=(0,))
+
+        @guarded.defjvp
+        def refuse(static, primals, tangents):
+            raise NotImplementedError(
+                f"`{name}` is for inference and has no gradient; got a differentiation "
+                "of it. Train with the dense products under the gate's zeros, which "
+                "give the same values, or wrap the operands in `jax.lax.stop_gradient`."
+            )
+
+        return guarded
+
+    return decorate

@@ -60,7 +60,7 @@ def gated_ffn(
     _checks.check_arrays(x=(x, 2), gate=(gate, 2), up=(up, 2), down=(down, 2))
     _checks.check_ffn(x, gate, up, down)
     _checks.check_equal("gate", gate, 1, "up", up, 0, "d_ff")
-    return _no_gradient(implementation, x, gate, up, down)
+    return _run(implementation, x, gate, up, down)
 
 
 def has_gated_ffn_kernel(x: jax.Array, up: jax.Array, down: jax.Array) -> bool:
@@ -81,20 +81,14 @@ def has_gated_ffn_kernel(x: jax.Array, up: jax.Array, down: jax.Array) -> bool:
     return _kernel().unsupported_reason(x, gate, up, down) is None
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _no_gradient(implementation, *operands):
+@_checks.for_inference("gated_ffn")
+def _run(implementation, *operands):
     return _platform.dispatch(
         operands,
         implementation,
         reference=_reference,
         kernels={"mosaic_gpu": _kernel},
     )
-
-
-@_no_gradient.defjvp
-def _no_gradient_jvp(implementation, primals, tangents):
-    del implementation, primals, tangents
-    _checks.refuse_gradient("gated_ffn")
 
 
 def _kernel() -> _platform.Kernel:
