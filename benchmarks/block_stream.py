@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +22,7 @@ from benchmarks.parts import common, kernel_times
 
 TOKENS = 4  # through all layers, in a program
 STREAMED_BYTES = 200e6  # of kept blocks in distinct matrices: more than any cache holds
-MASKS = 8  # in a program
+MASKS = 31  # built after the first, in a program
 
 SIDE = 8192
 CASES = [
@@ -95,19 +96,27 @@ def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
 
 def run_building(shape: Shape, repeats: int) -> list[dict]:
     """The lists of a mask, from bools of blocks and from an elementwise mask."""
-    masks = [make_mask(shape, Case(0.1), seed) for seed in range(MASKS)]
+    mask = make_mask(shape, Case(0.1), seed=0)
     block = (shape.block, shape.block)
-    fns = {
-        "mask from blocks": functools.partial(
-            common.for_each(lambda kept: sj.BlockMask.from_blocks(kept, block)),
-            [mask.to_blocks() for mask in masks],
-        ),
-        "mask from dense": functools.partial(
-            common.for_each(lambda kept: sj.BlockMask.from_dense(kept, block)),
-            [mask.to_dense() for mask in masks],
-        ),
+    sources = {
+        "mask from blocks": (sj.BlockMask.from_blocks, mask.to_blocks()),
+        "mask from dense": (sj.BlockMask.from_dense, mask.to_dense()),
     }
-    times = common.time_in_turn(fns, repeats=repeats, units=MASKS)
+    fns = {
+        name: functools.partial(
+            common.built_in_a_loop(
+                lambda never, kept, make=make: make(kept ^ never, block), times=MASKS
+            ),
+            kept,
+        )
+        for name, (make, kept) in sources.items()
+    }
+    for fn in fns.values():
+        chex.assert_trees_all_equal(fn(), mask)
+    times = common.time_in_turn(fns, repeats=repeats, units=MASKS + 1)
+    for name, fn in fns.items():
+        if told := kernel_times.longest(fn, units=MASKS + 1):
+            print(f"  {name}: {told}")
     return [
         dataclasses.asdict(shape)
         | {"product": name, "ms": time.ms, "iqr_ms": time.iqr_ms}

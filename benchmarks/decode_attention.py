@@ -150,8 +150,11 @@ def run(case: Case, repeats: int) -> dict:
         common.relative_error(fn(query, *given[name][0]), want)
         for name, fn in ways.items()
     )
+    loops = {name: loop(fn, query, given[name]) for name, fn in fns.items()}
+    # compiles them all side by side
+    common.side_by_side(lambda call: jax.block_until_ready(call()), loops.values())
     times = common.time_in_turn(
-        {name: loop(fn, query, given[name]) for name, fn in fns.items()},
+        loops,
         repeats=repeats,
         units=TOKENS * case.layers,
     )

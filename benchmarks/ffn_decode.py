@@ -6,8 +6,9 @@ products, a gather of the rows, the loop of `ops.active_ffn` and its kernel, and
 share of active neurons and the batch. Then a whole Spark FFN, which finds its neurons
 by a predictor and a statistical threshold, against a dense gated FFN of as many
 parameters, in the fastest of its forms. Times are of one layer; several layers with
-weights of their own run in turn, so that no cache holds them. The forms run in turn
-too, so that a busy machine slows all alike. On a CPU, `cpu_ms` is the time of all
+weights of their own come one after the other, on a GPU in a loop, as decoding takes
+them, so that no cache holds them. The forms take turns, so that a busy machine slows
+all alike. On a CPU, `cpu_ms` is the time of all
 threads, those included that spin a while after a dense product.
 """
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import sparsejax as sj
 from benchmarks.parts import common, kernel_times
 from sparsejax import ops
 
@@ -75,16 +77,22 @@ def implementations() -> dict[str, str]:
     return found
 
 
+@functools.cache  # a form that takes no list of neurons compiles once for a batch
 def chain(layer_form):
-    """All layers in turn, each added to the residual stream."""
+    """All layers in turn, each added to the residual stream; on a GPU some tokens."""
 
-    @jax.jit
-    def run(layers, h):
-        for layer in layers:
-            h = h + layer_form(layer, h)
-        return h
+    def layer(h, has):
+        return ((h + layer_form(has, h)) * 0.5**0.5).astype(h.dtype)
 
-    return run
+    return common.in_a_loop(layer, tokens=num_tokens())
+
+
+one_layer = functools.cache(jax.jit)
+
+
+def num_tokens() -> int:
+    """What a program starts with and ends with counts on a GPU."""
+    return 4 if jax.default_backend() == "gpu" else 1
 
 
 def product(matrix, x):
@@ -190,13 +198,31 @@ def check(name, got, want, dtype) -> None:
     assert error < limit, f"{name} is off by {error:.1e} of the largest value"
 
 
-def measure(forms, layers, h, dtype, repeats):
-    """Checks that all forms give what the first gives, then times them."""
-    fns = {name: functools.partial(f, layers, h) for name, f in forms.items()}
-    want = next(iter(fns.values()))()
-    for name, fn in fns.items():
-        check(name, fn(), want, dtype)
-    return common.time_in_turn(fns, repeats=repeats, units=len(layers))
+def measure(groups, layers, h, dtype, repeats):
+    """Checks that the forms of a group agree in the first layer, then times all.
+
+    Args:
+      groups: each of forms `(layer, h)` by name.
+      layers: what the forms take.
+      h: the residual stream.
+      dtype: of the weights.
+      repeats: as in `common.time_in_turn`.
+
+    Returns:
+      The times of a layer, and what was timed, both by name.
+    """
+    calls = {}
+    for forms in groups:
+        found = {name: one_layer(form)(layers[0], h) for name, form in forms.items()}
+        want = next(iter(found.values()))
+        for name, got in found.items():
+            check(name, got, want, dtype)
+            has = [(layer,) for layer in layers]
+            calls[name] = functools.partial(chain(forms[name]), h, has)
+    # compiles them all side by side
+    common.side_by_side(lambda call: jax.block_until_ready(call()), calls.values())
+    units = len(layers) * num_tokens()
+    return common.time_in_turn(calls, repeats=repeats, units=units), calls
 
 
 def best_of(times, names):
@@ -212,25 +238,24 @@ def columns_of(times) -> dict:
     }
 
 
-def given_forms() -> dict[str, Callable]:
-    """Whole chains, so that what depends on no list of neurons compiles once."""
+def given_forms() -> tuple[dict[str, Callable], dict[str, Callable]]:
+    """The dense ones, and ours."""
     dense = {f"dense_{by}": functools.partial(dense_form, by=by) for by in BY}
     ours = {
         name: functools.partial(active_form, implementation=implementation)
         for name, implementation in implementations().items()
     }
-    return {name: chain(form) for name, form in (dense | ours).items()}
+    return dense, ours
 
 
-def run_given(
-    forms: dict[str, Callable], layers, size: Size, case: Case, repeats: int
-) -> dict:
+def run_given(forms, layers, size: Size, case: Case, repeats: int) -> dict:
+    """One row; `forms` as from `given_forms`."""
     layers = with_active(layers, size, case)
     h = jax.random.normal(jax.random.key(1), (case.batch, size.d_model), size.dtype)
-    times = measure(forms, layers, h, size.dtype, repeats)
-    dense = [f"dense_{by}" for by in BY]
+    dense, ours = forms
+    times, _ = measure([dense | ours], layers, h, size.dtype, repeats)
     dense_name = best_of(times, dense)
-    ours_name = best_of(times, implementations())
+    ours_name = best_of(times, ours)
     num_bytes = 2 * size.d_model * size.d_ff * jnp.dtype(size.dtype).itemsize
     active_bytes = num_bytes * int(layers[0]["num_active"]) / size.d_ff
     return (
@@ -295,22 +320,22 @@ def gated_twice_form(layer, h, by):
 
 
 def spark_gate(layer, h):
-    """The gate before its zeros are left out: You et al., 2025, arXiv 2506.06644."""
-    half = h.shape[1] // 2
-    scores = product(layer["spark"]["predictor"], h[:, :half])
-    mean, std = scores.mean(axis=1, keepdims=True), scores.std(axis=1, keepdims=True)
-    threshold = mean + std * jax.scipy.special.ndtri(1 - SPARK_DENSITY)
-    return jax.nn.gelu(jnp.maximum(scores - threshold, 0), approximate=True)
+    """As `sj.nn.SparkFFN` has it."""
+    predictor = layer["spark"]["predictor"]
+    scores = product(predictor, h[:, : h.shape[1] // 2]).astype(h.dtype)
+    kept = sj.statistical_topk(scores, SPARK_DENSITY * len(predictor))
+    return jax.nn.gelu(kept, approximate=True)
 
 
 def spark_form(layer, h, implementation, capacity):
     gate = spark_gate(layer, h)
-    half, weights = h.shape[1] // 2, layer["spark"]
+    weights = layer["spark"]
+    rest = jax.lax.optimization_barrier(h[:, h.shape[1] // 2 :])
     if implementation == FOUND:
-        return found_form(h[:, half:], gate, weights["up"], weights["down"])
+        return found_form(rest, gate, weights["up"], weights["down"])
     indices, count, _ = ops.active_indices(jnp.any(gate > 0, axis=0), capacity)
     return ops.active_ffn(
-        *(h[:, half:], gate[:, indices], indices, count),
+        *(rest, gate[:, indices], indices, count),
         *(weights["up"], weights["down"]),
         implementation=implementation,
     )
@@ -344,17 +369,12 @@ def run_spark(layers, size: Size, batch: int, repeats: int) -> dict:
         gated |= {
             f"gated_twice_{by}": functools.partial(gated_twice_form, by=by) for by in BY
         }
-    gated, ours, dense = (
-        {name: chain(form) for name, form in forms.items()}
-        for forms in (gated, ours, {"spark_dense": spark_dense_form})
-    )
-    times = measure(dense | ours, layers, h, size.dtype, repeats)
-    # once more, side by side with what they are compared with
-    fns = {n: functools.partial(f, layers, h) for n, f in (gated | ours).items()}
-    times |= common.time_in_turn(fns, repeats=repeats, units=size.num_layers)
-    fastest = fns[best_of(times, ours)]
-    if told := kernel_times.longest(fastest, units=size.num_layers):
-        print(f"  {best_of(times, ours)}, a layer: {told}")
+    groups = [{"spark_dense": spark_dense_form} | ours, gated]
+    times, calls = measure(groups, layers, h, size.dtype, repeats)
+    fastest = best_of(times, ours)
+    units = size.num_layers * num_tokens()
+    if told := kernel_times.longest(calls[fastest], units=units):
+        print(f"  {fastest}, a layer: {told}")
     listing = jax.jit(functools.partial(ops.active_indices, capacity=capacity))
     listing_time = common.time_in_turn(
         {"indices": lambda: listing(active)}, repeats=repeats
@@ -403,10 +423,10 @@ def run_tiles(layers, size: Size, case: Case, repeats: int) -> list[dict]:
         if used * tiles.blocks_per_sm > 220 * 1024 or tiles.slots < 2:
             continue
         form = functools.partial(active_form, implementation="mosaic_gpu", tiles=tiles)
-        forms[tiles] = functools.partial(chain(form), layers, h)
-    times = common.time_in_turn(forms, repeats=repeats, units=size.num_layers)
+        forms[str(tiles)] = form
+    times, _ = measure([forms], layers, h, size.dtype, repeats)
     return [
-        {"part": "tiles", **dataclasses.asdict(case), **dataclasses.asdict(tiles)}
+        {"part": "tiles", **dataclasses.asdict(case), "tiles": tiles}
         | {"ms": found.ms, "iqr_ms": found.iqr_ms, "min_ms": found.min_ms}
         for tiles, found in times.items()
     ]

@@ -299,6 +299,29 @@ def in_a_loop(
     return jax.jit(run)
 
 
+def built_in_a_loop(
+    build: Callable[..., sj.BlockMask], *, times: int
+) -> Callable[..., sj.BlockMask]:
+    """One program that builds a mask some times, as a program that uses it does.
+
+    Args:
+      build: takes a bool that is False, which the compiler cannot know, and what it
+        builds from; must use both.
+      times: how often.
+
+    Returns:
+      A jitted function of what it builds from.
+    """
+
+    def run(*args):
+        def again(_, mask):
+            return build(mask.num.reshape(-1)[0] < 0, *args)
+
+        return jax.lax.fori_loop(0, times, again, build(jnp.bool_(False), *args))
+
+    return jax.jit(run)
+
+
 def relative_error(got: jax.Array, want: jax.Array) -> float:
     """The norm of the difference over that of `want`, 1 in place of 0."""
     got, want = got.astype(jnp.float32), want.astype(jnp.float32)

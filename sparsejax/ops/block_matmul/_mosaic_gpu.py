@@ -44,6 +44,7 @@ class Tiles:
         under way; divides `parts`, or is more.
       window: tiles of rows that are worked on at a time, side by side, so that what is
         read of `w` is read by as many programs. More where that occupies more of them.
+      ahead: steps whose entry of the list is read ahead.
       num_sms: multiprocessors of the device.
     """
 
@@ -53,6 +54,7 @@ class Tiles:
     parts: int = 4
     room: int = 2
     window: int = 4
+    ahead: int = 1
     num_sms: int = 132
 
     @classmethod
@@ -65,10 +67,12 @@ class Tiles:
           columns: of the result.
 
         Example:
-          >>> Tiles.default(8192, 128, columns=8192)
-          Tiles(columns=128, rows=256, stages=4, parts=4, room=2, window=4, num_sms=132)
-          >>> Tiles.default(5, 128, columns=8192)
-          Tiles(columns=64, rows=16, stages=8, parts=1, room=2, window=4, num_sms=132)
+          >>> tiles = Tiles.default(8192, 128, columns=8192)
+          >>> tiles.columns, tiles.rows, tiles.stages, tiles.parts, tiles.ahead
+          (128, 256, 4, 4, 1)
+          >>> tiles = Tiles.default(5, 128, columns=8192)
+          >>> tiles.columns, tiles.rows, tiles.stages, tiles.parts, tiles.ahead
+          (64, 16, 8, 1, 4)
         """
         num_wide = -(-num_rows // _MAX_ROWS) * (columns // 128)
         if block_side % 128 or num_wide < cls.num_sms:  # narrow ones, to occupy all
@@ -79,7 +83,7 @@ class Tiles:
         row_tiles = -(-num_rows // most)
         rows = -(-num_rows // (row_tiles * (128 // width)))
         if rows <= 64:  # bound by reading w: keep many copies under way
-            return cls(width, _round_up(rows, 16), stages=8, parts=1)
+            return cls(width, _round_up(rows, 16), stages=8, parts=1, ahead=4)
         return cls(width, _round_up(rows, 8 * cls.parts))
 
     @property
@@ -207,23 +211,28 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     def make_task(refs):
         x_ring, w_ring, staging = refs["x_ring"], refs["w_ring"], refs["staging"]
 
+        def cuts(number):
+            """Where the units of a program begin and end."""
+            if across == num_units:  # one each: no need to read all counts
+                return [(number + i).astype(jnp.float32) for i in range(2)]
+
+            def cost(i):
+                return refs["num"][i] * substeps + _STORE_COST
+
+            found = share(cost, num_lists, number, across)
+            return [at * units_of_list for at in found]
+
         def walk(visit, carry):
             program = jax.lax.axis_index("program")
             number, row = jax.lax.div(program, window), jax.lax.rem(program, window)
-            first, last = share(
-                lambda i: refs["num"][i] * substeps + _STORE_COST,
-                num_lists,
-                number,
-                across,
-            )
+            first, last = cuts(number)
 
             def of_window(g, carry):
                 def of_unit(unit, carry):
                     return visit((row_tile * num_units + unit,), carry)
 
                 row_tile = g * window + row
-                start = whole(first * units_of_list, g, windows)
-                stop = whole(last * units_of_list, g, windows)
+                start, stop = (whole(at, g, windows) for at in (first, last))
                 stop = jnp.where(row_tile < row_tiles, stop, start)
                 return jax.lax.fori_loop(start, stop, of_unit, carry)
 
@@ -324,5 +333,6 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
         stages=tiles.stages,
         copies=2,
         programs=across * window,
+        ahead=tiles.ahead,
     )
     return y[:num_rows] if pad else y
