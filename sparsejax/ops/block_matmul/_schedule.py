@@ -41,23 +41,27 @@ def share(
       [(0.0, 1.0), (1.0, 4.0)]
     """
     total = add_up(cost, size).astype(jnp.float32)
+    targets = [total * jnp.asarray(n, jnp.float32) / of for n in (number, number + 1)]
 
-    def cut(number):
-        target = total * jnp.asarray(number, jnp.float32) / of
+    def step(carry, i, n):
+        start, found = carry
+        n = n.astype(jnp.float32)
+        seen = jnp.asarray(i, jnp.float32), start, n
+        found = [
+            # the last list that begins no later
+            [jnp.where(start <= target, a, b) for a, b in zip(seen, last, strict=True)]
+            for target, last in zip(targets, found, strict=True)
+        ]
+        return start + n, found
 
-        def step(carry, i, n):
-            start, *found = carry
-            n = n.astype(jnp.float32)
-            here = start <= target  # the last for which this holds
-            seen = jnp.asarray(i, jnp.float32), start, n
-            found = [jnp.where(here, a, b) for a, b in zip(seen, found, strict=True)]
-            return start + n, *found
-
-        zero = jnp.float32(0)
-        _, first, start, n = _scan(step, (zero, zero, zero, zero), cost, size)
-        return jnp.minimum(first + (target - start) / n, float(size))
-
-    return cut(number), cut(number + 1)
+    zero = jnp.float32(0)
+    # both cuts by one scan: each of its reads waits for memory
+    _, found = _scan(step, (zero, [[zero] * 3] * 2), cost, size)
+    first, last = (
+        jnp.minimum(i + (target - start) / n, float(size))
+        for target, (i, start, n) in zip(targets, found, strict=True)
+    )
+    return first, last
 
 
 def whole(at: jax.Array, window: Any, windows: int) -> jax.Array:
