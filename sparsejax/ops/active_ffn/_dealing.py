@@ -1,10 +1,11 @@
 """Which neurons a block of threads of the Hopper kernel takes, and in which order.
 
 `Listed` deals the entries of a list out in turn: each block has as many as the others.
-`Found` has no list: the neurons are cut into equal ranges, and a block finds in its
-range those with a gate that is not 0. Some blocks then have more to do than others, by
-a few neurons; but a list takes five programs to make, each of which waits for the one
-before: 1 to 4 us of a layer of decoding on an H200.
+`Found` has no list: the neurons are cut into equal ranges, and in each two blocks find
+those with a gate that is not 0, one from the front and one from the back, until they
+meet. Some blocks then have more to do than others, by a few neurons; but a list takes
+five programs to make, each of which waits for the one before: 1 to 4 us of a layer of
+decoding on an H200.
 """
 
 import dataclasses
@@ -48,6 +49,11 @@ class Walk(NamedTuple):
 
 class Dealing(Protocol):
     """A way to deal out neurons; static, so that it may be a key of compilation."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of threads that it deals them out to."""
+        ...
 
     def scratch(self, dtype) -> tuple[Any, ...]:
         """Types of shared memory that it needs, for gates of that dtype."""
@@ -103,35 +109,73 @@ class Listed:
 class Found:
     """The neurons of a range whose gate is not 0 for some row of the batch.
 
+    Of blocks that share a range, the second has its places mirrored, so that it walks
+    over the neurons from the back; each takes half of them. The more neurons a range
+    has, the less do their shares of active ones differ.
+
     Its operand: gates `[batch, d_ff]`.
+
+    Attributes:
+      batch: rows of gates.
+      d_ff: neurons.
+      num_ranges: of which the lengths differ by at most `_ALIGNED` neurons.
+      sides: blocks that share a range, 1 or 2.
     """
 
     batch: int
     d_ff: int
-    num_blocks: int
+    num_ranges: int
+    sides: int
+
+    @classmethod
+    def default(cls, batch: int, d_ff: int, num_blocks: int, itemsize: int) -> "Found":
+        """Ranges that two blocks share, or half as long ones if their gates do not fit.
+
+        Args:
+          batch: rows of gates.
+          d_ff: neurons.
+          num_blocks: at least 1; of an odd number one is left out, or one comes to it.
+          itemsize: bytes of a gate.
+
+        Returns:
+          The dealing; `unsupported_reason` says whether it can be.
+        """
+        shared = cls(batch, d_ff, max(1, num_blocks // 2), 2)
+        if shared.unsupported_reason(itemsize) is None:
+            return shared
+        return cls(batch, d_ff, num_blocks, 1)
 
     @property
-    def share(self) -> int:
-        """Neurons of a range; the last ranges may have fewer."""
-        return -(-self.d_ff // (self.num_blocks * _ALIGNED)) * _ALIGNED
+    def num_blocks(self) -> int:
+        return self.num_ranges * self.sides
+
+    @property
+    def window(self) -> int:
+        """Neurons whose gates a block reads: a range, and maybe some around it."""
+        longest = -(-self.d_ff // (self.num_ranges * _ALIGNED)) * _ALIGNED
+        return -(-longest // _PIECE) * _PIECE
 
     @property
     def pieces(self) -> int:
-        """Copies that bring a range, or more of the neurons around it."""
-        return -(-self.share // _PIECE)
+        """Copies that bring a window."""
+        return self.window // _PIECE
+
+    def begins(self, number):
+        """The first neuron of a range; that of the range after the last is `d_ff`."""
+        aligned = number * (self.d_ff // _ALIGNED)
+        return jax.lax.div(aligned, self.num_ranges) * _ALIGNED
 
     def unsupported_reason(self, itemsize: int) -> str | None:
         """Why these sizes cannot be taken; None if they can."""
-        window = self.pieces * _PIECE
-        if self.d_ff % _ALIGNED or self.d_ff < window:
+        if self.d_ff % _ALIGNED or self.d_ff < self.window:
             return (
-                f"d_ff must be a multiple of {_ALIGNED} and at least {window}; got "
-                f"{self.d_ff}"
+                f"d_ff must be a multiple of {_ALIGNED} and at least {self.window}; "
+                f"got {self.d_ff}"
             )
-        if self.batch * window * itemsize > _GATES_BYTES:
+        if self.batch * self.window * itemsize > _GATES_BYTES:
             return (
                 f"the gates that one of {self.num_blocks} blocks reads must fit into "
-                f"{_GATES_BYTES} bytes; got {self.batch} x {window} gates"
+                f"{_GATES_BYTES} bytes; got {self.batch} x {self.window} gates"
             )
         return None
 
@@ -143,9 +187,11 @@ class Found:
 
     def begin(self, block, operands, scratch, slots: int) -> Callable[[], Walk]:
         [gate_gmem], [gates_smem, full] = operands, scratch
-        length = self.pieces * _PIECE
+        length = self.window
+        number, side = jax.lax.div(block, self.sides), jax.lax.rem(block, self.sides)
+        low, high = self.begins(number), self.begins(number + 1)
         # the window of a last range begins before it
-        start = jnp.minimum(block * self.share, self.d_ff - length)
+        start = jnp.minimum(low, self.d_ff - length)
         for piece in range(self.pieces):
             plgpu.copy_gmem_to_smem(
                 gate_gmem.at[:, pl.ds(start + piece * _PIECE, _PIECE)],
@@ -153,18 +199,21 @@ class Found:
                 full,
             )
 
+        def mirrored(place):
+            """The place in the window as the block counts, and back, if it is one."""
+            return side * (length - 1) + (1 - 2 * side) * place
+
         def wait() -> Walk:
             plgpu.barrier_wait(full)
-            low = block * self.share - start
             places = [
-                self._active(gates_smem, piece, low, length)
+                self._active(gates_smem, piece, low - start, high - start, mirrored)
                 for piece in range(self.pieces)
             ]
             counts = [jnp.where(at < length, 1.0, 0.0) for at in places]
             num = jnp.sum(functools.reduce(operator.add, counts)).astype(jnp.int32)
 
             def following(place):
-                """The next place in the window; its length if there is none."""
+                """The next place of an active neuron; `length` if there is none."""
                 later = [jnp.where(at > place, at, length) for at in places]
                 return jnp.min(functools.reduce(jnp.minimum, later))
 
@@ -172,24 +221,29 @@ class Found:
             for _ in range(slots - 1):
                 ring.append(following(ring[-1]))
 
+            def neuron(place):
+                return start + mirrored(place)
+
             def gates(_, ring):
-                at = jax.lax.div(ring[0], _PIECE), jax.lax.rem(ring[0], _PIECE)
+                place = mirrored(ring[0])
+                at = jax.lax.div(place, _PIECE), jax.lax.rem(place, _PIECE)
                 each = range(self.batch)
                 return [gates_smem[at[0], b, at[1]].astype(jnp.float32) for b in each]
 
             return Walk(
-                num,
-                [start + place for place in ring],
+                # of an odd number the first side has one more
+                jax.lax.div(num + (self.sides - 1) - side, self.sides),
+                [neuron(place) for place in ring],
                 ring,
-                ahead=lambda _, ring: start + ring[-1],
+                ahead=lambda _, ring: neuron(ring[-1]),
                 gates=gates,
                 advance=lambda ring: [*ring[1:], following(ring[-1])],
             )
 
         return wait
 
-    def _active(self, gates_smem, piece: int, low, length: int) -> jax.Array:
-        """The place in the window of each active neuron, `length` for the others."""
+    def _active(self, gates_smem, piece: int, low, high, mirrored) -> jax.Array:
+        """The place of each active neuron, the window's length for the others."""
         layout = plgpu.Layout.WG_STRIDED((_PIECE,), vec_size=1)
         load = functools.partial(_compat.mosaic_gpu_load, plgpu)
         places = plgpu.broadcasted_iota(jnp.int32, (_PIECE,), 0, layout=layout)
@@ -201,5 +255,5 @@ class Found:
                 for b in range(self.batch)
             ),
         )
-        mine = (places >= low) & (places < low + self.share)
-        return jnp.where(used & mine, places, length)
+        mine = (places >= low) & (places < high)
+        return jnp.where(used & mine, mirrored(places), self.window)

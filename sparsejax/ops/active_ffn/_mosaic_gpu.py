@@ -86,7 +86,7 @@ def _default_tiles(x, down) -> Tiles:
 
 def _found(gate, tiles: Tiles) -> Found:
     batch, d_ff = gate.shape
-    return Found(batch, d_ff, tiles.num_blocks)
+    return Found.default(batch, d_ff, tiles.num_blocks, gate.dtype.itemsize)
 
 
 def active_ffn(
@@ -212,7 +212,7 @@ def _sums_of_blocks(x, gates, up, down, dealing: Dealing, tiles: Tiles):
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(
-            (tiles.num_blocks, batch, *down.shape[1:]), jnp.float32
+            (dealing.num_blocks, batch, *down.shape[1:]), jnp.float32
         ),
         scratch_types=(
             plgpu.SMEM(x.shape, x.dtype),
@@ -222,7 +222,7 @@ def _sums_of_blocks(x, gates, up, down, dealing: Dealing, tiles: Tiles):
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             *dealing.scratch(gates[0].dtype),
         ),
-        grid=(tiles.num_blocks, tiles.parts),
+        grid=(dealing.num_blocks, tiles.parts),
         grid_names=("block", "part"),
         compiler_params=_compat.mosaic_gpu_params(plgpu),
     )(x, *gates, up, down)

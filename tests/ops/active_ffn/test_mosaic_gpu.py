@@ -80,13 +80,17 @@ class InterpretTest(parameterized.TestCase):
     @parameterized.parameters(
         # one neuron at a time in flight; blocks that share one, windows of two pieces
         ((1, 512, 512, 128, 0.1), jnp.bfloat16, Tiles(2, num_sms=2)),
-        ((2, 256, 1024, 264, 0.1), jnp.float32, Tiles(2, parts=2, num_sms=2)),
-        # axes of an odd number of pieces; the last range is shorter
+        ((2, 256, 1024, 264, 0.1), jnp.float32, Tiles(2, parts=2, num_sms=4)),
+        # a single block is made two
+        ((1, 512, 256, 256, 0.1), jnp.bfloat16, Tiles(2, num_sms=1)),
+        # axes of an odd number of pieces; the window of the last range begins before it
         ((3, 1280, 768, 392, 0.1), jnp.float16, Tiles(4, num_sms=2, blocks_per_sm=2)),
-        # ranges beyond the last neuron; none is active, all are
-        ((1, 512, 256, 128, 0.05), jnp.float32, Tiles(2, num_sms=20)),
+        # more ranges than there are groups of neurons; none is active, all are
+        ((1, 512, 256, 128, 0.05), jnp.float32, Tiles(2, num_sms=40)),
         ((1, 512, 512, 256, 0), jnp.bfloat16, Tiles(2, num_sms=3)),
         ((2, 256, 256, 256, 1), jnp.bfloat16, Tiles(3, num_sms=30)),
+        # shared, the ranges would have too many gates
+        ((16, 256, 256, 256, 0.05), jnp.float32, Tiles(2, num_sms=2)),
     )
     def test_gated_matches_reference(self, case, dtype, tiles):
         args = gated_operands(*case, dtype=dtype)
@@ -98,6 +102,29 @@ class InterpretTest(parameterized.TestCase):
         np.testing.assert_array_equal(
             np.asarray(got, np.float32), np.asarray(want, np.float32)
         )
+
+    @parameterized.product(num_blocks=[2, 6, 7], share=[0.1, 0.5, 1])
+    def test_blocks_meet_in_the_middle_of_a_range(self, num_blocks, share):
+        """`down` is the identity: the sums of a block are those of its neurons."""
+        d_ff = 256
+        active = np.random.default_rng(num_blocks).random(d_ff) < share
+        active[128:200] = share == 1
+        x, up, down = (
+            jnp.asarray(a, jnp.float32).reshape(-1, 1, 256)
+            for a in (np.eye(1, 256), np.ones((d_ff, 256)), np.eye(256))
+        )
+        gates = (jnp.asarray(active[None], jnp.float32),)
+        found = Found.default(1, d_ff, num_blocks, itemsize=4)
+        with gpu_interpreted():
+            sums = _mosaic_gpu._sums_of_blocks(x, gates, up, down, found, Tiles(2))
+        num_ranges = num_blocks // 2
+        want = np.zeros((2 * num_ranges, d_ff))
+        for i in range(num_ranges):
+            low, high = (j * 32 // num_ranges * 8 for j in (i, i + 1))
+            neurons = low + np.flatnonzero(active[low:high])
+            half = (len(neurons) + 1) // 2
+            want[2 * i, neurons[:half]] = want[2 * i + 1, neurons[half:]] = 1
+        np.testing.assert_array_equal(np.reshape(sums, want.shape), want)
 
     @parameterized.parameters((4, 4), (99, 6), (-2, 0))
     def test_public_function_with_a_traced_count(self, count, clipped):
@@ -181,10 +208,26 @@ class UnsupportedTest(parameterized.TestCase):
 class TilesTest(parameterized.TestCase):
     @parameterized.product(d_ff=[128, 1000, 24576, 49152], num_blocks=[1, 132, 264])
     def test_ranges_cover_all_neurons(self, d_ff, num_blocks):
-        found = Found(1, d_ff, num_blocks)
-        self.assertGreaterEqual(found.share * num_blocks, d_ff)
-        self.assertLess((found.share - 8) * num_blocks, d_ff)
-        self.assertGreaterEqual(found.pieces * 128, found.share)
+        found = Found.default(1, d_ff, num_blocks, itemsize=2)
+        bounds = np.array([found.begins(i) for i in range(found.num_ranges + 1)])
+        self.assertEqual((bounds[0], bounds[-1]), (0, d_ff))
+        self.assertTrue((bounds % 8 == 0).all())
+        lengths = np.diff(bounds)
+        self.assertLessEqual(np.ptp(lengths), 8)
+        self.assertLessEqual(lengths.max(), found.window)
+        self.assertLess(found.window - lengths.max(), 128)
+
+    @parameterized.parameters(
+        ((1, 32768, 264, 2), (132, 2)),
+        ((1, 32768, 33, 2), (16, 2)),
+        ((1, 4096, 1, 2), (1, 2)),
+        # 8 x 768 gates would not fit
+        ((8, 49152, 132, 2), (132, 1)),
+    )
+    def test_two_blocks_share_a_range_if_its_gates_fit(self, sizes, want):
+        found = Found.default(*sizes)
+        self.assertEqual((found.num_ranges, found.sides), want)
+        self.assertIsNone(found.unsupported_reason(itemsize=2))
 
     @parameterized.product(
         batch=[1, 2, 3, 8, 16], d_in=[256, 1280, 4096], d_model=[256, 2304, 8192]
