@@ -7,8 +7,6 @@ second: a block of 64 or 128 then still gives the widest product, a small batch 
 one, and neither operand is moved or transposed in memory.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -21,102 +19,11 @@ from sparsejax.ops.block_matmul import _mosaic_gpu_dw
 from sparsejax.ops.block_matmul._gradients import Products, differentiable
 from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
 from sparsejax.ops.block_matmul._reference import Activation, epilogue
-from sparsejax.ops.block_matmul._schedule import share, whole
+from sparsejax.ops.block_matmul._schedule import add_up, centred, cuts, whole
+from sparsejax.ops.block_matmul._tiles import Order, Tiles
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
-_MAX_ROWS = 256  # of x in one product, as many as the tensor cores take
-_MAX_NARROW_ROWS = 128  # for each warpgroup, so that four slots fit
 _STORE_COST = 1  # of a tile, in steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How the work of y and dx is cut.
-
-    Attributes:
-      columns: of the result in a tile: 128, 64 for each of two warpgroups; or 64, and
-        then each warpgroup has rows of its own.
-      rows: of x for one warpgroup, at most 256; a multiple of `8 * parts`.
-      stages: slots of the ring.
-      parts: in which the rows of a tile are stored, each during one step of the tile
-        after.
-      room: parts that shared memory has room for, so that the copies of as many may be
-        under way; divides `parts`, or is more.
-      window: tiles of rows that are worked on at a time, side by side, so that what is
-        read of `w` is read by as many programs. More where that occupies more of them.
-      ahead: steps whose entry of the list is read ahead.
-      num_sms: multiprocessors of the device.
-    """
-
-    columns: int
-    rows: int
-    stages: int = 4
-    parts: int = 4
-    room: int = 2
-    window: int = 4
-    ahead: int = 1
-    num_sms: int = 132
-
-    @classmethod
-    def default(cls, num_rows: int, block_side: int, columns: int) -> "Tiles":
-        """The tiles for these shapes.
-
-        Args:
-          num_rows: of x.
-          block_side: of a block along the columns of the result.
-          columns: of the result.
-
-        Example:
-          >>> tiles = Tiles.default(8192, 128, columns=8192)
-          >>> tiles.columns, tiles.rows, tiles.stages, tiles.parts, tiles.ahead
-          (128, 256, 4, 4, 1)
-          >>> tiles = Tiles.default(5, 128, columns=8192)
-          >>> tiles.columns, tiles.rows, tiles.stages, tiles.parts, tiles.ahead
-          (64, 16, 8, 1, 4)
-        """
-        num_wide = -(-num_rows // _MAX_ROWS) * (columns // 128)
-        if block_side % 128 or num_wide < cls.num_sms:  # narrow ones, to occupy all
-            width, most = 64, 2 * _MAX_NARROW_ROWS
-        else:
-            width, most = 128, _MAX_ROWS
-        # as few tiles as can be, then as small as can be
-        row_tiles = -(-num_rows // most)
-        rows = -(-num_rows // (row_tiles * (128 // width)))
-        if rows <= 64:  # bound by reading w: keep many copies under way
-            return cls(width, _round_up(rows, 16), stages=8, parts=1, ahead=4)
-        return cls(width, _round_up(rows, 8 * cls.parts))
-
-    @property
-    def rows_of_tile(self) -> int:
-        """Rows of x in a tile, of both warpgroups."""
-        return self.rows * (128 // self.columns)
-
-    def window_for(self, num_units: int, row_tiles: int) -> int:
-        """How many tiles of rows are worked on at a time.
-
-        Of those that occupy most programs, the one nearest to `window`.
-
-        Args:
-          num_units: tiles along the columns.
-          row_tiles: tiles along the rows.
-
-        Example:
-          >>> tiles = Tiles.default(8192, 128, columns=8192)
-          >>> [tiles.window_for(*shape) for shape in [(64, 32), (16, 32), (64, 1)]]
-          [4, 8, 1]
-        """
-
-        def occupied(window):
-            programs = min(self.num_sms // window, num_units) * window
-            windows = -(-row_tiles // window)
-            return round(programs * row_tiles / (windows * window), 6)
-
-        choices = range(1, min(row_tiles, self.num_sms) + 1)
-        return max(choices, key=lambda n: (occupied(n), -abs(n - self.window)))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def unsupported_reason(x, w, block_mask, bias, full_dw=False) -> str | None:
@@ -201,9 +108,9 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     units_of_list, substeps = side // tiles.columns, depth // DEPTH
     row_tiles = len(x) // tiles.rows_of_tile
     num_units = num_lists * units_of_list
-    window = tiles.window_for(num_units, row_tiles)
-    windows = -(-row_tiles // window)
-    across = min(tiles.num_sms // window, num_units)
+    long, short = tiles.orders(num_units, row_tiles)
+    once = long == short == Order(window=row_tiles, across=num_units)
+    most_rows = max(order.rows(row_tiles) for order in (long, short))
     part_rows, room = tiles.rows // tiles.parts, min(tiles.parts, tiles.room)
     assert tiles.parts % room == 0, tiles
     fused = activation and _compat.without_custom_rules(activation)
@@ -211,32 +118,47 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     def make_task(refs):
         x_ring, w_ring, staging = refs["x_ring"], refs["w_ring"], refs["staging"]
 
-        def cuts(number):
-            """Where the units of a program begin and end."""
-            if across == num_units:  # one each: no need to read all counts
-                return [(number + i).astype(jnp.float32) for i in range(2)]
+        def cost(i):
+            return refs["num"][i] * substeps + _STORE_COST
 
-            def cost(i):
-                return refs["num"][i] * substeps + _STORE_COST
+        def shared_out(program):
+            """The window, the first tile of rows, and where the units begin and end."""
+            if once:  # a unit each: reading all counts took 7 us on an H100
+                row = jax.lax.rem(program, row_tiles)
+                at = jax.lax.div(program, row_tiles).astype(jnp.float32)
+                return row_tiles, row, (at, at + 1)
+            total = add_up(cost, num_lists)
+            is_short = total < num_lists * (tiles.short + _STORE_COST)
 
-            found = share(cost, num_lists, number, across)
-            return [at * units_of_list for at in found]
+            def chosen(fn):  # divisions by constants take few registers
+                return jnp.where(is_short, fn(short), fn(long))
+
+            row = chosen(lambda order: jax.lax.rem(program, order.window))
+            number = chosen(lambda order: jax.lax.div(program, order.window))
+            share = total.astype(jnp.float32) * chosen(lambda order: 1 / order.across)
+            targets = [share * (number + i).astype(jnp.float32) for i in range(2)]
+            found = cuts(cost, num_lists, targets)
+            window = chosen(lambda order: order.window)
+            return window, row, [at * units_of_list for at in found]
 
         def walk(visit, carry):
             program = jax.lax.axis_index("program")
-            number, row = jax.lax.div(program, window), jax.lax.rem(program, window)
-            first, last = cuts(number)
+            window, first_row, found = shared_out(program)
+            found = [centred(at, first_row, window, most_rows) for at in found]
 
-            def of_window(g, carry):
+            def of_row_tile(place):
+                row_tile, carry = place
+
                 def of_unit(unit, carry):
                     return visit((row_tile * num_units + unit,), carry)
 
-                row_tile = g * window + row
-                start, stop = (whole(at, g, windows) for at in (first, last))
-                stop = jnp.where(row_tile < row_tiles, stop, start)
-                return jax.lax.fori_loop(start, stop, of_unit, carry)
+                start, stop = (whole(at, row_tile, most_rows) for at in found)
+                carry = jax.lax.fori_loop(start, stop, of_unit, carry)
+                return row_tile + window, carry
 
-            return jax.lax.fori_loop(0, windows, of_window, carry)
+            return jax.lax.while_loop(
+                lambda place: place[0] < row_tiles, of_row_tile, (first_row, carry)
+            )[1]
 
         def place(tile):
             return jax.lax.rem(tile[0], num_units), jax.lax.div(tile[0], num_units)
@@ -332,7 +254,6 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
         no_tile=(-1,),
         stages=tiles.stages,
         copies=2,
-        programs=across * window,
-        ahead=tiles.ahead,
+        programs=max(order.across * order.window for order in (long, short)),
     )
     return y[:num_rows] if pad else y

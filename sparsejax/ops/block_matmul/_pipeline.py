@@ -87,7 +87,6 @@ def run(
     stages: int,
     copies: int,
     programs: int,
-    ahead: int = 1,
 ) -> jax.Array:
     """Runs the kernel of a task.
 
@@ -102,13 +101,11 @@ def run(
       stages: slots of the ring.
       copies: that `load` starts for a slot.
       programs: the length of the grid.
-      ahead: steps whose source is read before it is needed. A read takes as long as the
-        copies of some steps, where those are small.
     """
-    assert stages >= 2 and ahead >= 1, (stages, ahead)
+    assert stages >= 2, stages
 
     def copying(refs):
-        _load_all(make_task(refs), refs["full"], refs["empty"], stages, ahead)
+        _load_all(make_task(refs), refs["full"], refs["empty"], stages)
 
     def computing(refs, warpgroup):
         task = make_task(refs)
@@ -137,16 +134,15 @@ def run(
     )["out"]
 
 
-def _load_all(task: Task, full, empty, stages: int, ahead: int) -> None:
+def _load_all(task: Task, full, empty, stages: int) -> None:
     aside = task.aside
 
     def visit(tile, done):
         num_steps = task.num_steps(tile)
 
-        def step(i, sources):
-            source, *upcoming = sources
+        def step(i, source):
             slot = jax.lax.rem(done + i, stages)
-            last = task.source(tile, i + ahead)  # is read while a slot is waited for
+            following = task.source(tile, i + 1)  # is read while a slot is waited for
 
             @pl.when(done + i >= stages)
             def _():
@@ -155,10 +151,9 @@ def _load_all(task: Task, full, empty, stages: int, ahead: int) -> None:
             task.load(tile, source, i, slot, full.at[slot])
             if aside is not None:
                 aside.after(done + i)
-            return (*upcoming, last)
+            return following
 
-        first = tuple(task.source(tile, jnp.int32(i)) for i in range(ahead))
-        jax.lax.fori_loop(0, num_steps, step, first)
+        jax.lax.fori_loop(0, num_steps, step, task.source(tile, jnp.int32(0)))
         return done + num_steps
 
     if aside is not None:

@@ -5,13 +5,13 @@ a kernel before it, to share the work out, would take as long as a tenth of a pr
 low density.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-_UNROLL = 4  # lengths that are read at a time
+_UNROLL = 5  # lengths that are read at a time; with 4 or 6 the compiler spills
 _REGION = 16  # blocks along either side of a region that is finished before the next
 
 
@@ -20,28 +20,25 @@ def add_up(length: Callable[[Any], jax.Array], size: int) -> jax.Array:
     return _scan(lambda total, i, n: total + n, jnp.int32(0), length, size)
 
 
-def share(
-    cost: Callable[[Any], jax.Array], size: int, number: Any, of: int
-) -> tuple[jax.Array, jax.Array]:
-    """Cuts lists into consecutive shares of equal cost; gives one of them.
+def cuts(
+    cost: Callable[[Any], jax.Array], size: int, targets: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Where the cost of the lists so far reaches each of some targets.
 
     Args:
       cost: takes the index of a list and gives its cost, int32, at least 1.
       size: how many lists.
-      number: of the share.
-      of: how many shares.
+      targets: float32, at least 0.
 
     Returns:
-      Where it begins and where it ends, float32, counted in lists: 3.25 is a quarter
-      into list 3. See `whole`.
+      For each, counted in lists: 3.25 is a quarter into list 3. At most `size`. See
+      `whole`.
 
     Example:
       >>> costs = jnp.array([3, 1, 1, 1])
-      >>> [tuple(map(float, share(lambda i: costs[i], 4, n, 2))) for n in (0, 1)]
-      [(0.0, 1.0), (1.0, 4.0)]
+      >>> print(*cuts(lambda i: costs[i], 4, [jnp.float32(n) for n in (0, 1.5, 4, 6)]))
+      0.0 0.5 2.0 4.0
     """
-    total = add_up(cost, size).astype(jnp.float32)
-    targets = [total * jnp.asarray(n, jnp.float32) / of for n in (number, number + 1)]
 
     def step(carry, i, n):
         start, found = carry
@@ -55,32 +52,43 @@ def share(
         return start + n, found
 
     zero = jnp.float32(0)
-    # both cuts by one scan: each of its reads waits for memory
-    _, found = _scan(step, (zero, [[zero] * 3] * 2), cost, size)
-    first, last = (
+    # all of them by one scan: each of its reads waits for memory
+    _, found = _scan(step, (zero, [[zero] * 3] * len(targets)), cost, size)
+    return [
         jnp.minimum(i + (target - start) / n, float(size))
         for target, (i, start, n) in zip(targets, found, strict=True)
-    )
-    return first, last
+    ]
 
 
-def whole(at: jax.Array, window: Any, windows: int) -> jax.Array:
-    """Rounds a cut to a whole list, anew for every window.
-
-    The rounding differs from window to window by `1 / windows` of a list: over all
-    windows the error of a program is below one list, since
-    `sum_g floor(y + g / windows) = floor(windows * y)`.
+def centred(at: jax.Array, row: Any, window: Any, rows: int) -> jax.Array:
+    """A cut for `whole`, of a program that has every `window`-th row of tiles.
 
     Args:
-      at: from `share`.
-      window: its number, int32.
-      windows: how many there are; in each of them all lists are shared out.
+      at: from `cuts`.
+      row: the program's first row, int32.
+      window: rows from one to the next, int32.
+      rows: as in `whole`.
+    """
+    middle = 0.5 * jnp.asarray(window, jnp.float32) - jnp.asarray(row, jnp.float32)
+    return at + middle * (1 / rows)
+
+
+def whole(at: jax.Array, row: jax.Array, rows: int) -> jax.Array:
+    """Rounds a cut to a whole list, anew for every row of tiles.
+
+    The rounding differs from row to row, so that over all rows of a program its error
+    is below one list, since `sum_g floor(y + g / windows) = floor(windows * y)`.
+
+    Args:
+      at: from `centred`.
+      row: of tiles, int32.
+      rows: how many there are, or more, so that a program's last has less than
+        `window` behind it; in each of them all lists are shared out.
 
     Returns:
       int32.
     """
-    shift = (window.astype(jnp.float32) + 0.5) / windows
-    return (at + shift).astype(jnp.int32)
+    return (at + row.astype(jnp.float32) * (1 / rows)).astype(jnp.int32)
 
 
 def nth_kept(
