@@ -56,6 +56,16 @@ def gated_operands(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     return array(batch, D_MODEL), array(batch, D_FF), w, w
 
 
+def by_threshold(x, scores, up, down, threshold) -> jax.Array:
+    """A Spark FFN but for its predictor and the statistics of that."""
+    return sj.ops.gated_ffn(
+        *(x, scores, up, down),
+        threshold=threshold,
+        activation=jax.nn.gelu,
+        implementation="mosaic_gpu",
+    )
+
+
 def weights_operands(keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     scores = array(8, SIDE, 2, keys, dtype=jnp.float32)
     z = array(1, SIDE, 1, dtype=jnp.float32)
@@ -153,6 +163,15 @@ def cases() -> list[Case]:
                 ("forward",),
                 gated,
                 gated_operands(batch),
+            )
+            for batch in (1, 2, 4, 8)
+        ),
+        *(
+            Case(
+                f"gated_ffn, threshold and gelu, batch {batch}",
+                ("forward",),
+                by_threshold,
+                (*gated_operands(batch), array(batch, 1)),
             )
             for batch in (1, 2, 4, 8)
         ),

@@ -149,8 +149,9 @@ def active_form(layer, h, implementation, tiles=None):
     return _mosaic_gpu.active_ffn(*operands, tiles=tiles)
 
 
-def found_form(h, gate, up, down):
-    return ops.gated_ffn(h, gate.astype(h.dtype), up, down, implementation="mosaic_gpu")
+def found_form(h, gate, up, down, **of_scores):
+    operands = h, gate.astype(h.dtype), up, down
+    return ops.gated_ffn(*operands, implementation="mosaic_gpu", **of_scores)
 
 
 def random_matrix(key, rows, columns, dtype, fan_in):
@@ -181,13 +182,21 @@ def with_active(layers, size: Size, case: Case):
         gate = rng.normal(size=(case.batch, size.d_ff)) * active
         if case.batch > 1:
             gate *= rng.random(gate.shape) < 0.5
-        gate = jnp.asarray(gate, size.dtype)
-        lists = {}
+        lists, neurons = {}, np.flatnonzero(active).astype(np.int32)
         for room, length in (("tight", capacity), ("all", size.d_ff)):
-            indices, count, overflowed = ops.active_indices(jnp.asarray(active), length)
-            assert int(count) == num_active and not overflowed
-            lists[room] = gate[:, indices], indices
-        found.append(layer | lists | {"dense_gate": gate, "num_active": count})
+            indices = np.pad(neurons, (0, length - num_active), mode="edge")
+            lists[room] = (
+                jnp.asarray(gate[:, indices], size.dtype),
+                jnp.asarray(indices),
+            )
+        found.append(
+            layer
+            | lists
+            | {
+                "dense_gate": jnp.asarray(gate, size.dtype),
+                "num_active": jnp.int32(num_active),
+            }
+        )
     return found
 
 
@@ -319,20 +328,29 @@ def gated_twice_form(layer, h, by):
     return gated_form(layer, two, by)[:1]
 
 
-def spark_gate(layer, h):
-    """As `sj.nn.SparkFFN` has it."""
+def spark_scores(layer, h):
+    """As `sj.nn.SparkFFN` has them, and the number that should exceed the threshold."""
     predictor = layer["spark"]["predictor"]
     scores = product(predictor, h[:, : h.shape[1] // 2]).astype(h.dtype)
-    kept = sj.statistical_topk(scores, SPARK_DENSITY * len(predictor))
-    return jax.nn.gelu(kept, approximate=True)
+    return scores, SPARK_DENSITY * len(predictor)
+
+
+def spark_gate(layer, h):
+    """As `sj.nn.SparkFFN` has it."""
+    return jax.nn.gelu(sj.statistical_topk(*spark_scores(layer, h)), approximate=True)
 
 
 def spark_form(layer, h, implementation, capacity):
-    gate = spark_gate(layer, h)
     weights = layer["spark"]
     rest = jax.lax.optimization_barrier(h[:, h.shape[1] // 2 :])
     if implementation == FOUND:
-        return found_form(rest, gate, weights["up"], weights["down"])
+        scores, k = spark_scores(layer, h)
+        return found_form(
+            *(rest, scores, weights["up"], weights["down"]),
+            threshold=sj.statistical_threshold(scores, k),
+            activation=jax.nn.gelu,
+        )
+    gate = spark_gate(layer, h)
     indices, count, _ = ops.active_indices(jnp.any(gate > 0, axis=0), capacity)
     return ops.active_ffn(
         *(rest, gate[:, indices], indices, count),

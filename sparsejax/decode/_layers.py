@@ -1,5 +1,6 @@
 """The sparse layers on one token a sequence: only what is active is read."""
 
+import functools
 import math
 
 import jax
@@ -38,13 +39,20 @@ def active_ffn(
     expected = expected_neurons(ffn, len(x))
     if expected > _MOST * up.shape[0]:
         return ffn(x), jnp.int32(0)
-    gate = ffn.gate_values(x)
     # a kernel would get its part as a slice of `x`, made whole beside the gate's part
     rest = jax.lax.optimization_barrier(ffn.parts(x)[1])
     down = ffn.down.kernel[...]
-    if ops.has_gated_ffn_kernel(rest, up, down):
-        # Its time follows what is active. At a `cond` a GPU waits for the host, for as
-        # long as the layer takes.
+    # The time of a kernel follows what is active. At a `cond` a GPU waits for the host,
+    # for as long as the layer takes.
+    has_kernel = functools.partial(ops.has_gated_ffn_kernel, rest, up, down)
+    if _has_gate_scores(ffn) and has_kernel(activation=ffn.activation):
+        scores, threshold = ffn.gate_scores(x)
+        y = ops.gated_ffn(
+            *(rest, scores, up, down), threshold=threshold, activation=ffn.activation
+        )
+        return y, jnp.int32(0)
+    gate = ffn.gate_values(x)
+    if has_kernel():
         return ops.gated_ffn(rest, gate, up, down), jnp.int32(0)
     active = (gate != 0).any(axis=0)
     capacity = math.ceil(min(active.size, factor * expected))
@@ -60,6 +68,11 @@ def active_ffn(
     overflowed = jnp.sum(active) > capacity
     y = jax.lax.cond(overflowed, dense, sparse)
     return y, overflowed.astype(jnp.int32)
+
+
+def _has_gate_scores(ffn: nn.SparkFFN) -> bool:
+    """Whether the gate is that of `gate_scores`, not what a subclass makes it."""
+    return type(ffn).gate_values is nn.SparkFFN.gate_values
 
 
 def gathered_attention(

@@ -100,6 +100,25 @@ class SparkFFN(nnx.Module):
         )
         return self.activation(kept)
 
+    def gate_scores(
+        self, x: Float[Array, "*batch d_model"], *, k: ArrayLike | None = None
+    ) -> tuple[Float[Array, "*batch d_ff"], Float[Array, "*batch 1"]]:
+        """Computes what `gate_values` is made of, for `sj.ops.gated_ffn` to make it.
+
+        Args:
+          x: activations, any leading axes.
+          k: instead of the layer's own.
+
+        Returns:
+          scores and their threshold: the gate is `activation(max(scores - threshold,
+          0))`, or `activation(scores)` where the threshold is -inf.
+        """
+        scores = self.gate(self.parts(x)[0])
+        threshold = activations.statistical_threshold(
+            scores, self.k if k is None else k
+        )
+        return scores, threshold
+
     def hidden(
         self, x: Float[Array, "*batch d_model"], *, k: ArrayLike | None = None
     ) -> Float[Array, "*batch d_ff"]:

@@ -135,6 +135,31 @@ class StepTest(parameterized.TestCase):
         self.assertEqual(int(overflowed), 0)
         np.testing.assert_allclose(got, ffn(x), rtol=1e-4, atol=1e-5)
 
+    def test_a_kernel_finds_the_neurons_that_the_layer_uses(self):
+        """By a threshold; by the gate, where kernels or a subclass want it so."""
+
+        class Halved(nn.SparkFFN):
+            def gate_values(self, x, *, k=None):
+                return super().gate_values(x, k=k) / 2
+
+        def has_kernel(*operands, activation=None):
+            return activation is not jnp.sin
+
+        options = {"k": 15, "split": 16, "rngs": nnx.Rngs(0)}
+        x = jax.random.normal(jax.random.key(0), (2, 32))
+        for ffn, by_threshold, factor in (
+            (nn.SparkFFN(32, 192, **options), True, 1),
+            (nn.SparkFFN(32, 192, activation=jnp.sin, **options), False, 1),
+            (Halved(32, 192, **options), False, 0.5),
+        ):
+            with (
+                mock.patch.object(ops, "has_gated_ffn_kernel", has_kernel),
+                mock.patch.object(ops, "gated_ffn", wraps=ops.gated_ffn) as gated,
+            ):
+                got, _ = _layers.active_ffn(ffn, ffn.up.kernel[...].T, x, factor=1.0)
+            self.assertEqual("threshold" in gated.call_args.kwargs, by_threshold)
+            np.testing.assert_allclose(got, factor * ffn(x), rtol=1e-4, atol=1e-5)
+
     @pytest.mark.once
     def test_a_batch_that_uses_most_neurons_is_computed_densely(self):
         ffn = make("spark").blocks[0].ffn

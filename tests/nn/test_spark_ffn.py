@@ -51,6 +51,18 @@ class SparkFFNTest(parameterized.TestCase):
         np.testing.assert_allclose(density, (hidden != 0).mean(axis=1), rtol=1e-6)
         np.testing.assert_allclose(layer(x), y, rtol=1e-5, atol=1e-6)
 
+    @parameterized.product(
+        split=[None, 8], k=[None, 8, 96], dtype=[jnp.float32, jnp.bfloat16]
+    )
+    def test_scores_and_threshold_make_the_gate(self, split, k, dtype):
+        layer = make(13, split, dtype=dtype)
+        x = jax.random.normal(jax.random.key(1), (2, 3, 16), dtype)
+        scores, threshold = layer.gate_scores(x, k=k)
+        self.assertEqual((scores.dtype, threshold.dtype), (dtype, dtype))
+        self.assertEqual((scores.shape, threshold.shape), ((2, 3, 96), (2, 3, 1)))
+        kept = jax.nn.relu(scores - threshold) if k != 96 else scores
+        chex.assert_trees_all_equal(layer.gate_values(x, k=k), jax.nn.gelu(kept))
+
     def test_has_the_weights_of_a_gated_ffn_of_two_thirds_the_width(self):
         def count(layer):
             return sum(x.size for x in jax.tree.leaves(nnx.state(layer, nnx.Param)))

@@ -30,6 +30,16 @@ def check_ffn(x, gate, up, down) -> None:
     check_equal("x", x, 0, "gate", gate, 0, "the batch")
 
 
+def check_threshold(threshold, gate) -> None:
+    check_arrays(threshold=(threshold, 2))
+    want = (len(gate), 1)
+    if threshold.shape != want:
+        raise ValueError(
+            f"`threshold` must have shape {want}, one for each row of `gate`; got "
+            f"shape {threshold.shape}."
+        )
+
+
 def check_equal(name_a, a, axis_a, name_b, b, axis_b, what) -> None:
     if a.shape[axis_a] != b.shape[axis_b]:
         raise ValueError(

@@ -20,6 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
+from sparsejax.ops.active_ffn._values import gate_values
+from sparsejax.ops.gaussian_topk._reference import Activation
 
 _PIECE = 128  # neurons that one copy of gates brings, one for each thread
 _ALIGNED = 8  # neurons: a copy begins at a multiple of 16 bytes
@@ -113,22 +115,32 @@ class Found:
     over the neurons from the back; each takes half of them. The more neurons a range
     has, the less do their shares of active ones differ.
 
-    Its operand: gates `[batch, d_ff]`.
+    Its operands: gates `[batch, d_ff]`; or scores of which a block makes gates, and
+    maybe thresholds `[batch, 1]` of them.
 
     Attributes:
       batch: rows of gates.
       d_ff: neurons.
       num_ranges: of which the lengths differ by at most `_ALIGNED` neurons.
       sides: blocks that share a range, 1 or 2.
+      activation: of what exceeds a threshold, or of scores; None for none.
     """
 
     batch: int
     d_ff: int
     num_ranges: int
     sides: int
+    activation: Activation | None = None
 
     @classmethod
-    def default(cls, batch: int, d_ff: int, num_blocks: int, itemsize: int) -> "Found":
+    def default(
+        cls,
+        batch: int,
+        d_ff: int,
+        num_blocks: int,
+        itemsize: int,
+        activation: Activation | None = None,
+    ) -> "Found":
         """Ranges that two blocks share, or half as long ones if their gates do not fit.
 
         Args:
@@ -136,14 +148,15 @@ class Found:
           d_ff: neurons.
           num_blocks: at least 1; of an odd number one is left out, or one comes to it.
           itemsize: bytes of a gate.
+          activation: see above.
 
         Returns:
           The dealing; `unsupported_reason` says whether it can be.
         """
-        shared = cls(batch, d_ff, max(1, num_blocks // 2), 2)
+        shared = cls(batch, d_ff, max(1, num_blocks // 2), 2, activation)
         if shared.unsupported_reason(itemsize) is None:
             return shared
-        return cls(batch, d_ff, num_blocks, 1)
+        return cls(batch, d_ff, num_blocks, 1, activation)
 
     @property
     def num_blocks(self) -> int:
@@ -186,7 +199,7 @@ class Found:
         )
 
     def begin(self, block, operands, scratch, slots: int) -> Callable[[], Walk]:
-        [gate_gmem], [gates_smem, full] = operands, scratch
+        [gate_gmem, *threshold_gmem], [gates_smem, full] = operands, scratch
         length = self.window
         number, side = jax.lax.div(block, self.sides), jax.lax.rem(block, self.sides)
         low, high = self.begins(number), self.begins(number + 1)
@@ -198,6 +211,7 @@ class Found:
                 gates_smem.at[piece],
                 full,
             )
+        thresholds = [ref[b, 0] for ref in threshold_gmem for b in range(self.batch)]
 
         def mirrored(place):
             """The place in the window as the block counts, and back, if it is one."""
@@ -205,6 +219,8 @@ class Found:
 
         def wait() -> Walk:
             plgpu.barrier_wait(full)
+            if thresholds or self.activation is not None:
+                self._activate(gates_smem, thresholds)
             places = [
                 self._active(gates_smem, piece, low - start, high - start, mirrored)
                 for piece in range(self.pieces)
@@ -242,18 +258,36 @@ class Found:
 
         return wait
 
+    def _activate(self, gates_smem, thresholds) -> None:
+        """Writes gates in the place of scores."""
+        activation = self.activation and _compat.without_custom_rules(self.activation)
+        for piece in range(self.pieces):
+            for b in range(self.batch):
+                gates_smem[piece, b] = gate_values(
+                    self._load(gates_smem.at[piece, b]),
+                    thresholds[b] if thresholds else None,
+                    activation,
+                )
+        plgpu.commit_smem()
+
     def _active(self, gates_smem, piece: int, low, high, mirrored) -> jax.Array:
         """The place of each active neuron, the window's length for the others."""
-        layout = plgpu.Layout.WG_STRIDED((_PIECE,), vec_size=1)
-        load = functools.partial(_compat.mosaic_gpu_load, plgpu)
-        places = plgpu.broadcasted_iota(jnp.int32, (_PIECE,), 0, layout=layout)
+        places = plgpu.broadcasted_iota(jnp.int32, (_PIECE,), 0, layout=_layout())
         places += piece * _PIECE
         used = functools.reduce(
             operator.or_,
             (
-                load(gates_smem.at[piece, b], layout).astype(jnp.float32) != 0
+                self._load(gates_smem.at[piece, b]).astype(jnp.float32) != 0
                 for b in range(self.batch)
             ),
         )
         mine = (places >= low) & (places < high)
         return jnp.where(used & mine, mirrored(places), self.window)
+
+    def _load(self, gates) -> jax.Array:
+        """A piece of gates, one for each thread."""
+        return _compat.mosaic_gpu_load(plgpu, gates, _layout())
+
+
+def _layout() -> Any:
+    return plgpu.Layout.WG_STRIDED((_PIECE,), vec_size=1)

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 from sparsejax.ops import _platform
 from sparsejax.ops._platform import Implementation
 from sparsejax.ops.active_ffn import _checks
+from sparsejax.ops.active_ffn._values import gate_values
+from sparsejax.ops.gaussian_topk._reference import Activation
 
 
 def gated_ffn(
@@ -17,6 +19,8 @@ def gated_ffn(
     up: Float[Array, "d_ff d_in"],
     down: Float[Array, "d_ff d_model"],
     *,
+    threshold: Float[Array, "batch 1"] | None = None,
+    activation: Activation | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch d_model"]:
     """The up and the down projection of a gated FFN whose gate is mostly 0.
@@ -30,12 +34,21 @@ def gated_ffn(
     products; on devices without the kernel `active_ffn` reads less. Sums are float32.
     For inference: it has no gradient.
 
+    Gate values may be left to it. With a threshold they are
+    `activation(max(gate - threshold, 0))`, both steps in float32 and rounded to
+    `gate.dtype`: with that of `sj.statistical_threshold` the gate of a Spark FFN. With
+    an activation alone they are `activation(gate)`.
+
     Args:
       x: what the up projection sees, a slice or all of the input of the FFN.
-      gate: activated gate values. A NaN is not 0.
+      gate: activated gate values; or scores, see above. A NaN is not 0.
       up: up projection, a row for each neuron.
       down: down projection, a row for each neuron. Rows of neurons that are not used
         add exactly 0, whatever they hold.
+      threshold: one for each row of the batch, cast to `gate.dtype`; a row with -inf
+        exceeds it unchanged, as in `sj.statistical_topk`. None for no threshold.
+      activation: elementwise; None for none. Which ones the kernel takes is in
+        `sj.ops.gaussian_topk`.
       implementation: "reference", "mosaic_gpu" (one fused kernel for Hopper, batches of
         at most 16), or None for the fastest.
 
@@ -52,6 +65,9 @@ def gated_ffn(
       >>> x, up, down = jnp.ones((1, 2)), jnp.ones((4, 2)), jnp.eye(4, 3)
       >>> print(gated_ffn(x, jnp.array([[0.0, 1.0, 0.0, 0.5]]), up, down))
       [[0. 2. 0.]]
+      >>> scores, at = jnp.array([[1.0, 4.0, 3.0, 1.0]]), jnp.array([[3.0]])
+      >>> print(gated_ffn(x, scores, up, down, threshold=at, activation=jnp.square))
+      [[0. 2. 0.]]
 
     References:
       As `active_ffn`.
@@ -60,16 +76,27 @@ def gated_ffn(
     _checks.check_arrays(x=(x, 2), gate=(gate, 2), up=(up, 2), down=(down, 2))
     _checks.check_ffn(x, gate, up, down)
     _checks.check_equal("gate", gate, 1, "up", up, 0, "d_ff")
-    return _run(implementation, x, gate, up, down)
+    if threshold is not None:
+        threshold = jnp.asarray(threshold)
+        _checks.check_threshold(threshold, gate)
+        threshold = threshold.astype(gate.dtype)
+    return _run((implementation, activation), x, gate, up, down, threshold)
 
 
-def has_gated_ffn_kernel(x: jax.Array, up: jax.Array, down: jax.Array) -> bool:
+def has_gated_ffn_kernel(
+    x: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    activation: Activation | None = None,
+) -> bool:
     """Whether `gated_ffn` runs a kernel on the visible devices, by its default.
 
     Args:
       x: `[batch, d_in]`; of all operands shapes and dtypes are read.
       up: `[d_ff, d_in]`.
       down: `[d_ff, d_model]`.
+      activation: of the gate, if the kernel is to apply it.
 
     Example:
       >>> has_gated_ffn_kernel(jnp.ones((1, 8)), jnp.ones((9, 8)), jnp.ones((9, 8)))
@@ -78,27 +105,33 @@ def has_gated_ffn_kernel(x: jax.Array, up: jax.Array, down: jax.Array) -> bool:
     if "mosaic_gpu" not in _platform.visible_kernels():
         return False
     gate = jax.ShapeDtypeStruct((x.shape[0], up.shape[0]), x.dtype)
-    return _kernel().unsupported_reason(x, gate, up, down) is None
+    kernel = _kernel(activation)
+    return kernel.unsupported_reason(x, gate, up, down) is None
 
 
 @_checks.for_inference("gated_ffn")
-def _run(implementation, *operands):
+def _run(static, *operands):
+    implementation, activation = static
     return _platform.dispatch(
         operands,
         implementation,
-        reference=_reference,
-        kernels={"mosaic_gpu": _kernel},
+        reference=functools.partial(_reference, activation=activation),
+        kernels={"mosaic_gpu": functools.partial(_kernel, activation)},
     )
 
 
-def _kernel() -> _platform.Kernel:
+def _kernel(activation) -> _platform.Kernel:
     from sparsejax.ops.active_ffn import _mosaic_gpu  # loads pallas
 
-    return _platform.Kernel(_mosaic_gpu.gated_ffn, _mosaic_gpu.gated_unsupported_reason)
+    return _platform.Kernel(
+        functools.partial(_mosaic_gpu.gated_ffn, activation=activation),
+        functools.partial(_mosaic_gpu.gated_unsupported_reason, activation=activation),
+    )
 
 
-def _reference(x, gate, up, down):
+def _reference(x, gate, up, down, threshold=None, *, activation=None):
     """The dense products, with the rows of unused neurons replaced by 0."""
+    gate = gate_values(gate, threshold, activation)
     used = jnp.any(gate != 0, axis=0)[:, None]
     product = functools.partial(
         jnp.einsum, precision="highest", preferred_element_type=jnp.float32

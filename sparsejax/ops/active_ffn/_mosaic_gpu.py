@@ -21,6 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsejax import _compat
 from sparsejax.ops.active_ffn._dealing import Dealing, Found, Listed
 from sparsejax.ops.active_ffn._tiles import COLUMNS, SHARED_BYTES, THREADS, Tiles
+from sparsejax.ops.gaussian_topk._reference import Activation
+from sparsejax.ops.gaussian_topk._slopes import unsupported_activation
 
 _MAX_BATCH = 16
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -44,11 +46,14 @@ def unsupported_reason(x, gate, indices, num_active, up, down) -> str | None:
     return _unsupported(x, up, down)
 
 
-def gated_unsupported_reason(x, gate, up, down) -> str | None:
+def gated_unsupported_reason(
+    x, gate, up, down, threshold=None, *, activation: Activation | None = None
+) -> str | None:
     """As `unsupported_reason`, of `gated_ffn`; `gate` is `[batch, d_ff]`."""
+    del threshold
     if gate.dtype != x.dtype:
         return f"`gate` must have the dtype of `x`, {x.dtype}; got {gate.dtype}"
-    reason = _unsupported(x, up, down)
+    reason = unsupported_activation(activation) or _unsupported(x, up, down)
     if reason is not None:
         return reason
     found = _found(gate, _default_tiles(x, down))
@@ -84,9 +89,10 @@ def _default_tiles(x, down) -> Tiles:
     return Tiles.default(batch, d_in, d_model, x.dtype.itemsize)
 
 
-def _found(gate, tiles: Tiles) -> Found:
+def _found(gate, tiles: Tiles, activation: Activation | None = None) -> Found:
     batch, d_ff = gate.shape
-    return Found.default(batch, d_ff, tiles.num_blocks, gate.dtype.itemsize)
+    itemsize = gate.dtype.itemsize
+    return Found.default(batch, d_ff, tiles.num_blocks, itemsize, activation)
 
 
 def active_ffn(
@@ -124,12 +130,15 @@ def gated_ffn(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    threshold: jax.Array | None = None,
     *,
+    activation: Activation | None = None,
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """As the public function; see `gated_unsupported_reason` and `active_ffn`."""
     tiles = tiles or _default_tiles(x, down)
-    return _run(_found(gate, tiles), x, (gate,), up, down, tiles)
+    gates = (gate,) if threshold is None else (gate, threshold)
+    return _run(_found(gate, tiles, activation), x, gates, up, down, tiles)
 
 
 def _run(dealing: Dealing, x, gates, up, down, tiles: Tiles) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sparsejax.ops import active_ffn, gated_ffn
+from sparsejax.ops import _platform, active_ffn, gated_ffn, has_gated_ffn_kernel
 from sparsejax.ops.active_ffn import _gated, _mosaic_gpu, _reference
 from sparsejax.ops.active_ffn._dealing import Found
 from sparsejax.ops.active_ffn._tiles import Tiles
@@ -45,6 +45,17 @@ def gated_operands(batch, d_in, d_model, d_ff, share, dtype=jnp.float32):
     idle = (gate == 0).all(axis=0)[:, None]
     up, down = np.where(idle, np.nan, up), np.where(idle, np.inf, down)
     return tuple(jnp.asarray(a, dtype) for a in (x, gate, up, down))
+
+
+def threshold_operands(*case, dtype=jnp.float32):
+    """Likewise, and a threshold for each row; what scores exceed it by, if positive."""
+    x, gate, up, down = gated_operands(*case, dtype=dtype)
+    above = jnp.abs(gate)
+    rng = np.random.default_rng(case[0])
+    threshold = jnp.asarray(rng.permutation(len(x))[:, None] - 1, dtype)
+    below = jnp.asarray(rng.integers(0, 3, gate.shape), dtype)
+    scores = threshold + jnp.where(above > 0, above, -below)
+    return (x, scores, up, down, threshold), above
 
 
 def abstract_gated(case, dtype=jnp.float32):
@@ -103,6 +114,59 @@ class InterpretTest(parameterized.TestCase):
             np.asarray(got, np.float32), np.asarray(want, np.float32)
         )
 
+    @parameterized.parameters(
+        ((1, 512, 512, 256, 0.1), jnp.bfloat16, Tiles(2, num_sms=3), None),
+        ((3, 256, 512, 264, 0.1), jnp.float32, Tiles(2, parts=2, num_sms=8), None),
+        ((2, 256, 768, 392, 0.1), jnp.float16, Tiles(4, num_sms=4), jnp.square),
+        ((3, 256, 256, 256, 1), jnp.bfloat16, Tiles(3, num_sms=9), jax.nn.relu),
+        ((2, 256, 256, 128, 0), jnp.float32, Tiles(2, num_sms=2), jax.nn.gelu),
+    )
+    def test_threshold_matches_reference(self, case, dtype, tiles, activation):
+        args, above = threshold_operands(*case, dtype=dtype)
+        form = functools.partial(
+            _mosaic_gpu.gated_ffn, tiles=tiles, activation=activation
+        )
+        with gpu_interpreted():
+            got = jax.jit(form)(*args)
+        gate = above if activation is None else activation(above)
+        want = _gated._reference(args[0], gate, *args[2:4])
+        self.assertEqual(got.dtype, dtype)
+        for other in (want, _gated._reference(*args, activation=activation)):
+            np.testing.assert_array_equal(
+                np.asarray(got, np.float32), np.asarray(other, np.float32)
+            )
+
+    @parameterized.product(
+        dtype=[jnp.float32, jnp.bfloat16], activation=[jax.nn.gelu, jax.nn.silu]
+    )
+    def test_threshold_of_any_value(self, dtype, activation):
+        """Also where one is -inf: that row stays as it is, and is negative in part."""
+        x, _, up, down = gated_operands(3, 256, 256, 128, 1, dtype)
+        scores = jax.random.normal(jax.random.key(0), (3, 128), dtype)
+        threshold = jnp.asarray([[1.3], [-jnp.inf], [0.4]], dtype)
+        scores, args = scores.at[0, 5].set(threshold[0, 0]), (x, up, down, threshold)
+        form = functools.partial(_mosaic_gpu.gated_ffn, activation=activation)
+        with gpu_interpreted():
+            got = form(args[0], scores, *args[1:], tiles=Tiles(2, num_sms=2))
+        want = _gated._reference(args[0], scores, *args[1:], activation=activation)
+        got, want = (np.asarray(a, np.float32) for a in (got, want))
+        limit = 2 * float(jnp.finfo(dtype).eps) * np.abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=0, atol=limit)
+
+    def test_activation_alone_and_nan(self):
+        x, gate, up, down = gated_operands(2, 256, 256, 128, 1)
+        up, down = map(jnp.nan_to_num, (up, down))
+        args = x, gate.at[1, 77].set(jnp.nan), up, down
+        for threshold in (None, jnp.ones((2, 1))):
+            form = functools.partial(
+                _mosaic_gpu.gated_ffn, activation=jax.nn.relu, tiles=Tiles(2, num_sms=2)
+            )
+            with gpu_interpreted():
+                got = form(*args, threshold)
+            want = _gated._reference(*args, threshold, activation=jax.nn.relu)
+            np.testing.assert_array_equal(got, want)
+            self.assertTrue(jnp.isnan(got[1]).all() and not jnp.isnan(got[0]).any())
+
     @parameterized.product(num_blocks=[2, 6, 7], share=[0.1, 0.5, 1])
     def test_blocks_meet_in_the_middle_of_a_range(self, num_blocks, share):
         """`down` is the identity: the sums of a block are those of its neurons."""
@@ -156,8 +220,13 @@ class LoweringTest(parameterized.TestCase):
     )
     def test_gated_exports_for_cuda(self, case, dtype):
         shapes = jax.eval_shape(lambda: abstract_gated(case, dtype))
-        exported = jax.export.export(jax.jit(gated_kernel), platforms=["cuda"])(*shapes)
-        self.assertIn("mosaic_gpu", exported.mlir_module())
+        threshold = jnp.zeros((case[0], 1), dtype)
+        of_scores = functools.partial(
+            gated_kernel, threshold=threshold, activation=jax.nn.gelu
+        )
+        for form in (gated_kernel, of_scores):
+            exported = jax.export.export(jax.jit(form), platforms=["cuda"])(*shapes)
+            self.assertIn("mosaic_gpu", exported.mlir_module())
 
     def test_none_takes_the_plain_form_on_a_cpu(self):
         shapes = jax.eval_shape(lambda: operands(1, 512, 512, 8, 8))
@@ -203,6 +272,17 @@ class UnsupportedTest(parameterized.TestCase):
             args[position] = args[position].update(dtype=dtype)
         with self.assertRaisesRegex(NotImplementedError, message):
             jax.eval_shape(gated_kernel, *args)
+
+    def test_activations_that_no_kernel_has(self):
+        args = abstract_gated((1, 256, 256, 256, 0))
+        has = functools.partial(has_gated_ffn_kernel, args[0], *args[2:])
+        with mock.patch.object(_platform, "visible_kernels", lambda: {"mosaic_gpu"}):
+            found = [has(activation=f) for f in (None, jax.nn.gelu, jnp.sin)]
+        self.assertEqual(found, [True, True, False])
+        fn = functools.partial(gated_kernel, activation=jnp.sin)
+        with self.assertRaisesRegex(NotImplementedError, r"operations of kernels.*sin"):
+            jax.eval_shape(fn, *args)
+        gated_ffn(*args, activation=jnp.sin)
 
 
 class TilesTest(parameterized.TestCase):
@@ -279,5 +359,20 @@ class DeviceTest(parameterized.TestCase):
         args = gated_operands(*case, dtype=dtype)
         got = np.asarray(jax.jit(gated_kernel)(*args), np.float32)
         want = np.asarray(_gated._reference(*args), np.float32)
+        limit = 2 * float(jnp.finfo(dtype).eps) * (1 + np.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=limit)
+
+    @parameterized.parameters(
+        ((1, 2048, 4096, 32768, 0.08), jnp.bfloat16, jax.nn.gelu),
+        ((8, 2048, 4096, 32768, 0.08), jnp.bfloat16, None),
+        ((3, 768, 1280, 2048, 0.2), jnp.float32, jax.nn.silu),
+    )
+    def test_threshold_matches_reference(self, case, dtype, activation):
+        args, _ = threshold_operands(*case, dtype=dtype)
+        fn = jax.jit(
+            lambda *a: gated_kernel(*a[:4], threshold=a[4], activation=activation)
+        )
+        got = np.asarray(fn(*args), np.float32)
+        want = np.asarray(_gated._reference(*args, activation=activation), np.float32)
         limit = 2 * float(jnp.finfo(dtype).eps) * (1 + np.abs(want).max())
         np.testing.assert_allclose(got, want, rtol=0, atol=limit)
