@@ -19,8 +19,8 @@ from sparsejax.ops.block_matmul import _mosaic_gpu_dw
 from sparsejax.ops.block_matmul._gradients import Products, differentiable
 from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
 from sparsejax.ops.block_matmul._reference import Activation, epilogue
-from sparsejax.ops.block_matmul._schedule import add_up, centred, cuts, whole
-from sparsejax.ops.block_matmul._tiles import Order, Tiles
+from sparsejax.ops.block_matmul._schedule import add_up, cuts, whole
+from sparsejax.ops.block_matmul._tiles import Tiles
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _STORE_COST = 1  # of a tile, in steps
@@ -108,9 +108,8 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     units_of_list, substeps = side // tiles.columns, depth // DEPTH
     row_tiles = len(x) // tiles.rows_of_tile
     num_units = num_lists * units_of_list
-    long, short = tiles.orders(num_units, row_tiles)
-    once = long == short == Order(window=row_tiles, across=num_units)
-    most_rows = max(order.rows(row_tiles) for order in (long, short))
+    order = tiles.order(num_units, row_tiles)
+    windows = order.windows(row_tiles)
     part_rows, room = tiles.rows // tiles.parts, min(tiles.parts, tiles.room)
     assert tiles.parts % room == 0, tiles
     fused = activation and _compat.without_custom_rules(activation)
@@ -121,44 +120,30 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
         def cost(i):
             return refs["num"][i] * substeps + _STORE_COST
 
-        def shared_out(program):
-            """The window, the first tile of rows, and where the units begin and end."""
-            if once:  # a unit each: reading all counts took 7 us on an H100
-                row = jax.lax.rem(program, row_tiles)
-                at = jax.lax.div(program, row_tiles).astype(jnp.float32)
-                return row_tiles, row, (at, at + 1)
-            total = add_up(cost, num_lists)
-            is_short = total < num_lists * (tiles.short + _STORE_COST)
-
-            def chosen(fn):  # divisions by constants take few registers
-                return jnp.where(is_short, fn(short), fn(long))
-
-            row = chosen(lambda order: jax.lax.rem(program, order.window))
-            number = chosen(lambda order: jax.lax.div(program, order.window))
-            share = total.astype(jnp.float32) * chosen(lambda order: 1 / order.across)
+        def units_of(number):
+            """Where the units of a program begin and end."""
+            if (order.across, windows) == (num_units, 1):
+                # one each: reading all counts took 7 us on an H100
+                return [(number + i).astype(jnp.float32) for i in range(2)]
+            share = add_up(cost, num_lists).astype(jnp.float32) / order.across
             targets = [share * (number + i).astype(jnp.float32) for i in range(2)]
-            found = cuts(cost, num_lists, targets)
-            window = chosen(lambda order: order.window)
-            return window, row, [at * units_of_list for at in found]
+            return [at * units_of_list for at in cuts(cost, num_lists, targets)]
 
         def walk(visit, carry):
             program = jax.lax.axis_index("program")
-            window, first_row, found = shared_out(program)
-            found = [centred(at, first_row, window, most_rows) for at in found]
+            first, last = units_of(jax.lax.div(program, order.window))
+            row = jax.lax.rem(program, order.window)
 
-            def of_row_tile(place):
-                row_tile, carry = place
-
+            def of_window(g, carry):
                 def of_unit(unit, carry):
                     return visit((row_tile * num_units + unit,), carry)
 
-                start, stop = (whole(at, row_tile, most_rows) for at in found)
-                carry = jax.lax.fori_loop(start, stop, of_unit, carry)
-                return row_tile + window, carry
+                row_tile = g * order.window + row
+                start, stop = (whole(at, g, windows) for at in (first, last))
+                stop = jnp.where(row_tile < row_tiles, stop, start)
+                return jax.lax.fori_loop(start, stop, of_unit, carry)
 
-            return jax.lax.while_loop(
-                lambda place: place[0] < row_tiles, of_row_tile, (first_row, carry)
-            )[1]
+            return jax.lax.fori_loop(0, windows, of_window, carry)
 
         def place(tile):
             return jax.lax.rem(tile[0], num_units), jax.lax.div(tile[0], num_units)
@@ -254,6 +239,6 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
         no_tile=(-1,),
         stages=tiles.stages,
         copies=2,
-        programs=max(order.across * order.window for order in (long, short)),
+        programs=order.programs,
     )
     return y[:num_rows] if pad else y

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_UNROLL = 5  # lengths that are read at a time; with 4 or 6 the compiler spills
+_UNROLL = 4  # lengths that are read at a time
 _REGION = 16  # blocks along either side of a region that is finished before the next
 
 
@@ -60,35 +60,23 @@ def cuts(
     ]
 
 
-def centred(at: jax.Array, row: Any, window: Any, rows: int) -> jax.Array:
-    """A cut for `whole`, of a program that has every `window`-th row of tiles.
+def whole(at: jax.Array, window: Any, windows: int) -> jax.Array:
+    """Rounds a cut to a whole list, anew for every window.
+
+    The rounding differs from window to window by `1 / windows` of a list: over all
+    windows the error of a program is below one list, since
+    `sum_g floor(y + g / windows) = floor(windows * y)`.
 
     Args:
       at: from `cuts`.
-      row: the program's first row, int32.
-      window: rows from one to the next, int32.
-      rows: as in `whole`.
-    """
-    middle = 0.5 * jnp.asarray(window, jnp.float32) - jnp.asarray(row, jnp.float32)
-    return at + middle * (1 / rows)
-
-
-def whole(at: jax.Array, row: jax.Array, rows: int) -> jax.Array:
-    """Rounds a cut to a whole list, anew for every row of tiles.
-
-    The rounding differs from row to row, so that over all rows of a program its error
-    is below one list, since `sum_g floor(y + g / windows) = floor(windows * y)`.
-
-    Args:
-      at: from `centred`.
-      row: of tiles, int32.
-      rows: how many there are, or more, so that a program's last has less than
-        `window` behind it; in each of them all lists are shared out.
+      window: its number, int32.
+      windows: how many there are; in each of them all lists are shared out.
 
     Returns:
       int32.
     """
-    return (at + row.astype(jnp.float32) * (1 / rows)).astype(jnp.int32)
+    shift = (window.astype(jnp.float32) + 0.5) / windows
+    return (at + shift).astype(jnp.int32)
 
 
 def nth_kept(

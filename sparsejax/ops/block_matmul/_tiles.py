@@ -20,9 +20,13 @@ class Order(NamedTuple):
     window: int
     across: int
 
-    def rows(self, row_tiles: int) -> int:
-        """Tiles of rows in whole windows."""
-        return _round_up(row_tiles, self.window)
+    @property
+    def programs(self) -> int:
+        return self.window * self.across
+
+    def windows(self, row_tiles: int) -> int:
+        """How many windows take all tiles of rows."""
+        return -(-row_tiles // self.window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +44,6 @@ class Tiles:
         under way; divides `parts`, or is more.
       window: tiles of rows that are worked on at a time, side by side, so that what is
         read of `w` is read by as many programs. More where that occupies more of them.
-      short_window: likewise of short tiles, which take longer to read and to store than
-        to multiply: fewer, so that what is read of x stays in the cache.
-      short: steps of a tile, in the mean, below which they are short.
       num_sms: multiprocessors of the device.
     """
 
@@ -52,8 +53,6 @@ class Tiles:
     parts: int = 4
     room: int = 2
     window: int = 4
-    short_window: int = 2
-    short: int = 24
     num_sms: int = 132
 
     @classmethod
@@ -90,11 +89,11 @@ class Tiles:
         """Rows of x in a tile, of both warpgroups."""
         return self.rows * (128 // self.columns)
 
-    def orders(self, num_units: int, row_tiles: int) -> tuple[Order, Order]:
-        """The order for long tiles, and that for short ones.
+    def order(self, num_units: int, row_tiles: int) -> Order:
+        """The order of the tiles.
 
-        Of the windows that occupy nearly as many programs as can be, each has the one
-        nearest to what is asked for.
+        Of the windows that occupy most programs, it has the one nearest to what is
+        asked for.
 
         Args:
           num_units: tiles along the columns.
@@ -102,11 +101,10 @@ class Tiles:
 
         Example:
           >>> tiles = Tiles.default(8192, 128, columns=8192)
-          >>> tiles.orders(64, 32)[0]
+          >>> tiles.order(64, 32)
           Order(window=4, across=33)
-          >>> shapes = (64, 32), (16, 32), (64, 1)
-          >>> [tiles.orders(*shape)[1].window for shape in shapes]
-          [2, 8, 1]
+          >>> [tiles.order(*shape).window for shape in [(16, 32), (64, 1)]]
+          [8, 1]
         """
         found = [
             Order(n, min(self.num_sms // n, num_units))
@@ -114,15 +112,13 @@ class Tiles:
         ]
 
         def occupied(order):
-            return order.across * order.window * row_tiles / order.rows(row_tiles)
+            rows = order.windows(row_tiles) * order.window  # some beyond the last
+            return round(order.programs * row_tiles / rows, 6)
 
-        enough = 0.95 * max(map(occupied, found))
-        good = [order for order in found if occupied(order) >= enough]
-        long, short = (
-            min(good, key=lambda order: abs(order.window - window))
-            for window in (self.window, self.short_window)
-        )
-        return long, short
+        def rank(order):
+            return occupied(order), -abs(order.window - self.window)
+
+        return max(found, key=rank)
 
 
 def _round_up(number: int, multiple: int) -> int:

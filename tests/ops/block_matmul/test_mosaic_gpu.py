@@ -84,13 +84,13 @@ class InterpretTest(parameterized.TestCase):
             Tiles(64, 16, stages=2, parts=2, window=2, num_sms=132),
             _dw.Tiles(stages=3, num_sms=4),
         ),
-        # y of few rows, a unit for each program; dx in the order of short tiles, which
-        # has fewer programs than the other
+        # y of few rows, a unit for each program; dx in windows that do not divide its
+        # rows
         (
             "few",
             ([[1, 0, 1], [0, 0, 1], [1, 1, 1]], (128, 128), 24, jnp.bfloat16),
             Tiles(128, 24, stages=2, parts=1, num_sms=132),
-            Tiles(128, 8, 2, parts=1, window=2, short_window=1, short=100, num_sms=4),
+            Tiles(128, 8, stages=2, parts=1, window=2, num_sms=4),
             _dw.Tiles(stages=2, num_sms=4),
         ),
         # one side of a block wide, the other narrow; kept blocks alone are stored

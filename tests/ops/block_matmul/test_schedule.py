@@ -13,18 +13,17 @@ from hypothesis import strategies as st
 _schedule = importlib.import_module("sparsejax.ops.block_matmul._schedule")
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def cut(costs, rows, window, programs):
-    """First and last list of each program in each row of tiles, `[rows, programs]`."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def cut(costs, windows, programs):
+    """First and last list of each program in each window, `[windows, programs]`."""
     share = jnp.sum(costs) / programs
 
     def of_program(number):
         targets = [share * number, share * (number + 1)]
         at = _schedule.cuts(lambda i: costs[i], len(costs), targets)
-        at = [_schedule.centred(a, 0, window, rows) for a in at]
         return [
-            jnp.stack([_schedule.whole(a, jnp.int32(g), rows) for a in at])
-            for g in range(0, rows, window)
+            jnp.stack([_schedule.whole(a, jnp.int32(g), windows) for a in at])
+            for g in range(windows)
         ]
 
     found = jax.vmap(of_program)(jnp.arange(programs))
@@ -38,17 +37,17 @@ def loads(costs, first, last):
 
 
 class ShareTest(parameterized.TestCase):
-    @parameterized.product(rows=[1, 4, 7], programs=[1, 5, 33])
-    def test_complete_and_balanced(self, rows, programs):
-        costs = np.random.default_rng(rows).integers(1, 10, 43)
+    @parameterized.product(windows=[1, 4, 7], programs=[1, 5, 33])
+    def test_complete_and_balanced(self, windows, programs):
+        costs = np.random.default_rng(windows).integers(1, 10, 43)
         costs[3] = 90  # one long list
-        first, last = np.asarray(cut(jnp.asarray(costs), rows, 1, programs))
+        first, last = np.asarray(cut(jnp.asarray(costs), windows, programs))
         np.testing.assert_array_equal(first[:, 0], 0)
         np.testing.assert_array_equal(last[:, -1], 43)
         np.testing.assert_array_equal(first[:, 1:], last[:, :-1])  # each list once
         self.assertTrue((last >= first).all())
-        fair = rows * costs.sum() / programs
-        # at either end of a share the error is below one list, in all rows
+        fair = windows * costs.sum() / programs
+        # at either end of a share the error is below one list, in all windows
         error = np.abs(loads(costs, first, last) - fair)
         self.assertLess(error.max(), 2 * costs.max())
         long = ((first <= 4) & (last >= 3)).any(axis=0)
@@ -60,15 +59,8 @@ class ShareTest(parameterized.TestCase):
         at = _schedule.cuts(lambda i: costs[i], 3, [jnp.float32(n) for n in (6, 9)])
         self.assertEqual(list(map(float, at)), [3, 3])
 
-    def test_every_other_row(self):
-        """Programs that have every other row of tiles are as balanced."""
-        costs = np.random.default_rng(0).integers(1, 10, 43)
-        first, last = np.asarray(cut(jnp.asarray(costs), 32, 2, 17))
-        load = loads(costs, first, last)
-        self.assertLess(np.abs(load - 16 * costs.sum() / 17).max(), 2 * costs.max())
-
     def test_equal_costs(self):
-        first, last = cut(jnp.ones(8, jnp.int32), 2, 1, 4)
+        first, last = cut(jnp.ones(8, jnp.int32), 2, 4)
         np.testing.assert_array_equal(first, [[0, 2, 4, 6]] * 2)
         np.testing.assert_array_equal(last, [[2, 4, 6, 8]] * 2)
 
@@ -76,7 +68,7 @@ class ShareTest(parameterized.TestCase):
         """One full block column among 63 of 10 %: within 1.3 of an even share."""
         costs = np.full(64, 6)
         costs[10] = 64
-        first, last = np.asarray(cut(jnp.asarray(costs), 32, 4, 33))
+        first, last = np.asarray(cut(jnp.asarray(costs), 8, 33))
         load = loads(costs, first, last)
         self.assertLess(load.max(), 1.3 * load.mean())
 
