@@ -19,6 +19,7 @@ DENSITIES = (0.5, 0.1, 0.05)
 WIDE = [
     {},
     *({"window": n} for n in (2, 8)),
+    *({"together": True, "window": n} for n in (2, 4, 8)),
     {"parts": 8, "room": 4},
     {"stages": 3, "parts": 4, "room": 4},
     {"rows": 128, "stages": 6},
@@ -26,6 +27,7 @@ WIDE = [
 NARROW = [
     {},
     *({"window": n} for n in (2, 8)),
+    {"together": True},
     {"rows": 256, "stages": 2},
     {"rows": 64, "stages": 6},
 ]

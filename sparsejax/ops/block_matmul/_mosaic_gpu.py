@@ -18,12 +18,11 @@ from sparsejax.ops._warpgroups import COMPUTING, smem
 from sparsejax.ops.block_matmul import _mosaic_gpu_dw
 from sparsejax.ops.block_matmul._gradients import Products, differentiable
 from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
+from sparsejax.ops.block_matmul._plan import Plan
 from sparsejax.ops.block_matmul._reference import Activation, epilogue
-from sparsejax.ops.block_matmul._schedule import add_up, cuts, whole
 from sparsejax.ops.block_matmul._tiles import Tiles
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
-_STORE_COST = 1  # of a tile, in steps
 
 
 def unsupported_reason(x, w, block_mask, bias, full_dw=False) -> str | None:
@@ -108,8 +107,14 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     units_of_list, substeps = side // tiles.columns, depth // DEPTH
     row_tiles = len(x) // tiles.rows_of_tile
     num_units = num_lists * units_of_list
-    order = tiles.order(num_units, row_tiles)
-    windows = order.windows(row_tiles)
+    plan = Plan(
+        tiles.order(num_units, row_tiles),
+        num_lists,
+        units_of_list,
+        row_tiles,
+        substeps,
+        tiles.together,
+    )
     part_rows, room = tiles.rows // tiles.parts, min(tiles.parts, tiles.room)
     assert tiles.parts % room == 0, tiles
     fused = activation and _compat.without_custom_rules(activation)
@@ -117,33 +122,12 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     def make_task(refs):
         x_ring, w_ring, staging = refs["x_ring"], refs["w_ring"], refs["staging"]
 
-        def cost(i):
-            return refs["num"][i] * substeps + _STORE_COST
-
-        def units_of(number):
-            """Where the units of a program begin and end."""
-            if (order.across, windows) == (num_units, 1):
-                # one each: reading all counts took 7 us on an H100
-                return [(number + i).astype(jnp.float32) for i in range(2)]
-            share = add_up(cost, num_lists).astype(jnp.float32) / order.across
-            targets = [share * (number + i).astype(jnp.float32) for i in range(2)]
-            return [at * units_of_list for at in cuts(cost, num_lists, targets)]
-
         def walk(visit, carry):
+            def visit_place(row_tile, unit, carry):
+                return visit((row_tile * num_units + unit,), carry)
+
             program = jax.lax.axis_index("program")
-            first, last = units_of(jax.lax.div(program, order.window))
-            row = jax.lax.rem(program, order.window)
-
-            def of_window(g, carry):
-                def of_unit(unit, carry):
-                    return visit((row_tile * num_units + unit,), carry)
-
-                row_tile = g * order.window + row
-                start, stop = (whole(at, g, windows) for at in (first, last))
-                stop = jnp.where(row_tile < row_tiles, stop, start)
-                return jax.lax.fori_loop(start, stop, of_unit, carry)
-
-            return jax.lax.fori_loop(0, windows, of_window, carry)
+            return plan.walk(refs, program, visit_place, carry)
 
         def place(tile):
             return jax.lax.rem(tile[0], num_units), jax.lax.div(tile[0], num_units)
@@ -218,7 +202,7 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
 
         return Task(walk, num_steps, source, load, multiply, finish, store, tiles.parts)
 
-    operands = {"x": x, "w": w, "num": lists.num, "indices": lists.indices}
+    operands = {"x": x, "w": w, "indices": lists.indices} | plan.operands(lists.num)
     if w.ndim == 3:
         slots, slots_t = block_slots(lists if w_by_list else lists.T)
         operands["slots"] = slots if w_by_list else slots_t
@@ -239,6 +223,6 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
         no_tile=(-1,),
         stages=tiles.stages,
         copies=2,
-        programs=order.programs,
+        programs=plan.order.programs,
     )
     return y[:num_rows] if pad else y

@@ -24,10 +24,6 @@ class Order(NamedTuple):
     def programs(self) -> int:
         return self.window * self.across
 
-    def windows(self, row_tiles: int) -> int:
-        """How many windows take all tiles of rows."""
-        return -(-row_tiles // self.window)
-
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -44,6 +40,7 @@ class Tiles:
         under way; divides `parts`, or is more.
       window: tiles of rows that are worked on at a time, side by side, so that what is
         read of `w` is read by as many programs. More where that occupies more of them.
+      together: whether programs stay together, see `_together`, where lists allow it.
       num_sms: multiprocessors of the device.
     """
 
@@ -53,6 +50,7 @@ class Tiles:
     parts: int = 4
     room: int = 2
     window: int = 4
+    together: bool = False
     num_sms: int = 132
 
     @classmethod
@@ -112,7 +110,7 @@ class Tiles:
         ]
 
         def occupied(order):
-            rows = order.windows(row_tiles) * order.window  # some beyond the last
+            rows = _round_up(row_tiles, order.window)  # some beyond the last
             return round(order.programs * row_tiles / rows, 6)
 
         def rank(order):

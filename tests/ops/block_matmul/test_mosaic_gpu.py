@@ -85,12 +85,12 @@ class InterpretTest(parameterized.TestCase):
             _dw.Tiles(stages=3, num_sms=4),
         ),
         # y of few rows, a unit for each program; dx in windows that do not divide its
-        # rows
+        # rows, its programs together
         (
             "few",
             ([[1, 0, 1], [0, 0, 1], [1, 1, 1]], (128, 128), 24, jnp.bfloat16),
             Tiles(128, 24, stages=2, parts=1, num_sms=132),
-            Tiles(128, 8, stages=2, parts=1, window=2, num_sms=4),
+            Tiles(128, 8, 2, parts=1, window=2, together=True, num_sms=6),
             _dw.Tiles(stages=2, num_sms=4),
         ),
         # one side of a block wide, the other narrow; kept blocks alone are stored
