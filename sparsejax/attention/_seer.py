@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax import ops
 from sparsejax.attention import _blocks
 from sparsejax.attention._arguments import check_heads
+from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import BlockMask
 
 Rotate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -196,6 +197,7 @@ def seer_topk(
     num_kept: ArrayLike,
     block: int,
     dense_last_rows: int = 2,
+    lengths: ArrayLike | None = None,
 ) -> BlockMask:
     """Keeps the blocks of highest score for each block of queries.
 
@@ -207,6 +209,9 @@ def seer_topk(
       block: tokens of a block.
       dense_last_rows: so many block rows at the end keep all blocks, as in the paper's
         prefill, where they hold the question; 0 for training.
+      lengths: int32 `[batch]` or one integer, tokens of each sequence that is filled
+        up: its end is there, in the last block with a token of it. By default all are
+        as long as the batch.
 
     Returns:
       A mask `[batch, heads, seq, seq]`, rounded up to whole blocks; use it with
@@ -214,8 +219,8 @@ def seer_topk(
 
     Raises:
       ValueError: if `scores` have other axes, `num_kept` is below 1, more than there
-        are blocks, or neither one number nor one for each head; or `dense_last_rows` is
-        negative.
+        are blocks, or neither one number nor one for each head; `dense_last_rows` is
+        negative; or `lengths` are not integers that fit the batch.
 
     Example:
       >>> scores = jnp.where(jnp.tri(4, dtype=bool), jnp.arange(4.0), -jnp.inf)
@@ -228,7 +233,7 @@ def seer_topk(
     own = jnp.arange(scores.shape[-2])
     kept = topk_kept(scores, own, num_kept)
     capacity = None if dense_last_rows else room(num_kept)
-    return _with_last_rows(kept, own, dense_last_rows, block, capacity)
+    return _with_last_rows(kept, own, dense_last_rows, block, lengths, capacity)
 
 
 def seer_threshold(
@@ -237,6 +242,7 @@ def seer_threshold(
     threshold: ArrayLike,
     block: int,
     dense_last_rows: int = 2,
+    lengths: ArrayLike | None = None,
 ) -> BlockMask:
     """Keeps the blocks whose softmax of scores is above a threshold.
 
@@ -245,13 +251,15 @@ def seer_threshold(
       threshold: of a row's softmax; may be traced. The paper uses 5e-4 to 5e-3.
       block: tokens of a block.
       dense_last_rows: see `seer_topk`.
+      lengths: likewise.
 
     Returns:
       As `seer_topk`. The block of the queries themselves is always kept: without it a
       row could be empty.
 
     Raises:
-      ValueError: if `dense_last_rows` is negative.
+      ValueError: if `dense_last_rows` is negative, or `lengths` are not integers that
+        fit the batch.
 
     Example:
       >>> scores = jnp.log(jnp.array([[1.0, 0.0], [0.75, 0.25]]))
@@ -264,7 +272,7 @@ def seer_threshold(
     """
     own = jnp.arange(scores.shape[-2])
     kept = threshold_kept(scores, own, threshold)
-    return _with_last_rows(kept, own, dense_last_rows, block)
+    return _with_last_rows(kept, own, dense_last_rows, block, lengths)
 
 
 def topk_kept(scores: jax.Array, own: jax.Array, num_kept: ArrayLike) -> jax.Array:
@@ -380,11 +388,17 @@ def _check_gate(gate: SeerGate, query: jax.Array, key: jax.Array) -> None:
 
 
 def _with_last_rows(
-    kept, own, dense_last_rows: int, block: int, capacity: int | None = None
+    kept, own, dense_last_rows: int, block: int, lengths, capacity: int | None = None
 ) -> BlockMask:
     if dense_last_rows < 0:
         raise ValueError(f"`dense_last_rows` must be 0 or more; got {dense_last_rows}.")
     rows, columns = kept.shape[-2:]
-    last = jnp.arange(rows) >= rows - dense_last_rows
-    kept |= last[:, None] & (jnp.arange(columns) <= own[:, None])
+    row = jnp.arange(rows)
+    last = row >= rows - dense_last_rows
+    if lengths is not None:
+        ends = -(
+            -lengths_of(kept, lengths)[:, None, None] // block
+        )  # batch, heads, row
+        last = (row >= ends - dense_last_rows) & (row < ends)
+    kept |= last[..., None] & (jnp.arange(columns) <= own[:, None])
     return BlockMask.from_blocks(kept, (block, block), capacity=capacity)

@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
 from sparsejax.attention._seer import check_sequences
@@ -91,6 +91,7 @@ def seer_loss(
     *,
     skip: float = 0.25,
     reduction: Literal["row", "elementwise"] = "row",
+    num_rows: Int[Array, " batch"] | None = None,
 ) -> Float[Array, ""]:
     """Computes KL(target || softmax(scores)), in float32.
 
@@ -101,9 +102,12 @@ def seer_loss(
         to choose from. 0.25 for blocks of queries and 0.5 for tokens in the papers.
       reduction: "row" sums over blocks and is the mean over rows; "elementwise" is the
         mean over blocks as well, as in the released code, which multiplies it by 10.
+      num_rows: int32, rows of each sequence; those after it do not count, and `skip` is
+        a share of it. By default all rows.
 
     Returns:
-      The loss in nats. A row without a block in sight counts as 0.
+      The loss in nats. A row without a block in sight counts as 0, and so does a batch
+      in which no row counts.
 
     Raises:
       ValueError: if shapes differ or an option is out of range.
@@ -129,14 +133,26 @@ def seer_loss(
         raise ValueError(
             f"`reduction` must be 'row' or 'elementwise'; got {reduction!r}."
         )
-    first = int(skip * scores.shape[-2])
-    scores = scores[..., first:, :].astype(jnp.float32)
-    target = jax.lax.stop_gradient(target[..., first:, :].astype(jnp.float32))
+    rows = scores.shape[-2]
+    if num_rows is None:
+        first = int(skip * rows)
+        scores, target = scores[..., first:, :], target[..., first:, :]
+        counts = None
+    else:
+        first = (skip * num_rows).astype(jnp.int32)
+        row = jnp.arange(rows)
+        counts = (row >= first[:, None]) & (row < num_rows[:, None])
+        counts = jnp.broadcast_to(counts[:, None], scores.shape[:-1])
+    scores = scores.astype(jnp.float32)
+    target = jax.lax.stop_gradient(target.astype(jnp.float32))
     # finite, so that 0 times the log of an unseen block is 0
     scores = jnp.where(scores > -jnp.inf, scores, -1e30)
     log_share = jax.nn.log_softmax(scores, axis=-1)
     terms = jax.scipy.special.xlogy(target, target) - target * log_share
-    return jnp.mean(terms) if reduction == "elementwise" else terms.sum(-1).mean()
+    of_row = terms.mean(-1) if reduction == "elementwise" else terms.sum(-1)
+    if counts is None:
+        return of_row.mean()
+    return jnp.sum(jnp.where(counts, of_row, 0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
 def _peaks(query: jax.Array, key: jax.Array, block: int) -> jax.Array:

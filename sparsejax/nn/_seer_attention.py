@@ -44,8 +44,9 @@ class SeerAttention(Attention):
       d_model: width of input and output.
       num_heads: query heads.
       block: tokens of a block; a sequence has at least so many.
-      select: called as `select(scores, block=block)`: `sj.attention.seer_topk` or
-        `seer_threshold` with the budget bound. None attends to all blocks.
+      select: called as `select(scores, block=block)`, and with `lengths=` where
+        sequences are filled up: `sj.attention.seer_topk` or `seer_threshold` with the
+        budget bound. None attends to all blocks.
       distill: see above.
       d_gate: width of what the gate compares; even. `head_dim` by default.
       num_kv_heads: key and value heads; divides `num_heads`. All of them by default.
@@ -151,9 +152,8 @@ class SeerAttention(Attention):
     ) -> tuple[jax.Array, jax.Array]:
         """As `Attention`, to the selected blocks.
 
-        What comes after `lengths` has no part in the scores; but the last rows, which
-        `select` may keep dense, are those of the batch, and the loss of a gate that
-        learns is of all tokens.
+        What comes after `lengths` has no part in the scores, nor in the loss of a gate
+        that learns, for which blocks of queries count that are whole.
 
         Raises:
           ValueError: If the gate is needed and `x` is shorter than a block.
@@ -163,9 +163,11 @@ class SeerAttention(Attention):
             scores = self.scores(x, positions, lengths=lengths)
             if self.distill:
                 target = attention.seer_target(query, key, block=self.block)
-                self.gate_loss = GateLoss(attention.seer_loss(scores, target))
+                num_rows = None if lengths is None else lengths // self.block
+                loss = attention.seer_loss(scores, target, num_rows=num_rows)
+                self.gate_loss = GateLoss(loss)
             if self.select is not None:
-                mask = self.select(scores, block=self.block)
+                mask = self.select(scores, block=self.block, **filled(lengths))
                 return attend_to_blocks(query, key, value, mask)
         return self.attend(query, key, value, **filled(lengths))
 

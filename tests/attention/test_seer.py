@@ -231,6 +231,29 @@ class LossTest(parameterized.TestCase):
         element, _ = loss_and_grad(scores, target, reduction="elementwise")
         np.testing.assert_allclose(9 * element, got, rtol=1e-5)
 
+    @parameterized.parameters("row", "elementwise")
+    def test_rows_that_count(self, reduction):
+        """The mean over the rows that sequences of unlike lengths have, of each."""
+        scores, target = self.operands()
+        num_rows, skip = np.array([9, 5]), 0.25
+        got, grads = loss_and_grad(
+            scores, target, reduction=reduction, num_rows=jnp.asarray(num_rows)
+        )
+        of_rows = []
+        for b, rows in enumerate(num_rows):
+            for i in range(int(skip * rows), rows):
+                alone = scores[b : b + 1, :, i : i + 1], target[b : b + 1, :, i : i + 1]
+                of_rows.append(loss_and_grad(*alone, reduction=reduction, skip=0.0)[0])
+        np.testing.assert_allclose(got, np.mean(of_rows), rtol=1e-5)
+        np.testing.assert_array_equal(grads[1, :, 5:], 0)
+        none, grads = loss_and_grad(scores, target, num_rows=jnp.zeros(2, jnp.int32))
+        self.assertEqual(none, 0)
+        np.testing.assert_array_equal(grads, 0)
+        all_rows, _ = loss_and_grad(scores, target, num_rows=jnp.full(2, 9))
+        np.testing.assert_allclose(
+            all_rows, loss_and_grad(scores, target)[0], rtol=1e-6
+        )
+
     def test_zero_where_the_gate_is_right(self):
         _, target = self.operands()
         got, grads = loss_and_grad(jnp.log(target) + 3, target)
@@ -290,6 +313,20 @@ class SelectionTest(parameterized.TestCase):
             want[*at, : i + 1] = (powers / powers.sum() > tau) | (i >= 9 - last)
             want[*at, i] = True
         np.testing.assert_array_equal(blocks_of(mask), want)
+
+    @parameterized.parameters(
+        functools.partial(topk, num_kept=2), functools.partial(threshold, threshold=0.3)
+    )
+    def test_the_last_rows_of_each_sequence(self, select):
+        """As if it were alone; what fills it up keeps what any row does."""
+        scores, lengths = causal_scores(9), jnp.array([36, 17])
+        mask = blocks_of(select(scores, block=4, dense_last_rows=2, lengths=lengths))
+        for b, blocks in enumerate((9, 5)):
+            alone = scores[b : b + 1, :, :blocks, :blocks]
+            want = blocks_of(select(alone, block=4, dense_last_rows=2))
+            np.testing.assert_array_equal(mask[b, :, :blocks, :blocks], want[0])
+        filler = blocks_of(select(scores, block=4, dense_last_rows=0))
+        np.testing.assert_array_equal(mask[1, :, 5:], filler[1, :, 5:])
 
     @pytest.mark.once
     def test_no_row_is_empty(self):
@@ -541,6 +578,7 @@ def test_bad_input_is_named():
         ),
         (top(np.array([1, 2])), r"one for each of 4 heads; got shape \(2,\)"),
         (top(1, dense_last_rows=-1), "`dense_last_rows` must .*got -1"),
+        (top(1, lengths=jnp.ones(3, int)), r"each of 2 sequences; got int32\[3\]"),
         (lambda: attention.seer_num_kept(1.5, 4), r"\(0, 1\].*density=1.5"),
         (lambda: attention.init_seer_cache(decoding, 2, 8, block=9), "got 9"),
         (

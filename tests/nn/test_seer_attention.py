@@ -93,6 +93,31 @@ class SeerAttentionTest(parameterized.TestCase):
         with pytest.raises(ValueError, match="no layer of `model` left a gate loss"):
             nn.pop_gate_losses(layer)
 
+    def test_filler_has_no_part(self):
+        """Outputs, gradients and the gate's loss, with the last rows kept dense."""
+        lengths = jnp.array([SEQ, 16])
+        layer = make(select=topk, distill=True)
+
+        def run(layer, x, lengths):
+            y = layer(x, jnp.arange(x.shape[1])[None], lengths=lengths)
+            return y, nn.pop_gate_losses(layer)
+
+        x, _ = inputs()
+        other = x.at[1, 16:].set(7.0)
+        (y, loss), (y_other, loss_other) = (
+            nnx.jit(run)(layer, a, lengths) for a in (x, other)
+        )
+        np.testing.assert_array_equal(y[0], y_other[0])
+        np.testing.assert_array_equal(y[1, :16], y_other[1, :16])
+        np.testing.assert_array_equal(loss, loss_other)
+        alone, of_alone = nnx.jit(run)(layer, x[1:, :16], None)
+        np.testing.assert_allclose(y[1:, :16], alone, rtol=1e-5, atol=1e-6)
+        _, of_first = nnx.jit(run)(layer, x[:1, : SEQ // BLOCK * BLOCK], None)
+        rows = np.array([SEQ // BLOCK, 16 // BLOCK])
+        rows -= (0.25 * rows).astype(int)
+        want = np.average([of_first[0], of_alone[0]], weights=rows)
+        np.testing.assert_allclose(loss[0], want, rtol=1e-5)
+
     def test_bad_input_is_named(self):
         def called(**options):
             return nnx.eval_shape(lambda: make(**options)(*inputs()))
