@@ -12,6 +12,7 @@ all alike. On a CPU, `cpu_ms` is the time of all
 threads, those included that spin a while after a dense product.
 """
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -136,17 +137,13 @@ def room_of(implementation: str) -> str:
     return "all" if implementation == "mosaic_gpu" else "tight"
 
 
-def active_form(layer, h, implementation, tiles=None):
+def active_form(layer, h, implementation):
     if implementation == FOUND:
         gate = layer["dense_gate"]
         return found_form(h, gate, layer["up"], layer["down"])
     gate, indices = layer[room_of(implementation)]
     operands = h, gate, indices, layer["num_active"], layer["up"], layer["down"]
-    if tiles is None:
-        return ops.active_ffn(*operands, implementation=implementation)
-    from sparsejax.ops.active_ffn import _mosaic_gpu
-
-    return _mosaic_gpu.active_ffn(*operands, tiles=tiles)
+    return ops.active_ffn(*operands, implementation=implementation)
 
 
 def found_form(h, gate, up, down, **of_scores):
@@ -417,39 +414,6 @@ def run_spark(layers, size: Size, batch: int, repeats: int) -> dict:
     )
 
 
-def run_tiles(layers, size: Size, case: Case, repeats: int) -> list[dict]:
-    """The kernel's tunables, against the default; on a GPU only."""
-    from sparsejax.ops.active_ffn._mosaic_gpu import Tiles
-
-    default = Tiles.default(case.batch, size.d_model, size.d_model, itemsize=2)
-    changes = [
-        {},
-        *({"blocks_per_sm": 1, "slots": n} for n in (4, 8)),
-        *({"blocks_per_sm": 2, "slots": n} for n in (2, 3, 4)),
-        *({"blocks_per_sm": n, "slots": 2} for n in (3, 4, 6)),
-        {"blocks_per_sm": 3, "slots": 3},
-        *({"parts": n} for n in (1, 2, 4)),
-        *({"chunk": n} for n in (512, 2048, 4096)),
-    ]
-    layers = with_active(layers, size, case)
-    h = jax.random.normal(jax.random.key(1), (case.batch, size.d_model), size.dtype)
-    forms = {}
-    for change in changes:
-        tiles = dataclasses.replace(default, **change)
-        slot_bytes = 2 * (size.d_model + size.d_model // tiles.parts)
-        used = tiles.slots * slot_bytes + 2 * case.batch * size.d_model
-        if used * tiles.blocks_per_sm > 220 * 1024 or tiles.slots < 2:
-            continue
-        form = functools.partial(active_form, implementation="mosaic_gpu", tiles=tiles)
-        forms[str(tiles)] = form
-    times, _ = measure([forms], layers, h, size.dtype, repeats)
-    return [
-        {"part": "tiles", **dataclasses.asdict(case), "tiles": tiles}
-        | {"ms": found.ms, "iqr_ms": found.iqr_ms, "min_ms": found.min_ms}
-        for tiles, found in times.items()
-    ]
-
-
 def crossover_notes(rows) -> list[str]:
     """Up to which density the fastest form wins, for each batch."""
     notes = []
@@ -479,38 +443,74 @@ def show(rows, notes=()) -> None:
     )
 
 
+class Rows:
+    """What was measured, written as it comes; of a stopped run what it had.
+
+    Args:
+      path: of the file, or None.
+      env: as `common.write_json` takes it.
+      known: rows of a run that was cut off.
+    """
+
+    def __init__(self, path, env: dict, known: list[dict]):
+        self._path, self._env, self._known = path, env, known
+        self._rows, self.notes = [], []
+
+    def of(self, part: str, case: Case, measure: Callable[[], dict]) -> dict:
+        """The row of a case, measured if it is not there."""
+        wanted = {"part": part, **dataclasses.asdict(case)}
+        if part == "Spark FFN":
+            del wanted["density"]  # what is realised
+        known = (r for r in self._known if wanted.items() <= r.items())
+        row = next(known, None) or measure()
+        self._rows.append(row)
+        self.write()
+        return row
+
+    def write(self) -> None:
+        common.write_json(self._path, self._env, self._rows, self.notes)
+
+
 def main(argv=None) -> None:
-    args = common.parse_args(__doc__, argv=argv)
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that --json has"
+    )
+    args = common.parse_args(__doc__, argv=argv, parser=parser)
     size = size_here(args.quick)
     print(f"{size}; times are of one layer")
     cases = QUICK if args.quick else CASES
 
     env = common.environment(repeats=args.repeats, **dataclasses.asdict(size))
-    rows, notes = [], []
-
-    def measured(row):
-        rows.append(row)
-        common.write_json(args.json, env, rows, notes)  # a long run loses nothing
-        return row
+    known = common.read_back(parser, args.json, env) if args.resume else []
+    rows, repeats = Rows(args.json, env, known), args.repeats
 
     weights = spark_weights(size)
-    batches = sorted({case.batch for case in cases})
-    show([measured(run_spark(weights, size, b, args.repeats)) for b in batches])
+    firsts = {case.batch: case for case in reversed(cases)}
+    spark = [
+        rows.of(
+            "Spark FFN",
+            case,
+            functools.partial(run_spark, weights, size, case.batch, repeats),
+        )
+        for case in sorted(firsts.values(), key=lambda case: case.batch)
+    ]
+    show(spark)
     del weights  # before the others are made
 
     weights = given_weights(size)
     forms = given_forms()
     given = [
-        measured(run_given(forms, weights, size, case, args.repeats)) for case in cases
+        rows.of(
+            "given neurons",
+            case,
+            functools.partial(run_given, forms, weights, size, case, repeats),
+        )
+        for case in cases
     ]
-    notes += crossover_notes(given)
-    common.write_json(args.json, env, rows, notes)
-    show(given, notes)
-    if has_kernel() and not args.quick:
-        for batch in (1, 8):
-            case = Case(batch, 0.08)
-            found = run_tiles(weights, size, case, args.repeats)
-            show([measured(row) for row in found])
+    rows.notes += crossover_notes(given)
+    rows.write()
+    show(given, rows.notes)
 
 
 if __name__ == "__main__":

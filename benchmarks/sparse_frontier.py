@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     env = common.environment(
         repeats=args.repeats, sequences=num, **dataclasses.asdict(recipe)
     )
-    rows = read_back(parser, args.json, env) if args.resume else []
+    rows = common.read_back(parser, args.json, env) if args.resume else []
     model = long_context_model.make_model(recipe)
     long_context_model.train(recipe, model, args.weights)
     sweep = Sweep(model, recipe, num, args.repeats)
@@ -308,21 +308,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     common.print_table(rows, conclusions(rows))
     if args.json and importlib.util.find_spec("matplotlib"):
         picture(args.json.with_suffix(".png"), rows)
-
-
-def read_back(
-    parser: argparse.ArgumentParser,
-    path: pathlib.Path | None,
-    env: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """The rows of a run that was cut off, if it was as this one."""
-    if path is None:
-        parser.error("--resume needs --json")
-    names = sorted(env.keys() - {"date", "host"})
-    try:
-        return common.read_rows(path, {name: env[name] for name in names})
-    except ValueError as error:
-        parser.error(f"--resume: {error}")
 
 
 def make_parser() -> argparse.ArgumentParser:

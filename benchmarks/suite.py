@@ -129,7 +129,8 @@ JOBS = (
     Job("spark_training", 2),
     Job("decode", 2),
     Job("decode", 10, **CPU),
-    Job("ffn_decode", 5),
+    Job("ffn_decode", 5, "--resume"),
+    Job("ffn_decode_tiles", 2),
     Job("ffn_decode", 10, **CPU),
     Job("gemma3n_parity", 1, **ANY),
     # pretrained models

@@ -462,6 +462,21 @@ def read_rows(
     return found["rows"]
 
 
+def read_back(
+    parser: argparse.ArgumentParser,
+    path: pathlib.Path | None,
+    env: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """The rows of a run that was cut off, for `--resume`, if it was as this one."""
+    if path is None:
+        parser.error("--resume needs --json")
+    names = sorted(env.keys() - {"date", "host"})
+    try:
+        return read_rows(path, {name: env[name] for name in names})
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
+
+
 def report(
     path: str | os.PathLike[str] | None,
     env: Mapping[str, Any],
