@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.parts import common, spark_models
+from benchmarks.parts import common, spark_models, timing
 from benchmarks.parts.decoder_training import Training, compiled, random_tokens
 from benchmarks.parts.spark_models import Size
 from sparsejax import attention, models, nn
@@ -69,7 +69,7 @@ def run(case: Case, length: int, repeats: int) -> Iterator[dict[str, Any]]:
         if not np.isfinite(loss):
             raise AssertionError(f"{name}: the loss is {loss}")
         fns = {"dense": dense, "step": training}
-        times = common.time_in_turn(fns, repeats=repeats, sample_ms=100.0)
+        times = timing.time_in_turn(fns, repeats=repeats, sample_ms=100.0)
         step = times["step"]
         yield {
             "seq": length,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
-from benchmarks.parts import common, kernel_times
+from benchmarks.parts import common, kernel_times, timing
 
 MASKS = 31  # built after the first, in a program
 BLOCK = 128
@@ -179,7 +179,7 @@ def run_shape(
                     print(f"{name} {which}: left out: {str(problem)[:100]}")
                     continue
                 fns[f"{name} {which}"] = fn
-        times = common.time_in_turn(fns, repeats=repeats)
+        times = timing.time_in_turn(fns, repeats=repeats)
         for which, products in (("forward", 2), ("both", 7)):
             flops = products * 2 * shape.head_dim * pairs
             row = dataclasses.asdict(shape) | {"density": density, "which": which}
@@ -232,10 +232,10 @@ def run_building(shape: Shape, repeats: int) -> list[dict]:
         kept = sj.ops.keep_highest(jnp.where(never, -scores, scores), count)
         return sj.BlockMask.from_blocks(kept, (BLOCK, BLOCK), capacity=count)
 
-    fn = functools.partial(common.built_in_a_loop(build, times=MASKS), scores)
+    fn = functools.partial(timing.built_in_a_loop(build, times=MASKS), scores)
     want = sj.BlockMask.from_scores(scores, (BLOCK, BLOCK), count)
     chex.assert_trees_all_equal(fn(), want)
-    times = common.time_in_turn(
+    times = timing.time_in_turn(
         {"mask from scores": fn}, repeats=repeats, units=MASKS + 1
     )
     if told := kernel_times.longest(fn, units=MASKS + 1):

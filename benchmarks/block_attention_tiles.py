@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import sparsejax as sj
 from benchmarks import block_attention
 from benchmarks.block_attention import BLOCK, Shape
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 
 DENSITIES = (0.5, 0.1)
 SHAPES = [Shape(32768), Shape(32768, heads=32, kv_heads=32, head_dim=64)]
@@ -76,7 +76,7 @@ def run(shape: Shape, repeats: int) -> list[dict]:
             str(change): jax.jit(functools.partial(fn, Tiles(**change)))
             for change in (FORWARD if name == "forward" else BACKWARD)
         }
-        found = common.time_variants(
+        found = timing.time_variants(
             jitted,
             {density: (operands, mask) for density, mask in masks.items()},
             repeats=repeats,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 
 TOGETHER = 4  # products in a program
 
@@ -93,7 +93,7 @@ def products(implementation: str | None) -> dict[str, Callable]:
 
     y = lambda x, dy, w, mask: call(x, w, mask)  # noqa: E731
     found = {"y": y, "dx": dx, "dw": dw, COMPACT: dw_compact}
-    return {name: common.for_each(fn) for name, fn in found.items()}
+    return {name: timing.for_each(fn) for name, fn in found.items()}
 
 
 def dense_products() -> dict[str, Callable]:
@@ -107,7 +107,7 @@ def dense_products() -> dict[str, Callable]:
         "dx": lambda x, dy, w, mask: dot(dy, w.T),
         "dw": lambda x, dy, w, mask: dot(x.T, dy),
     }
-    return {name: common.for_each(fn) for name, fn in found.items()}
+    return {name: timing.for_each(fn) for name, fn in found.items()}
 
 
 def torch_bsr(xs: list[jax.Array], w: jax.Array, mask: sj.BlockMask) -> Callable | None:
@@ -163,7 +163,7 @@ def run_shape(shape: Shape, cases: list[Case], repeats: int) -> Iterator[dict]:
     fresh = [(i, name) for i, name in checks if i == 0 or name == COMPACT]
     errors = {}
     for part in (fresh, [check for check in checks if check not in fresh]):
-        found = common.side_by_side(lambda check: error_of(*check), part)
+        found = timing.side_by_side(lambda check: error_of(*check), part)
         errors |= dict(zip(part, found, strict=True))
     for check, error in errors.items():
         assert error < 0.01, (shape, cases[check[0]], check[1], error)
@@ -178,7 +178,7 @@ def run_shape(shape: Shape, cases: list[Case], repeats: int) -> Iterator[dict]:
         }
         if bsr := torch_bsr(xs, w, mask):
             fns["torch y"] = bsr
-        times = common.time_in_turn(fns, repeats=repeats, units=TOGETHER)
+        times = timing.time_in_turn(fns, repeats=repeats, units=TOGETHER)
         for name in ours:
             time = times[f"ours {name}"]
             dense_ms = times[f"dense {name.removesuffix(' compact')}"].ms

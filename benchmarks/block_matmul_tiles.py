@@ -13,7 +13,7 @@ import jax
 
 from benchmarks import block_matmul
 from benchmarks.block_matmul import Case, Shape
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 
 DENSITIES = (0.5, 0.1, 0.05)
 WIDE = [
@@ -67,7 +67,7 @@ def run(shape: Shape, repeats: int) -> list[dict]:
             jitted[str(change)] = jax.jit(functools.partial(fn, chosen))
         masks = {d: block_matmul.make_mask(shape, Case(d)) for d in DENSITIES}
         print(product, flush=True)
-        found = common.time_variants(
+        found = timing.time_variants(
             jitted,
             {density: (mask, x, w, dy) for density, mask in masks.items()},
             repeats=repeats,

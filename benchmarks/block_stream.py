@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 import sparsejax as sj
 from benchmarks.block_matmul import Case, Shape, make_mask, normal
-from benchmarks.parts import common, kernel_times
+from benchmarks.parts import common, kernel_times, timing
 
 TOKENS = 4  # through all layers, in a program
 STREAMED_BYTES = 200e6  # of kept blocks in distinct matrices: more than any cache holds
@@ -55,7 +55,7 @@ def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
             y = product(x, *has).astype(jnp.float32) * variance**-0.5
             return ((x + y) * 0.5**0.5).astype(x.dtype)
 
-        return common.in_a_loop(layer, tokens=tokens)
+        return timing.in_a_loop(layer, tokens=tokens)
 
     kept = list(zip(ws, masks, strict=True))
     got, want = (loop(fn, case.density, tokens=1)(x, kept) for fn in (product, masked))
@@ -64,7 +64,7 @@ def run_stream(shape: Shape, case: Case, repeats: int) -> dict:
     sparse = functools.partial(loop(product, case.density), x, kept)
     large = jnp.concatenate([w.reshape(-1) for w in ws])
     copy = jax.jit(lambda x: jax.lax.optimization_barrier(x) + 0)
-    times = common.time_in_turn(
+    times = timing.time_in_turn(
         {
             "ours": sparse,
             "dense": functools.partial(loop(jnp.dot), x, [(w,) for w in ws]),
@@ -104,7 +104,7 @@ def run_building(shape: Shape, repeats: int) -> list[dict]:
     }
     fns = {
         name: functools.partial(
-            common.built_in_a_loop(
+            timing.built_in_a_loop(
                 lambda never, kept, make=make: make(kept ^ never, block), times=MASKS
             ),
             kept,
@@ -113,7 +113,7 @@ def run_building(shape: Shape, repeats: int) -> list[dict]:
     }
     for fn in fns.values():
         chex.assert_trees_all_equal(fn(), mask)
-    times = common.time_in_turn(fns, repeats=repeats, units=MASKS + 1)
+    times = timing.time_in_turn(fns, repeats=repeats, units=MASKS + 1)
     for name, fn in fns.items():
         if told := kernel_times.longest(fn, units=MASKS + 1):
             print(f"  {name}: {told}")

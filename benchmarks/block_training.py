@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 import sparsejax as sj
-from benchmarks.parts import common, kernel_times, spark_models
+from benchmarks.parts import common, kernel_times, spark_models, timing
 from benchmarks.parts.decoder_training import Training, compiled, random_tokens
 from benchmarks.parts.spark_models import Size
 from sparsejax import models
@@ -236,7 +236,7 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
         fns: dict[str, Any] = {"dense": dense, "step": training}
         if ffn is not None:
             fns |= {"dense ffn": dense_ffn, "ffn": ffn}
-        times = common.time_in_turn(fns, repeats=repeats, sample_ms=case.sample_ms)
+        times = timing.time_in_turn(fns, repeats=repeats, sample_ms=case.sample_ms)
         step = times["step"]
         row = {
             "d_model": case.size.d_model,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.parts import common, kernel_times, spark_models
+from benchmarks.parts import common, kernel_times, spark_models, timing
 from benchmarks.parts.spark_models import DENSITY, Size
 from sparsejax import decode, models
 
@@ -129,12 +129,12 @@ def run(
         for layers in depths.values()
     ]
     # all at once, as they compile
-    found = common.side_by_side(lambda call: call(), [*compared, *steps.values()])
+    found = timing.side_by_side(lambda call: call(), [*compared, *steps.values()])
     errors = {f"{name}_error": x for name, x in zip(depths, found, strict=False)}
     if errors["layer_error"] > (1e-5 if dtype == "float32" else 2e-2):
         raise AssertionError(f"one layer differs: {errors}")
 
-    times = common.time_in_turn(steps, repeats=repeats, units=num_tokens)
+    times = timing.time_in_turn(steps, repeats=repeats, units=num_tokens)
     overflows = steps["spark"]()[1]
     dense_ms = times["dense"].ms
     for kind, found in times.items():

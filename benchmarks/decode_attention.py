@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 
 TOKENS = 4  # through all layers, in a program
 
@@ -104,7 +104,7 @@ def loop(fn: Callable, query: jax.Array, layers: list) -> Callable[[], jax.Array
             out = jnp.where(never, jnp.inf, query)  # so that they are computed
         return ((query + out) * 0.5**0.5).astype(query.dtype)
 
-    return functools.partial(common.in_a_loop(layer, tokens=TOKENS), query, layers)
+    return functools.partial(timing.in_a_loop(layer, tokens=TOKENS), query, layers)
 
 
 def run(case: Case, repeats: int) -> dict:
@@ -152,8 +152,8 @@ def run(case: Case, repeats: int) -> dict:
     )
     loops = {name: loop(fn, query, given[name]) for name, fn in fns.items()}
     # compiles them all side by side
-    common.side_by_side(lambda call: jax.block_until_ready(call()), loops.values())
-    times = common.time_in_turn(
+    timing.side_by_side(lambda call: jax.block_until_ready(call()), loops.values())
+    times = timing.time_in_turn(
         loops,
         repeats=repeats,
         units=TOKENS * case.layers,

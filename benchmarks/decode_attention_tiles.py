@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.decode_attention import Case, make_layers, make_lists
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 
 CASES = [Case(65536, 0.0625), Case(65536, 0.0625, batch=4, layers=4)]
 # programs of a list on the whole device, warpgroups of each, keys of a tile, slots
@@ -42,11 +42,11 @@ def run(case: Case, repeats: int) -> list[dict]:
         return kernel.listed_attention(q, k, v, lists, length, scale=scale, tiles=tiles)
 
     jitted = {
-        str(cut): common.for_each(functools.partial(attend, kernel.Tiles(*cut)))
+        str(cut): timing.for_each(functools.partial(attend, kernel.Tiles(*cut)))
         for cut in TILES
         if cut[0] * case.batch * case.kv_heads <= 2 * 132  # near the multiprocessors
     }
-    found = common.time_variants(
+    found = timing.time_variants(
         jitted, {case: (layers, lists, length)}, repeats=repeats, tolerance=0.01
     )
     names = ("parts", "warpgroups", "columns", "stages")

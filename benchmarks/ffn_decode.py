@@ -8,8 +8,8 @@ by a predictor and a statistical threshold, against a dense gated FFN of as many
 parameters, in the fastest of its forms. Times are of one layer; several layers with
 weights of their own come one after the other, on a GPU in a loop, as decoding takes
 them, so that no cache holds them. The forms take turns, so that a busy machine slows
-all alike. On a CPU, `cpu_ms` is the time of all
-threads, those included that spin a while after a dense product.
+all alike. On a CPU, `cpu_ms` is the time of all threads, those included that spin a
+while after a dense product.
 """
 
 import argparse
@@ -23,35 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import sparsejax as sj
-from benchmarks.parts import common, kernel_times
+from benchmarks.parts import common, ffn_layers, kernel_times, timing
+from benchmarks.parts.ffn_layers import Case, Size
 from sparsejax import ops
-
-FOUND = "found"  # by `gated_ffn`, which needs no list
-SPARE = 1.25  # capacity of the list, in numbers of expected neurons
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """One FFN."""
-
-    d_model: int
-    d_ff: int
-    num_layers: int
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """How much of it a step uses."""
-
-    batch: int
-    density: float  # share of the neurons that are active for some row of the batch
-
 
 BATCHES = (1, 2, 4, 8)
 DENSITIES = (0.02, 0.05, 0.08, 0.16, 0.33, 0.5)
-SPARK_DENSITY = 0.08  # of a single row of the batch
 CASES = [Case(*c) for c in itertools.product(BATCHES, DENSITIES)]
 QUICK = [Case(*c) for c in itertools.product((1, 2), (0.08, 0.5))]
 
@@ -63,21 +40,6 @@ def size_here(quick: bool) -> Size:
     return Size(4096, 32768, 8 if dtype == "bfloat16" else 2, dtype)
 
 
-def has_kernel() -> bool:
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    return jax.default_backend() == "gpu" and str(capability) == "9.0"
-
-
-def implementations() -> dict[str, str]:
-    """Column name -> what `active_ffn` is told, or `FOUND`."""
-    found = {"gather": "reference"}
-    if jax.default_backend() == "cpu":
-        found["loop"] = "xla"
-    if has_kernel():
-        found |= {"kernel": "mosaic_gpu", FOUND: FOUND}
-    return found
-
-
 @functools.cache  # a form that takes no list of neurons compiles once for a batch
 def chain(layer_form):
     """All layers in turn, each added to the residual stream; on a GPU some tokens."""
@@ -85,7 +47,7 @@ def chain(layer_form):
     def layer(h, has):
         return ((h + layer_form(has, h)) * 0.5**0.5).astype(h.dtype)
 
-    return common.in_a_loop(layer, tokens=num_tokens())
+    return timing.in_a_loop(layer, tokens=num_tokens())
 
 
 one_layer = functools.cache(jax.jit)
@@ -94,107 +56,6 @@ one_layer = functools.cache(jax.jit)
 def num_tokens() -> int:
     """What a program starts with and ends with counts on a GPU."""
     return 4 if jax.default_backend() == "gpu" else 1
-
-
-def product(matrix, x):
-    """`x @ matrix.T`, read row by row: the fast way on a CPU, where the other is not.
-
-    A batch of 1 is a vector there.
-    """
-    if len(x) == 1:
-        return jnp.dot(matrix, x[0], preferred_element_type=jnp.float32)[None]
-    out = jnp.dot(matrix, x.T, preferred_element_type=jnp.float32)
-    if jax.default_backend() == "cpu":
-        # XLA would swap the operands to save the transpose, and be three times slower
-        out = jax.lax.optimization_barrier(out)
-    return out.T
-
-
-def product_t(x, matrix):
-    """`x @ matrix`."""
-    if len(x) == 1:
-        return jnp.dot(x[0], matrix, preferred_element_type=jnp.float32)[None]
-    return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
-
-
-def down_product(layer, hidden, by):
-    """The down projection, from whichever of the two layouts in memory."""
-    if by == "down":
-        return product_t(hidden, layer["down"])
-    return product(layer["down_t"], hidden)
-
-
-def dense_form(layer, h, by):
-    hidden = product(layer["up"], h) * layer["dense_gate"].astype(jnp.float32)
-    return down_product(layer, hidden.astype(h.dtype), by).astype(h.dtype)
-
-
-def room_of(implementation: str) -> str:
-    """The time of the kernel follows the count, so that it takes a list of any length.
-
-    The decoding loop gives it room for all neurons, so that none overflows.
-    """
-    return "all" if implementation == "mosaic_gpu" else "tight"
-
-
-def active_form(layer, h, implementation):
-    if implementation == FOUND:
-        gate = layer["dense_gate"]
-        return found_form(h, gate, layer["up"], layer["down"])
-    gate, indices = layer[room_of(implementation)]
-    operands = h, gate, indices, layer["num_active"], layer["up"], layer["down"]
-    return ops.active_ffn(*operands, implementation=implementation)
-
-
-def found_form(h, gate, up, down, **of_scores):
-    operands = h, gate.astype(h.dtype), up, down
-    return ops.gated_ffn(*operands, implementation="mosaic_gpu", **of_scores)
-
-
-def random_matrix(key, rows, columns, dtype, fan_in):
-    return (jax.random.normal(key, (rows, columns)) / fan_in**0.5).astype(dtype)
-
-
-def given_weights(size: Size):
-    layers = []
-    for i in range(size.num_layers):
-        keys = jax.random.split(jax.random.key(i), 2)
-        shape = (size.d_ff, size.d_model, size.dtype)
-        up = random_matrix(keys[0], *shape, fan_in=size.d_model)
-        down = random_matrix(keys[1], *shape, fan_in=size.d_ff)
-        down_t = jax.jit(lambda a: a.T)(down)
-        layers.append({"up": up, "down": down, "down_t": down_t})
-    return layers
-
-
-def with_active(layers, size: Size, case: Case):
-    """The layers with random active neurons, each used by half of the batch or more."""
-    num_active = round(case.density * size.d_ff)
-    capacity = min(size.d_ff, math.ceil(SPARE * num_active))
-    found = []
-    for i, layer in enumerate(layers):
-        rng = np.random.default_rng([i, case.batch, num_active])
-        active = np.zeros(size.d_ff, bool)
-        active[rng.choice(size.d_ff, num_active, replace=False)] = True
-        gate = rng.normal(size=(case.batch, size.d_ff)) * active
-        if case.batch > 1:
-            gate *= rng.random(gate.shape) < 0.5
-        lists, neurons = {}, np.flatnonzero(active).astype(np.int32)
-        for room, length in (("tight", capacity), ("all", size.d_ff)):
-            indices = np.pad(neurons, (0, length - num_active), mode="edge")
-            lists[room] = (
-                jnp.asarray(gate[:, indices], size.dtype),
-                jnp.asarray(indices),
-            )
-        found.append(
-            layer
-            | lists
-            | {
-                "dense_gate": jnp.asarray(gate, size.dtype),
-                "num_active": jnp.int32(num_active),
-            }
-        )
-    return found
 
 
 def check(name, got, want, dtype) -> None:
@@ -212,7 +73,7 @@ def measure(groups, layers, h, dtype, repeats):
       layers: what the forms take.
       h: the residual stream.
       dtype: of the weights.
-      repeats: as in `common.time_in_turn`.
+      repeats: as in `timing.time_in_turn`.
 
     Returns:
       The times of a layer, and what was timed, both by name.
@@ -226,9 +87,9 @@ def measure(groups, layers, h, dtype, repeats):
             has = [(layer,) for layer in layers]
             calls[name] = functools.partial(chain(forms[name]), h, has)
     # compiles them all side by side
-    common.side_by_side(lambda call: jax.block_until_ready(call()), calls.values())
+    timing.side_by_side(lambda call: jax.block_until_ready(call()), calls.values())
     units = len(layers) * num_tokens()
-    return common.time_in_turn(calls, repeats=repeats, units=units), calls
+    return timing.time_in_turn(calls, repeats=repeats, units=units), calls
 
 
 def best_of(times, names):
@@ -236,7 +97,7 @@ def best_of(times, names):
 
 
 def columns_of(times) -> dict:
-    fields = [field.name for field in dataclasses.fields(common.Time)]
+    fields = [field.name for field in dataclasses.fields(timing.Time)]
     return {
         f"{name}_{field}": getattr(of_form, field)
         for name, of_form in times.items()
@@ -244,19 +105,9 @@ def columns_of(times) -> dict:
     }
 
 
-def given_forms() -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """The dense ones, and ours."""
-    dense = {f"dense_{by}": functools.partial(dense_form, by=by) for by in BY}
-    ours = {
-        name: functools.partial(active_form, implementation=implementation)
-        for name, implementation in implementations().items()
-    }
-    return dense, ours
-
-
 def run_given(forms, layers, size: Size, case: Case, repeats: int) -> dict:
     """One row; `forms` as from `given_forms`."""
-    layers = with_active(layers, size, case)
+    layers = ffn_layers.with_active(layers, size, case)
     h = jax.random.normal(jax.random.key(1), (case.batch, size.d_model), size.dtype)
     dense, ours = forms
     times, _ = measure([dense | ours], layers, h, size.dtype, repeats)
@@ -280,118 +131,37 @@ def run_given(forms, layers, size: Size, case: Case, repeats: int) -> dict:
     )
 
 
-BY = ("down", "down_t")
-
-
-def spark_weights(size: Size):
-    layers, half = [], size.d_model // 2
-    for i in range(size.num_layers):
-        keys = jax.random.split(jax.random.key(i), 6)
-        gated_ff = gated_width(size)
-        shape = (gated_ff, size.d_model, size.dtype)
-        gated = {
-            "gate": random_matrix(keys[0], *shape, fan_in=size.d_model),
-            "up": random_matrix(keys[1], *shape, fan_in=size.d_model),
-            "down": random_matrix(keys[2], *shape, fan_in=gated_ff),
-        }
-        gated["down_t"] = jax.jit(lambda a: a.T)(gated["down"])
-        shape = (size.d_ff, half, size.dtype)
-        spark = {
-            "predictor": random_matrix(keys[3], *shape, fan_in=half),
-            "up": random_matrix(keys[4], *shape, fan_in=half),
-            "down": random_matrix(
-                keys[5], size.d_ff, size.d_model, size.dtype, fan_in=size.d_ff
-            ),
-        }
-        layers.append({"gated": gated, "spark": spark})
-    return layers
-
-
-def gated_width(size: Size) -> int:
-    """Neurons of a gated FFN of as many parameters, to the next multiple of 128."""
-    return math.ceil(size.d_ff * 2 / 3 / 128) * 128
-
-
-def gated_form(layer, h, by):
-    weights = layer["gated"]
-    gate = jax.nn.gelu(product(weights["gate"], h), approximate=True)
-    hidden = (gate * product(weights["up"], h)).astype(h.dtype)
-    return down_product(weights, hidden, by).astype(h.dtype)
-
-
-def gated_twice_form(layer, h, by):
-    """With the row twice: on a GPU XLA's product of a vector is slower than of two."""
-    two = jax.lax.optimization_barrier(jnp.concatenate([h, h]))
-    return gated_form(layer, two, by)[:1]
-
-
-def spark_scores(layer, h):
-    """As `sj.nn.SparkFFN` has them, and the number that should exceed the threshold."""
-    predictor = layer["spark"]["predictor"]
-    scores = product(predictor, h[:, : h.shape[1] // 2]).astype(h.dtype)
-    return scores, SPARK_DENSITY * len(predictor)
-
-
-def spark_gate(layer, h):
-    """As `sj.nn.SparkFFN` has it."""
-    return jax.nn.gelu(sj.statistical_topk(*spark_scores(layer, h)), approximate=True)
-
-
-def spark_form(layer, h, implementation, capacity):
-    weights = layer["spark"]
-    rest = jax.lax.optimization_barrier(h[:, h.shape[1] // 2 :])
-    if implementation == FOUND:
-        scores, k = spark_scores(layer, h)
-        return found_form(
-            *(rest, scores, weights["up"], weights["down"]),
-            threshold=sj.statistical_threshold(scores, k),
-            activation=jax.nn.gelu,
-        )
-    gate = spark_gate(layer, h)
-    indices, count, _ = ops.active_indices(jnp.any(gate > 0, axis=0), capacity)
-    return ops.active_ffn(
-        *(rest, gate[:, indices], indices, count),
-        *(weights["up"], weights["down"]),
-        implementation=implementation,
-    )
-
-
-def spark_dense_form(layer, h):
-    """The same FFN with its zeros multiplied: what it costs in training."""
-    half, weights = h.shape[1] // 2, layer["spark"]
-    hidden = (spark_gate(layer, h) * product(weights["up"], h[:, half:])).astype(
-        h.dtype
-    )
-    return product_t(hidden, weights["down"]).astype(h.dtype)
-
-
 def run_spark(layers, size: Size, batch: int, repeats: int) -> dict:
     h = jax.random.normal(jax.random.key(1), (batch, size.d_model), size.dtype)
-    union = 1 - (1 - SPARK_DENSITY) ** batch
-    capacity = min(size.d_ff, math.ceil(SPARE * union * size.d_ff))
-    first = jax.jit(spark_gate)(layers[0], h)
+    union = 1 - (1 - ffn_layers.SPARK_DENSITY) ** batch
+    capacity = min(size.d_ff, math.ceil(ffn_layers.SPARE * union * size.d_ff))
+    first = jax.jit(ffn_layers.spark_gate)(layers[0], h)
     active = jnp.any(first > 0, axis=0)
     ours = {
         name: functools.partial(
-            spark_form,
-            implementation=implementation,
-            capacity=size.d_ff if room_of(implementation) == "all" else capacity,
+            ffn_layers.spark_form,
+            implementation=by,
+            capacity=size.d_ff if ffn_layers.room_of(by) == "all" else capacity,
         )
-        for name, implementation in implementations().items()
+        for name, by in ffn_layers.implementations().items()
     }
-    gated = {f"gated_{by}": functools.partial(gated_form, by=by) for by in BY}
+    gated = {
+        f"gated_{by}": functools.partial(ffn_layers.gated_form, by=by)
+        for by in ffn_layers.BY
+    }
     if batch == 1:
         gated |= {
-            f"gated_twice_{by}": functools.partial(gated_twice_form, by=by) for by in BY
+            f"gated_twice_{by}": functools.partial(ffn_layers.gated_twice_form, by=by)
+            for by in ffn_layers.BY
         }
-    groups = [{"spark_dense": spark_dense_form} | ours, gated]
+    groups = [{"spark_dense": ffn_layers.spark_dense_form} | ours, gated]
     times, calls = measure(groups, layers, h, size.dtype, repeats)
     fastest = best_of(times, ours)
     units = size.num_layers * num_tokens()
     if told := kernel_times.longest(calls[fastest], units=units):
         print(f"  {fastest}, a layer: {told}")
     listing = jax.jit(functools.partial(ops.active_indices, capacity=capacity))
-    listing_time = common.time_in_turn(
+    listing_time = timing.time_in_turn(
         {"indices": lambda: listing(active)}, repeats=repeats
     )["indices"]
     gated_name, ours_name = best_of(times, gated), best_of(times, ours)
@@ -485,7 +255,7 @@ def main(argv=None) -> None:
     known = common.read_back(parser, args.json, env) if args.resume else []
     rows, repeats = Rows(args.json, env, known), args.repeats
 
-    weights = spark_weights(size)
+    weights = ffn_layers.spark_weights(size)
     firsts = {case.batch: case for case in reversed(cases)}
     spark = [
         rows.of(
@@ -498,8 +268,8 @@ def main(argv=None) -> None:
     show(spark)
     del weights  # before the others are made
 
-    weights = given_weights(size)
-    forms = given_forms()
+    weights = ffn_layers.given_weights(size)
+    forms = ffn_layers.given_forms()
     given = [
         rows.of(
             "given neurons",

@@ -9,8 +9,8 @@ import dataclasses
 import jax
 
 from benchmarks import ffn_decode
-from benchmarks.ffn_decode import Case, Size
-from benchmarks.parts import common
+from benchmarks.parts import common, ffn_layers
+from benchmarks.parts.ffn_layers import Case, Size
 
 CASES = [Case(batch, 0.08) for batch in (1, 2, 4, 8)]
 CHANGES = [
@@ -32,7 +32,7 @@ def run(layers, size: Size, case: Case, repeats: int) -> list[dict]:
     default = _mosaic_gpu.Tiles.default(
         case.batch, size.d_model, size.d_model, itemsize=2
     )
-    layers = ffn_decode.with_active(layers, size, case)
+    layers = ffn_layers.with_active(layers, size, case)
     h = jax.random.normal(jax.random.key(1), (case.batch, size.d_model), size.dtype)
     forms = {}
     for change in CHANGES:
@@ -43,7 +43,7 @@ def run(layers, size: Size, case: Case, repeats: int) -> list[dict]:
             continue
 
         def form(layer, h, tiles=tiles):
-            gate, indices = layer[ffn_decode.room_of("mosaic_gpu")]
+            gate, indices = layer[ffn_layers.room_of("mosaic_gpu")]
             operands = h, gate, indices, layer["num_active"]
             return _mosaic_gpu.active_ffn(
                 *operands, layer["up"], layer["down"], tiles=tiles
@@ -61,10 +61,10 @@ def run(layers, size: Size, case: Case, repeats: int) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, repeats=9, argv=argv)
-    if not ffn_decode.has_kernel():
+    if not ffn_layers.has_kernel():
         raise SystemExit("this needs a Hopper GPU: it times ways to run its kernels")
     size = ffn_decode.size_here(args.quick)
-    weights = ffn_decode.given_weights(size)
+    weights = ffn_layers.given_weights(size)
     cases = CASES[:1] if args.quick else CASES
     rows = (row for case in cases for row in run(weights, size, case, args.repeats))
     env = common.environment(repeats=args.repeats, **dataclasses.asdict(size))

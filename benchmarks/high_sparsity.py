@@ -62,6 +62,7 @@ from benchmarks.parts import (
     lm_study,
     lm_tuning,
     scanned_decoder,
+    timing,
 )
 from benchmarks.parts.sparse_tasks import (
     FULL,
@@ -248,7 +249,7 @@ def compile_waiting(
         left = lm_report.waiting(ledger.rows, names[study], num_seeds)
         study.compile({name.removesuffix(EQUAL) for name in left})
 
-    common.side_by_side(build, names)
+    timing.side_by_side(build, names)
 
 
 # --- What is told of it ---

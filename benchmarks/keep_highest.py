@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 from sparsejax import ops
 
 TOGETHER = 8  # inputs of a program
@@ -51,10 +51,10 @@ def run(case: Case, repeats: int) -> dict:
         "reference": functools.partial(keep, implementation="reference"),
         "top_k": lambda x: jax.lax.top_k(x, case.num_kept),
     }
-    fns = {name: common.for_each(fn) for name, fn in fns.items()}
+    fns = {name: timing.for_each(fn) for name, fn in fns.items()}
     assert jnp.array_equal(fns["fast"](x)[0], fns["reference"](x)[0]), case
     calls = {name: functools.partial(fn, x) for name, fn in fns.items()}
-    times = common.time_in_turn(calls, repeats=repeats, units=TOGETHER)
+    times = timing.time_in_turn(calls, repeats=repeats, units=TOGETHER)
     return dataclasses.asdict(case) | {
         "fast_ms": times["fast"].ms,
         "fast_iqr_ms": times["fast"].iqr_ms,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import sparsejax as sj
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,36 +51,36 @@ def run(case: Case, repeats: int) -> dict:
     scores = list(scores.astype(case.dtype))
     num_kept = sj.masks.num_kept(case.sparsity, scores[0].size)
 
-    @common.for_each
+    @timing.for_each
     def copy(x):
         return jax.lax.optimization_barrier(x) + 0
 
-    @common.for_each
+    @timing.for_each
     def argsort_nm(x):
         groups = x.reshape(-1, case.m, case.size)
         ranks = jnp.argsort(jnp.argsort(-groups, axis=1, stable=True), axis=1)
         return (ranks < case.n).reshape(x.shape)
 
-    @common.for_each
+    @timing.for_each
     def argsort_topk(x):
         order = jnp.argsort(-x.reshape(-1), stable=True)
         ranks = jnp.zeros(x.size, jnp.int32).at[order].set(jnp.arange(x.size))
         return (ranks < num_kept).reshape(x.shape)
 
-    @common.for_each
+    @timing.for_each
     def argsort_only(x):  # the cheapest sort that could serve: no ranks, no mask
         return jnp.sort(x.reshape(-1))
 
-    @common.for_each
+    @timing.for_each
     def lax_topk(x):  # threshold only: cheaper than a mask with exact ties
         return jax.lax.top_k(x.reshape(-1), num_kept)[0][-1]
 
     if case.m:
-        ours = common.for_each(lambda x: sj.nm_mask(x, case.n, case.m))
+        ours = timing.for_each(lambda x: sj.nm_mask(x, case.n, case.m))
         sorted_form, others = argsort_nm, {}
     else:
         # the count is traced: one compilation serves a whole schedule
-        topk = common.for_each(sj.topk_mask)
+        topk = timing.for_each(sj.topk_mask)
         count = jnp.asarray(num_kept, jnp.int32)
         ours = lambda x: topk(x, count)  # noqa: E731
         sorted_form, others = argsort_topk, {"sort": argsort_only}
@@ -92,7 +92,7 @@ def run(case: Case, repeats: int) -> dict:
 
     fns = {"copy": copy, "ours": ours, "argsort form": sorted_form, **others}
     calls = {name: functools.partial(fn, scores) for name, fn in fns.items()}
-    times = common.time_in_turn(calls, repeats=repeats, units=together)
+    times = timing.time_in_turn(calls, repeats=repeats, units=together)
     ms = {f"{name.replace(' ', '_')}_ms": time.ms for name, time in times.items()}
     best_other = min(ms[f"{name.replace(' ', '_')}_ms"] for name in list(fns)[2:])
     return dataclasses.asdict(case) | {

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.parts import common, sparse_selectors, sparse_walks
+from benchmarks.parts import common, sparse_selectors, sparse_walks, timing
 from benchmarks.parts.sparse_selectors import Seen
 from sparsejax import attention
 from sparsejax.formats import BlockMask
@@ -136,7 +136,7 @@ def run(case: Case, names: Sequence[str], repeats: int) -> Iterator[dict]:
         apart = fast(query, key, value, chosen)
         difference = common.relative_error(both(query, key, value), apart)
         assert difference < 0.02, (case, name, difference)
-        times = common.time_in_turn(
+        times = timing.time_in_turn(
             {
                 "together": functools.partial(both, query, key, value),
                 "attend": functools.partial(fast, query, key, value, chosen),

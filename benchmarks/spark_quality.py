@@ -62,6 +62,7 @@ from benchmarks.parts import (
     scanned_decoder,
     spark_kinds,
     spark_models,
+    timing,
 )
 from benchmarks.parts.spark_kinds import BLOCK, BOTH, DENSE, EXACT, GEMMA, NAMES, SPARK
 
@@ -326,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             name: make_study(kinds[name], name, text, sizes, ledger)
             for name in lm_report.waiting(ledger.rows, sizes.names, args.repeats)
         }
-        common.side_by_side(lambda name: studies[name].compile([name]), studies)
+        timing.side_by_side(lambda name: studies[name].compile([name]), studies)
         for study in studies.values():
             study.run(
                 tuning_steps=sizes.tuning_steps,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.parts import common, spark_models
+from benchmarks.parts import common, spark_models, timing
 from benchmarks.parts.decoder_training import Training, compiled, random_tokens
 from benchmarks.parts.spark_models import Size
 from sparsejax import models
@@ -58,7 +58,7 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
             losses[kind] = float([step() for _ in range(3)][-1])
             if not np.isfinite(losses[kind]):
                 raise AssertionError(f"{kind}: the loss is {losses[kind]}")
-        times = common.time_in_turn(steps, repeats=repeats, sample_ms=100.0)
+        times = timing.time_in_turn(steps, repeats=repeats, sample_ms=100.0)
         for kind, time in times.items():
             yield {
                 "model": kind,

@@ -56,7 +56,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.parts import common, long_context_model, sparse_selectors, sparse_walks
+from benchmarks.parts import (
+    common,
+    long_context_model,
+    sparse_selectors,
+    sparse_walks,
+    timing,
+)
 from benchmarks.parts import long_context_tasks as tasks
 from sparsejax import formats, models, ops
 
@@ -146,7 +152,7 @@ class Sweep:
             accuracies[name] = tasks.accuracy(name, self.tokens[rows], predicted[rows])
         found = list(accuracies.values())
         _, seen, _, operands = getattr(self, f"_{case.phase}_layer")(case)
-        time_ms = functools.partial(common.time_ms, repeats=self.repeats)
+        time_ms = functools.partial(timing.time_ms, repeats=self.repeats)
         chosen = programs.choose(*seen)
         return {
             "phase": case.phase,
@@ -300,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for case in cases
             if (case.phase, case.method, case.asked) not in judged
         ]
-        programs = common.side_by_side(sweep.compiled, cases, threads=os.cpu_count())
+        programs = timing.side_by_side(sweep.compiled, cases, threads=os.cpu_count())
         for case, of_case in zip(cases, programs, strict=True):
             rows.append(sweep.row(case, of_case))
             print(common.format_table(rows[-1:]), flush=True)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 import sparsejax as sj
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def run(case: Case, repeats: int) -> list[dict]:
     least = 3 if case.gated else 2  # arrays of a forward
 
     def columns(which: str, fns: dict[str, Callable]) -> None:
-        times = common.time_in_turn(fns, repeats=repeats)
+        times = timing.time_in_turn(fns, repeats=repeats)
         for name, time in times.items():
             arrays = 2 * least if name == "relu" else 3 * least - 1
             arrays = least if which == "forward" else arrays

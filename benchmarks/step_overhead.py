@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import sparsejax as sj
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 from sparsejax.transforms import SparseState
 
 KEY = jax.random.key(0)
@@ -142,7 +142,7 @@ def run(leaves: int, width: int, periods: int) -> Iterator[dict]:
         for packed in (False, True)
     }
     make = functools.partial(Programs, leaves=leaves, width=width)
-    plain, *compiled = common.side_by_side(make, (_inner(), *methods.values()))
+    plain, *compiled = timing.side_by_side(make, (_inner(), *methods.values()))
     weights, plain = leaves * width * width, Run(plain)
     for (method, packed), programs in zip(methods, compiled, strict=True):
         pair = plain, Run(programs)

@@ -10,7 +10,7 @@ import jax
 import optax
 from flax import nnx
 
-from benchmarks.parts import common, scanned_decoder
+from benchmarks.parts import scanned_decoder, timing
 from sparsejax import models
 
 _COMPILING = 6  # programs at a time, as each is tuned in memory of its own
@@ -84,7 +84,7 @@ class Training:
 
 def compiled(make: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
     """`make(case)` for each, some at a time, as compiling is most of the time."""
-    return common.side_by_side(make, cases, threads=_COMPILING)
+    return timing.side_by_side(make, cases, threads=_COMPILING)
 
 
 def random_tokens(batch: int, seq: int, vocab_size: int) -> jax.Array:

@@ -31,6 +31,7 @@ from benchmarks.parts import (
     lm_text,
     lm_tuning,
     scanned_decoder,
+    timing,
 )
 from benchmarks.parts.scanned_decoder import ScannedDecoder
 from sparsejax import models
@@ -140,7 +141,7 @@ class Race:
         by_run = {called or name: name for name in names}
         left = lm_report.waiting(self._ledger.rows, by_run, num_seeds)
         studies = [(self._study(by_run[run]), by_run[run]) for run in left]
-        common.side_by_side(lambda found: found[0].compile([found[1]]), studies)
+        timing.side_by_side(lambda found: found[0].compile([found[1]]), studies)
 
     def _make_study(self, name: str) -> lm_tuning.Study:
         arm, sizes = self._arms[name], self._sizes

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.parts import common, lm_report, lm_study
+from benchmarks.parts import lm_report, lm_study, timing
 from sparsejax.typing import Params
 
 ON_TUNE = "loss_on_tune"
@@ -87,7 +87,7 @@ class Study:
             self._trainers[name].compile(*given)
 
         of_programs = {id(self._trainers[name]): name for name in names}
-        common.side_by_side(build, of_programs.values())
+        timing.side_by_side(build, of_programs.values())
 
     def run(
         self,

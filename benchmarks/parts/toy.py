@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import sparsejax as sj
-from benchmarks.parts import common
+from benchmarks.parts import common, timing
 
 Batch = tuple[jax.Array, jax.Array]  # inputs [n, d_in], labels int32[n]
 Sample = Callable[[jax.Array], Any]  # key -> a batch
@@ -186,7 +186,7 @@ def tune(
 def in_parallel(fn: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
     """Maps `fn` in threads: compiling is most of the time of a small case."""
     threads = max(1, min(8, (os.cpu_count() or 1) // 2))
-    return common.side_by_side(fn, cases, threads=threads)
+    return timing.side_by_side(fn, cases, threads=threads)
 
 
 def compare(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import high_sparsity, sparse_frontier
-from benchmarks.parts import common, lm_command
+from benchmarks.parts import common, lm_command, timing
 
 
 def test_arguments_have_defaults_for_both_forms():
@@ -50,10 +50,10 @@ def test_bad_arguments_stop_before_anything_runs(argv, message, capsys):
 
 
 def test_time_is_that_of_one_call():
-    median, spread = common.time_ms(lambda: time.sleep(0.005), repeats=3)
+    median, spread = timing.time_ms(lambda: time.sleep(0.005), repeats=3)
     assert 5 <= median < 50  # a busy machine sleeps longer
     assert spread >= 0
-    fast, _ = common.time_ms(jax.jit(lambda x: x + 1), jnp.ones(8), repeats=3)
+    fast, _ = timing.time_ms(jax.jit(lambda x: x + 1), jnp.ones(8), repeats=3)
     assert 0 < fast < 5
 
 
@@ -113,7 +113,7 @@ def test_variants_agree_before_they_are_timed(capsys):
     ways = {"twice": lambda x: 2 * x, "sum": lambda x: x + x, "refused": refuse}
     fns = {name: jax.jit(fn) for name, fn in ways.items()}
     arguments = {size: (size * jnp.ones(4),) for size in (1, 3)}
-    times = common.time_variants(fns, arguments, repeats=1, tolerance=1e-6)
+    times = timing.time_variants(fns, arguments, repeats=1, tolerance=1e-6)
     assert {label: list(found) for label, found in times.items()} == {
         1: ["twice", "sum"],
         3: ["twice", "sum"],
@@ -121,11 +121,11 @@ def test_variants_agree_before_they_are_timed(capsys):
     assert "refused: left out: no room" in capsys.readouterr().out
     fns["thrice"] = jax.jit(lambda x: 3 * x)
     with pytest.raises(AssertionError, match="thrice"):
-        common.time_variants(fns, arguments, repeats=1, tolerance=1e-6)
+        timing.time_variants(fns, arguments, repeats=1, tolerance=1e-6)
 
 
 def test_one_program_for_each():
-    call = common.for_each(lambda x, y, scale: scale * (x + y))
+    call = timing.for_each(lambda x, y, scale: scale * (x + y))
     got = call([(1.0, 2.0), (3.0, 4.0)], 10.0)
     assert list(map(float, got)) == [30.0, 70.0]
-    assert list(map(float, common.for_each(jnp.negative)([1.0, 2.0]))) == [-1.0, -2.0]
+    assert list(map(float, timing.for_each(jnp.negative)([1.0, 2.0]))) == [-1.0, -2.0]
