@@ -48,10 +48,7 @@ from sparsejax.attention._quest import page_scores as page_scores
 from sparsejax.attention._quest import quest as quest
 from sparsejax.attention._seer import SeerGate as SeerGate
 from sparsejax.attention._seer import init_seer_gate as init_seer_gate
-from sparsejax.attention._seer import seer_num_kept as seer_num_kept
 from sparsejax.attention._seer import seer_scores as seer_scores
-from sparsejax.attention._seer import seer_threshold as seer_threshold
-from sparsejax.attention._seer import seer_topk as seer_topk
 from sparsejax.attention._seer_decode import SeerCache as SeerCache
 from sparsejax.attention._seer_decode import SeerDecodeGate as SeerDecodeGate
 from sparsejax.attention._seer_decode import (
@@ -68,6 +65,9 @@ from sparsejax.attention._seer_decode import (
     seer_decode_threshold as seer_decode_threshold,
 )
 from sparsejax.attention._seer_decode import seer_decode_topk as seer_decode_topk
+from sparsejax.attention._seer_select import seer_num_kept as seer_num_kept
+from sparsejax.attention._seer_select import seer_threshold as seer_threshold
+from sparsejax.attention._seer_select import seer_topk as seer_topk
 from sparsejax.attention._seer_target import seer_decode_target as seer_decode_target
 from sparsejax.attention._seer_target import seer_loss as seer_loss
 from sparsejax.attention._seer_target import seer_target as seer_target

@@ -14,10 +14,8 @@ from sparsejax.attention._seer import (
     check_sizes,
     check_weights,
     key_features,
-    room,
-    threshold_kept,
-    topk_kept,
 )
+from sparsejax.attention._seer_select import room, threshold_kept, topk_kept
 from sparsejax.attention._slots import change_slots, check_next, lengths_of
 from sparsejax.formats import BlockMask
 

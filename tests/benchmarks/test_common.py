@@ -1,5 +1,7 @@
 """Arguments, timing, tables and JSON of the benchmarks."""
 
+import argparse
+import functools
 import json
 import math
 import time
@@ -129,3 +131,20 @@ def test_one_program_for_each():
     got = call([(1.0, 2.0), (3.0, 4.0)], 10.0)
     assert list(map(float, got)) == [30.0, 70.0]
     assert list(map(float, timing.for_each(jnp.negative)([1.0, 2.0]))) == [-1.0, -2.0]
+
+
+def test_rows_of_another_run_are_not_kept(tmp_path, capsys):
+    path, parser = tmp_path / "rows.json", argparse.ArgumentParser()
+    assert common.read_back(parser, path, {}) == []
+    path.write_text(json.dumps({"env": {"length": 64}, "rows": [1]}))
+    read_back = functools.partial(common.read_back, parser, path)
+    assert read_back({"length": 64, "date": "today"}) == [1]
+    for again in (
+        functools.partial(read_back, {"length": 128}),
+        lambda: common.read_back(parser, None, {}),
+    ):
+        with pytest.raises(SystemExit):
+            again()
+    printed = capsys.readouterr().err
+    assert "made with length=128; got 64" in printed
+    assert "--resume needs --json" in printed

@@ -2,9 +2,7 @@
 
 import collections
 import dataclasses
-import functools
 import itertools
-import json
 from typing import Any
 
 import jax
@@ -211,19 +209,6 @@ def test_training_that_was_cut_off_goes_on_from_the_last_stage(tmp_path, monkeyp
     other = dataclasses.replace(recipe, steps=3)
     with pytest.raises(ValueError, match=r'of the recipe.*"steps": 3.*"steps": 2'):
         long_context_model.train(other, long_context_model.make_model(other), path)
-
-
-def test_rows_of_another_run_are_not_kept(tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    assert sparse_frontier.read_back(sparse_frontier.make_parser(), path, {}) == []
-    path.write_text(json.dumps({"env": {"length": 64}, "rows": [1]}))
-    read_back = functools.partial(
-        sparse_frontier.read_back, sparse_frontier.make_parser(), path
-    )
-    assert read_back({"length": 64, "date": "today"}) == [1]
-    with pytest.raises(SystemExit):
-        read_back({"length": 128})
-    assert "made with length=128; got 64" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("compile_fast")
