@@ -151,8 +151,7 @@ def run(case: Case, repeats: int) -> dict:
         for name, fn in ways.items()
     )
     loops = {name: loop(fn, query, given[name]) for name, fn in fns.items()}
-    # compiles them all side by side
-    timing.side_by_side(lambda call: jax.block_until_ready(call()), loops.values())
+    timing.warm_up(loops.values())
     times = timing.time_in_turn(
         loops,
         repeats=repeats,

@@ -86,8 +86,7 @@ def measure(groups, layers, h, dtype, repeats):
             check(name, got, want, dtype)
             has = [(layer,) for layer in layers]
             calls[name] = functools.partial(chain(forms[name]), h, has)
-    # compiles them all side by side
-    timing.side_by_side(lambda call: jax.block_until_ready(call()), calls.values())
+    timing.warm_up(calls.values())
     units = len(layers) * num_tokens()
     return timing.time_in_turn(calls, repeats=repeats, units=units), calls
 

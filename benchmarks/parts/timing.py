@@ -121,6 +121,11 @@ def side_by_side(
         return list(pool.map(fn, cases))
 
 
+def warm_up(fns: Iterable[Callable[[], Any]]) -> None:
+    """Runs each function once, so that they are compiled side by side."""
+    side_by_side(lambda fn: jax.block_until_ready(fn()), fns)
+
+
 def compile_side_by_side(
     fns: Mapping[str, Callable[..., Any]],
     *args: Any,

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
@@ -133,26 +134,27 @@ def seer_loss(
         raise ValueError(
             f"`reduction` must be 'row' or 'elementwise'; got {reduction!r}."
         )
-    rows = scores.shape[-2]
+    row = np.arange(scores.shape[-2] + 1)
+    skipped = (skip * row).astype(np.int32)  # of so many rows
     if num_rows is None:
-        first = int(skip * rows)
-        scores, target = scores[..., first:, :], target[..., first:, :]
-        counts = None
-    else:
-        first = (skip * num_rows).astype(jnp.int32)
-        row = jnp.arange(rows)
-        counts = (row >= first[:, None]) & (row < num_rows[:, None])
-        counts = jnp.broadcast_to(counts[:, None], scores.shape[:-1])
+        scores, target = (a[..., skipped[-1] :, :] for a in (scores, target))
+        return _divergence(scores, target, reduction).mean()
+    first, end = jnp.asarray(skipped)[num_rows][:, None], num_rows[:, None]
+    counts = (row[:-1] >= first) & (row[:-1] < end)
+    counts = jnp.broadcast_to(counts[:, None], scores.shape[:-1])
+    of_row = _divergence(scores, target, reduction)
+    return jnp.sum(jnp.where(counts, of_row, 0)) / jnp.maximum(jnp.sum(counts), 1)
+
+
+def _divergence(scores, target, reduction) -> jax.Array:
+    """Of each row, `[batch, heads, rows]`."""
     scores = scores.astype(jnp.float32)
     target = jax.lax.stop_gradient(target.astype(jnp.float32))
     # finite, so that 0 times the log of an unseen block is 0
     scores = jnp.where(scores > -jnp.inf, scores, -1e30)
     log_share = jax.nn.log_softmax(scores, axis=-1)
     terms = jax.scipy.special.xlogy(target, target) - target * log_share
-    of_row = terms.mean(-1) if reduction == "elementwise" else terms.sum(-1)
-    if counts is None:
-        return of_row.mean()
-    return jnp.sum(jnp.where(counts, of_row, 0)) / jnp.maximum(jnp.sum(counts), 1)
+    return terms.mean(-1) if reduction == "elementwise" else terms.sum(-1)
 
 
 def _peaks(query: jax.Array, key: jax.Array, block: int) -> jax.Array:

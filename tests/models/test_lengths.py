@@ -9,7 +9,7 @@ import pytest
 from absl.testing import parameterized
 from flax import nnx
 
-from sparsejax import attention, models, nn
+from sparsejax import attention, nn
 from tests import filled
 
 pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all is compilation
@@ -68,13 +68,5 @@ class LengthsTest(parameterized.TestCase):
                 y = jnp.cumsum(x, axis=1) / (positions[..., None] + 1)
                 return (y, jnp.ones(x.shape[:2])) if with_density else y
 
-        config = models.DecoderConfig(
-            vocab_size=7,
-            d_model=8,
-            num_layers=1,
-            num_heads=2,
-            d_ff=8,
-            attention=Mean,
-        )
-        model = models.Decoder(config, rngs=nnx.Rngs(0))
-        self.assertEqual(model(jnp.zeros((1, 4), jnp.int32)).shape, (1, 4, 7))
+        model = filled.make(Mean)
+        self.assertEqual(model(jnp.zeros((1, 4), jnp.int32)).shape, (1, 4, 31))

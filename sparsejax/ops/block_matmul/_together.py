@@ -28,8 +28,6 @@ def units_in_turn(
 ) -> tuple[jax.Array, jax.Array]:
     """Who computes what in each window, and whether that is as good as it should be.
 
-    Elementwise work and sums over pairs of lists: a few small programs on a GPU.
-
     Args:
       num: int32 `[lists]`, their lengths.
       programs: that share the units of a window; divides their number.
@@ -45,18 +43,9 @@ def units_in_turn(
       >>> print(units.tolist(), is_even)
       [[[1, 0], [3, 2]], [[2, 3], [0, 1]]] True
     """
-    lists = len(num)
-    index = jnp.arange(lists, dtype=jnp.int32)
-    # of equal lengths the first goes first
-    before = (num[None] > num[:, None]) | (
-        (num[None] == num[:, None]) & (index[None] < index[:, None])
-    )
-    rank = jnp.sum(before, axis=1, dtype=jnp.int32)
-    at_rank = rank[:, None] == index[None]
-    by_rank = jnp.sum(jnp.where(at_rank, index[:, None], 0), axis=0)
-    length = jnp.sum(jnp.where(at_rank, num[:, None], 0), axis=0).astype(jnp.float32)
-
-    ranks = _ranks(programs, windows, lists * units_of_list // programs)
+    by_rank = jnp.argsort(-num, stable=True)  # of equal lengths the first goes first
+    length = num[by_rank].astype(jnp.float32)
+    ranks = _ranks(programs, windows, len(num) * units_of_list // programs)
     of_list, within = np.divmod(ranks, units_of_list)
     units = by_rank[of_list] * units_of_list + within
     load = jnp.sum(length[of_list], axis=-1)  # of a window and a program
