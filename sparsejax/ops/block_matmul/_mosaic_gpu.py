@@ -110,6 +110,7 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     plan = Plan(
         tiles.order(num_units, row_tiles),
         num_lists,
+        lists.shape[1] // depth,
         units_of_list,
         row_tiles,
         substeps,

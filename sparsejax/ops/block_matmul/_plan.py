@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from sparsejax.ops.block_matmul._schedule import add_up, cuts, whole
 from sparsejax.ops.block_matmul._tiles import Order
-from sparsejax.ops.block_matmul._together import units_in_turn
+from sparsejax.ops.block_matmul._together import InTurn, Ranked, Window
 
 _STORE_COST = 1  # of a tile, in steps
-_LEAST_BUSY = 0.9  # of the programs, where all that are busy have equally much
+_LEAST_BUSY = 0.9  # of the programs' time, if all lists were of one length
+_MOST_KEPT = 0.6  # of the blocks, where not all programs would be busy then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Plan:
     Attributes:
       order: of the tiles.
       lists: how many.
+      longest: the length of a list of which all is kept.
       units_of_list: tiles along a list.
       row_tiles: tiles of rows.
       substeps: steps for each entry of a list.
@@ -34,6 +36,7 @@ class Plan:
 
     order: Order
     lists: int
+    longest: int
     units_of_list: int
     row_tiles: int
     substeps: int
@@ -48,21 +51,15 @@ class Plan:
         return -(-self.row_tiles // self.order.window)
 
     @property
-    def busy(self) -> int:
-        """Programs of a row of tiles, as many as can have equally many units."""
-        across = range(1, self.order.across + 1)
-        return max(n for n in across if self.units % n == 0)
-
-    @property
-    def turns(self) -> int:
-        """The units of a busy program in each window."""
-        return self.units // self.busy
+    def busy(self) -> float:
+        """The share of programs' time, if each had a whole number of equal units."""
+        turns = -(-self.units // self.order.across)
+        return self.units / (self.order.across * turns)
 
     @property
     def may_stay(self) -> bool:
         """Whether programs stay together if the lists allow it."""
-        enough = self.busy >= _LEAST_BUSY * self.order.across
-        return self.together and self.windows > 1 and enough
+        return self.together and self.windows > 1 and self.busy >= _LEAST_BUSY
 
     def operands(self, num: jax.Array) -> dict[str, jax.Array]:
         """What a kernel reads, by name.
@@ -72,9 +69,7 @@ class Plan:
         """
         if not self.may_stay:
             return {"num": num}
-        units, is_even = units_in_turn(num, self.busy, self.windows, self.units_of_list)
-        is_even = is_even.astype(jnp.int32).reshape(1)
-        return {"num": num, "units": units, "is_even": is_even}
+        return {"num": num} | Ranked.of(num)._asdict()
 
     def walk(
         self,
@@ -97,50 +92,58 @@ class Plan:
         row = jax.lax.rem(program, self.order.window)
         number = jax.lax.div(program, self.order.window)
         of_program = self._in_turn if self.may_stay else self._consecutive
-        range_of, unit_of = of_program(refs, number)
+        in_window = of_program(refs, number)
 
         def of_window(g, carry):
-            row_tile = g * self.order.window + row
-            start, stop = range_of(g)
-            stop = jnp.where(row_tile < self.row_tiles, stop, start)
+            here = in_window(g)
+            row_tile = here.rows * self.order.window + row
+            stop = jnp.where(row_tile < self.row_tiles, here.stop, here.start)
 
             def of_place(i, carry):
-                return visit(row_tile, unit_of(g, i), carry)
+                return visit(row_tile, here.unit(i), carry)
 
-            return jax.lax.fori_loop(start, stop, of_place, carry)
+            return jax.lax.fori_loop(here.start, stop, of_place, carry)
 
         return jax.lax.fori_loop(0, self.windows, of_window, carry)
 
     def _consecutive(self, refs, number):
-        """What a program has in a window: a range, and the unit of a place in it."""
+        """What a program has by window, if all is shared out by length."""
         first, last = self._share(refs, number)
 
-        def range_of(g):
-            return whole(first, g, self.windows), whole(last, g, self.windows)
+        def in_window(g):
+            start, stop = (whole(at, g, self.windows) for at in (first, last))
+            return Window(g, start, stop, lambda i: i)
 
-        return range_of, lambda g, i: i
+        return in_window
 
     def _in_turn(self, refs, number):
-        """As `_consecutive`; and other units where the lists allow to stay together."""
-        stays = refs["is_even"][0] != 0
+        """As `_consecutive`; or other units where the lists allow to stay together."""
+        turns = self.turns(refs)
+        together = turns.of_program(number)
         nothing = jnp.float32(0), jnp.float32(0)
         first, last = jax.lax.cond(
-            stays, lambda: nothing, lambda: self._share(refs, number)
+            turns.stays, lambda: nothing, lambda: self._share(refs, number)
         )
 
-        def range_of(g):
-            turns = jnp.where(number < self.busy, self.turns, 0)
-            start, stop = (
-                jnp.where(stays, turn, whole(at, g, self.windows))
-                for turn, at in ((0, first), (turns, last))
+        def in_window(g):
+            here = together(g)
+            start, stop = (whole(at, g, self.windows) for at in (first, last))
+            return Window(
+                jnp.where(turns.stays, here.rows, g),
+                jnp.where(turns.stays, here.start, start),
+                jnp.where(turns.stays, here.stop, stop),
+                lambda i: jnp.where(turns.stays, here.unit(i), i),
             )
-            return start, stop
 
-        def unit_of(g, i):
-            at = g, jnp.minimum(number, self.busy - 1), jnp.minimum(i, self.turns - 1)
-            return jnp.where(stays, refs["units"][at], i)
+        return in_window
 
-        return range_of, unit_of
+    def turns(self, refs: Mapping[str, Any]) -> InTurn:
+        """Who has what, if programs stay together; `refs` as of `walk`."""
+        lists = Ranked(*(refs[name] for name in Ranked._fields))
+        # with more, all programs had better be busy
+        most = self.lists * self.longest * (1 if self.busy == 1 else _MOST_KEPT)
+        sizes = self.units_of_list, self.order.across, self.windows
+        return InTurn.make(*sizes, lists, most=int(most))
 
     def _share(self, refs, number):
         """Where the units of a program begin and end, see `whole`."""

@@ -50,7 +50,7 @@ class Tiles:
     parts: int = 4
     room: int = 2
     window: int = 4
-    together: bool = False
+    together: bool = True
     num_sms: int = 132
 
     @classmethod
