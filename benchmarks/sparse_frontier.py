@@ -29,14 +29,11 @@ both, a run that was cut off goes on by the same command.
 
     python -m benchmarks.sparse_frontier --length 32768 --steps 4000 --json PATH
 
-is for an H100: bfloat16, blocks of 128, and no scores of all pairs anywhere. Not yet
-measured, from FLOPs and from the programs compiled for it: 4000 steps, 222 of them on
-each length above 128, and 400 of the gates are 5 PFLOP of attention; judging 256
-sequences by 37 rows of prefill is 8. At 200 TFLOP/s, half of what the kernels reach
-with heads of 128, that is a minute and 40 seconds. With 190 programs to compile, side
-by side, it makes 6 minutes for 32768 and 4 for 8192, and below 2 GB. Two cores take
-about ten minutes to train at 1024 and, where attention is most of a step, four times as
-long at twice the length; 8192 needs fewer `--steps` and `--sequences` there.
+is for an H100: bfloat16, blocks of 128, and no scores of all pairs anywhere. 8192 takes
+six minutes there, of which most is compiling, and below 2 GB; 32768 some more, not yet
+measured. Two cores take about ten minutes to train at 1024 and, where attention is most
+of a step, four times as long at twice the length; 8192 needs fewer `--steps` and
+`--sequences` there.
 
 Paper: https://arxiv.org/abs/2504.17768 (The Sparse Frontier), whose tasks and models
 are larger; that answers are read sparsely in the prefill is ours.
@@ -250,7 +247,9 @@ def picture(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.set(title=f"{phase}: {metric} of the tasks", ylim=(-0.03, 1.03))
             axes.set_xscale("log")
         panels[1, column].set_xlabel("realised density")
-        panels[0, column].legend(fontsize="small")
+        panels[1, column].legend(  # below, as lines are everywhere else
+            loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, fontsize="small"
+        )
     panels[0, 0].set_ylabel("accuracy")
     panels[1, 0].set_ylabel("accuracy")
     figure.savefig(path, dpi=110)
