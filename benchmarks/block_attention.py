@@ -3,8 +3,8 @@
 Forward, and forward with backward, under random blocks of 128 for each head, against
 dense attention by cuDNN (through `jax.nn.dot_product_attention`) and, where torch is
 there, FlexAttention with the same blocks and FlashAttention. TFLOP/s count the products
-of kept blocks, two forward and five backward (ours executes seven); building the mask
-from scores is a row of its own.
+of kept blocks, two forward and five backward (ours executes seven). What the mask costs
+is in `keep_highest`.
 """
 
 import dataclasses
@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator
 # torch needs room on the same device
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import sparsejax as sj
-from benchmarks.parts import common, kernel_times, timing
+from benchmarks.parts import common, timing
 
-MASKS = 31  # built after the first, in a program
 BLOCK = 128
 
 
@@ -222,38 +220,11 @@ def check(shape: Shape, ours, qkv, do, mask, options) -> float:
     return error
 
 
-def run_building(shape: Shape, repeats: int) -> list[dict]:
-    """The mask from scores of blocks, a tenth of them kept."""
-    blocks = shape.seq // BLOCK
-    scores = jax.random.normal(jax.random.key(1), (1, shape.kv_heads, blocks, blocks))
-    count = max(1, blocks // 10)
-
-    def build(never, scores):
-        kept = sj.ops.keep_highest(jnp.where(never, -scores, scores), count)
-        return sj.BlockMask.from_blocks(kept, (BLOCK, BLOCK), capacity=count)
-
-    fn = functools.partial(timing.built_in_a_loop(build, times=MASKS), scores)
-    want = sj.BlockMask.from_scores(scores, (BLOCK, BLOCK), count)
-    chex.assert_trees_all_equal(fn(), want)
-    times = timing.time_in_turn(
-        {"mask from scores": fn}, repeats=repeats, units=MASKS + 1
-    )
-    if told := kernel_times.longest(fn, units=MASKS + 1):
-        print(f"  mask from scores: {told}")
-    return [
-        dataclasses.asdict(shape)
-        | {"which": name, "density": 0.1, "ms": time.ms, "iqr_ms": time.iqr_ms}
-        for name, time in times.items()
-    ]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Runs all cases."""
     args = common.parse_args(__doc__, repeats=9, argv=argv)
     cases = QUICK if args.quick else CASES
-    parts = [functools.partial(run_shape, *case) for case in cases]
-    parts.append(functools.partial(run_building, cases[0][0]))
-    rows = (row for part in parts for row in part(repeats=args.repeats))
+    rows = (row for case in cases for row in run_shape(*case, repeats=args.repeats))
     common.report(args.json, common.environment(repeats=args.repeats), rows)
 
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import sparsejax as sj
 from benchmarks.parts import common
 
 
@@ -239,14 +238,12 @@ def in_a_loop(
     return jax.jit(run)
 
 
-def built_in_a_loop(
-    build: Callable[..., sj.BlockMask], *, times: int
-) -> Callable[..., sj.BlockMask]:
+def built_in_a_loop(build: Callable[..., Any], *, times: int) -> Callable[..., Any]:
     """One program that builds a mask some times, as a program that uses it does.
 
     Args:
       build: takes a bool that is False, which the compiler cannot know, and what it
-        builds from; must use both.
+        builds from; must use both. Gives a mask or its lists, first how long they are.
       times: how often.
 
     Returns:
@@ -254,8 +251,9 @@ def built_in_a_loop(
     """
 
     def run(*args):
-        def again(_, mask):
-            return build(mask.num.reshape(-1)[0] < 0, *args)
+        def again(_, built):
+            lengths = jax.tree.leaves(built)[0]
+            return build(lengths.reshape(-1)[0] < 0, *args)
 
         return jax.lax.fori_loop(0, times, again, build(jnp.bool_(False), *args))
 

@@ -164,6 +164,8 @@ class BlockMask:
     ) -> Self:
         """Keeps the blocks of highest score in each block row.
 
+        `sj.ops.keep_highest` and `from_blocks` do so faster where that has a kernel.
+
         Args:
           scores: one a block, higher is kept; -inf and NaN are never kept.
           block_shape: `(height, width)`.

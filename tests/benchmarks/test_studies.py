@@ -27,7 +27,7 @@ from benchmarks import (
         (block_training, {"model", "speedup", "memory_gb", "ffn_ms"}, 4),
         (cast_toy, {"method", "l1_decay", "mse_after_prune_se"}, 24),
         (dynamic_sparsity, {"method", "allocation", "lr", "test_loss"}, 2),
-        (keep_highest, {"rows", "fast_ms", "top_k_ms", "speedup"}, 1),
+        (keep_highest, {"rows", "fast_ms", "top_k_ms", "speedup"}, 3),
         (progressive_gradient_flow, {"method", "pattern", "test_acc_percent"}, 2),
         (selection_cost, {"method", "realised", "select_ms", "speedup"}, 3),
         (sparse_frontier, {"phase", "density", "mass", "worst", "select_ms"}, 3),
