@@ -18,16 +18,14 @@ from benchmarks.parts import common, timing
 DENSITIES = (0.5, 0.1, 0.05)
 WIDE = [
     {},
-    *({"window": n} for n in (2, 8)),
-    *({"together": True, "window": n} for n in (2, 4, 8)),
+    {"together": False},
     {"parts": 8, "room": 4},
     {"stages": 3, "parts": 4, "room": 4},
     {"rows": 128, "stages": 6},
 ]
 NARROW = [
     {},
-    *({"window": n} for n in (2, 8)),
-    {"together": True},
+    {"together": False},
     {"rows": 256, "stages": 2},
     {"rows": 64, "stages": 6},
 ]
