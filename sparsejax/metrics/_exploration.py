@@ -64,4 +64,4 @@ def exploration_rate(explored: MaskTree) -> Float32[Array, ""]:
         raise ValueError("`explored` must hold at least one mask with entries.")
     # integers within a leaf, floats across leaves: these may pass 2**31
     counts = [jnp.sum(leaf, dtype=jnp.int32).astype(jnp.float32) for leaf in leaves]
-    return sum(counts, jnp.zeros([], jnp.float32)) / size
+    return sum(counts, jnp.zeros([], jnp.float32)) / jnp.float32(size)

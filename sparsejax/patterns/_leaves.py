@@ -105,6 +105,14 @@ def broadcast_prefix(prefix: Any, params: Params, *, name: str) -> list[Any]:
             prefix, is_leaf=is_none
         )[0]
     }
+    # what `optax.partition` and `masked` hide may have entries all the same
+    holes = [
+        plain_path(path)
+        for path, node in jax.tree_util.tree_flatten_with_path(
+            params, is_leaf=_is_empty
+        )[0]
+        if _is_empty(node)
+    ]
     values, used = [], set()
     for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]:
         names = plain_path(path)
@@ -115,14 +123,23 @@ def broadcast_prefix(prefix: Any, params: Params, *, name: str) -> list[Any]:
                 f"no entry at or above {_name(path)}. Add one (None "
                 "leaves it dense)."
             )
-        values.append(entries[found[0]])
-        used.add(found[0])
-    if unused := [names for names in entries if names and names not in used]:
+        values.append(entries[found[-1]])
+        used.add(found[-1])
+    unused = [
+        names
+        for names in entries
+        if names and names not in used and not any(names[: len(h)] == h for h in holes)
+    ]
+    if unused:
         raise ValueError(
             f"`{name}` must be one value or a tree prefix of the params; its entry at "
             f"{'/'.join(unused[0])} is above no leaf. Remove it."
         )
     return values
+
+
+def _is_empty(node: Any) -> bool:
+    return node is not None and not jax.tree.leaves(node, is_leaf=is_none)
 
 
 def governed(

@@ -263,7 +263,7 @@ def scale_by_adams(
         if second_moment_of_pull:
             # plain Adam where not governed: there the second moment is the gradient's
             squared = masks.map_masked(lambda _, g, m: m, found, grads, pulled(alpha))
-        nu = optax.tree.update_moment(squared, moments.nu, b2, 2)
+        nu = optax.tree.update_moment_per_elem_norm(squared, moments.nu, b2, 2)
         # computed once more, from what XLA cannot know to be the same alpha: shared by
         # the second moment and the step it would be written to memory and read twice
         pulled_mu = pulled(jax.lax.optimization_barrier(alpha))

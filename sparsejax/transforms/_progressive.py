@@ -81,7 +81,8 @@ def mask_decay(
 
     def arrays_at(step):
         factor = decay(step) if callable(decay) else decay
-        return {"factor": jnp.asarray(factor, jnp.float32)}
+        # a copy: the state may be donated and the user's number must outlive it
+        return {"factor": jnp.array(factor, jnp.float32)}
 
     return soft_method(
         inner,
@@ -155,7 +156,11 @@ def structure_decay(
     for name, given in (("patterns", patterns), ("boundaries", boundaries)):
         if not isinstance(given, Iterable) or isinstance(given, str | bytes):
             raise TypeError(f"`{name}` must hold one entry a frame; got {given!r}.")
-    patterns, boundaries = tuple(patterns), tuple(boundaries)
+    patterns = tuple(patterns)
+    boundaries = tuple(
+        x.item() if isinstance(x, jax.Array) and not isinstance(x, Tracer) else x
+        for x in boundaries
+    )
     if not patterns or len(patterns) != len(boundaries):
         raise ValueError(
             "each pattern needs the step at which it begins; got "

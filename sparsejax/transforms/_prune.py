@@ -36,12 +36,13 @@ def prune(
 
     Returns:
       A tree of masks, True = kept, None where not governed. Counts are exact; of equal
-      weights the one with the lower index stays; at least one unit of each stays.
+      weights the one with the lower index stays; at least one unit of each leaf stays,
+      but for `across_leaves`.
 
     Raises:
-      ValueError: if the sparsity is out of range, missing or contradicts an N:M
-        pattern, a pattern does not suit its leaf, no leaf is governed, or a concrete
-        weight is NaN (under jit NaN ranks lowest).
+      ValueError: if the sparsity is out of range, missing, a schedule or contradicts an
+        N:M pattern, a pattern does not suit its leaf, no leaf is governed, or a
+        concrete weight to be pruned is NaN (under jit NaN ranks lowest).
       TypeError: if an argument is of another kind.
 
     Example:
@@ -54,11 +55,15 @@ def prune(
     References:
       Han et al., 2015, https://arxiv.org/abs/1506.02626, section 3.
     """
-    rule = Sparsity(
+    rule = Sparsity.constant(
         sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
     )
     leaves = rule.leaves(params)
-    masks.check_scores(params, "params")
-    ranked = scores.magnitude(params)
-    found = choose_masks(rule, ranked, params, leaves, across_leaves)
-    return jax.tree.structure(params, is_leaf=is_none).unflatten(found)
+    flat, treedef = jax.tree.flatten(params, is_leaf=is_none)
+    # the others may be no numbers, as the keys in the state of a model
+    governed = treedef.unflatten(
+        [weight if leaf else None for weight, leaf in zip(flat, leaves, strict=True)]
+    )
+    masks.check_scores(governed, "params")
+    ranked = scores.magnitude(governed)
+    return treedef.unflatten(choose_masks(rule, ranked, params, leaves, across_leaves))

@@ -61,7 +61,8 @@ def soft_method(
     def init_fn(params: Params) -> Any:
         leaves = rule.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
-        sparsities = tuple(rule.at(params, leaves, 0))
+        # under N:M too: the pattern of another frame may read it
+        sparsities = tuple(rule.given(params, leaves))
         settings = Settings(method, forward(params), leaves, sparsities, update_every=1)
         step = jnp.zeros([], jnp.int32)
         arrays = arrays_at(step)

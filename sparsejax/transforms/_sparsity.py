@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from sparsejax import allocation as allocations
@@ -50,7 +52,7 @@ class Sparsity:
                 "`allocation` must be a function such as `sj.erdos_renyi_kernel`; got "
                 f"{allocate!r}."
             )
-        self._value = value
+        self._value = jax.tree.map(_settle, value)
         self._allocate = allocate
         self._where, self._pattern, self._stacked = where, pattern, stacked
         self._single = jax.tree_util.all_leaves([value]) or value is None
@@ -62,14 +64,15 @@ class Sparsity:
 
     @classmethod
     def constant(cls, value: Any, **kwargs: Any) -> "Sparsity":
-        """For methods whose forward projects anew: no schedules.
+        """For masks chosen once, and for forwards that project anew: no schedules.
 
         Raises:
           ValueError: if a sparsity is a schedule.
         """
         if any(callable(leaf) for leaf in jax.tree.leaves(value)):
             raise ValueError(
-                "this method projects to a constant `sparsity`; got a schedule."
+                "masks that are chosen once, or anew in every forward, need a constant "
+                "`sparsity`; got a schedule."
             )
         return cls(value, **kwargs)
 
@@ -82,6 +85,7 @@ class Sparsity:
         leaves = governed(
             params, where=self._where, pattern=self._pattern, stacked=self._stacked
         )
+        given = [self._value] * len(leaves)
         if not self._single:
             given = broadcast_prefix(self._value, params, name="sparsity")
             leaves = tuple(
@@ -93,10 +97,18 @@ class Sparsity:
                     "at least one leaf must be governed; `sparsity` is None at every "
                     "leaf that `where` chose. Give one a number."
                 )
-        for leaf, value in zip(leaves, self._raw(params, leaves, 0), strict=True):
+        at_first = self._raw(params, leaves, 0)
+        for leaf, value, first in zip(leaves, given, at_first, strict=True):
             if leaf is not None:
-                _check(leaf, value, scheduled=self._single and callable(self._value))
+                _check(leaf, first, scheduled=callable(value))
         return leaves
+
+    def given(self, params: Params, leaves: tuple[Leaf | None, ...]) -> list[Any]:
+        """Of constants: as `at`, but under N:M too, where one was given."""
+        return [
+            None if leaf is None else value
+            for leaf, value in zip(leaves, self._raw(params, leaves, 0), strict=True)
+        ]
 
     def at(
         self, params: Params, leaves: tuple[Leaf | None, ...], step: ArrayLike
@@ -142,6 +154,12 @@ def by_path(params: Params, values: list[Any]) -> Callable[[KeyPath, Any], Any]:
 
 def _evaluate(value: Any, step: ArrayLike) -> Any:
     return jnp.asarray(value(step), jnp.float32) if callable(value) else value
+
+
+def _settle(value: Any) -> Any:
+    """A number as such: one in an array would be traced, and its checks left out."""
+    is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
+    return float(value) if is_array and not isinstance(value, Tracer) else value
 
 
 def _is_nm(leaf: Leaf) -> bool:

@@ -248,6 +248,9 @@ def _positions(
     for path, mask in stored:
         if isinstance(mask, optax.MaskedNode):
             hidden = plain_path(path)
+            if names[position : position + 1] == [hidden]:
+                position += 1  # one leaf, maybe a field `value` of what is not hidden
+                continue
             while names[position : position + 1] and (
                 names[position][: len(hidden)] == hidden
             ):

@@ -87,18 +87,12 @@ def static_sparse(
             f"got masks={'None' if masks is None else 'a tree'}, sparsity={sparsity}, "
             f"key={'None' if key is None else 'a key'}."
         )
-    if callable(sparsity):
-        raise ValueError("static masks need a constant `sparsity`; got a schedule.")
     if masks is not None:
         topology = _brought(masks, pattern, stacked)
     else:
         check_key(key)
-        rule = Sparsity(
-            sparsity,
-            allocate=allocation,
-            where=where,
-            pattern=pattern,
-            stacked=stacked,
+        rule = Sparsity.constant(
+            sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
         )
 
         def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:

@@ -197,6 +197,21 @@ def test_soft_methods_take_no_schedule(method):
         build(method, pattern=sj.Unstructured(), sparsity=lambda step: 0.5)
 
 
+@pytest.mark.parametrize("number", [np.float32, np.array, jnp.float32])
+def test_a_number_in_an_array_is_one(number):
+    with raises(ValueError, r"under 2:4 the sparsity is 0.5; got 0\.(9|8999)", KERNEL):
+        build("sr_ste", pattern=sj.NM(2, 4), sparsity=number(0.9)).init(PARAMS)
+    tx = build(
+        "sr_ste",
+        pattern=sj.Unstructured(),
+        sparsity=number(0.5),
+        allocation=sj.erdos_renyi_kernel,
+    )
+    state = jax.jit(tx.init)(PARAMS)  # numbers are static there, and in no trace
+    forward = sj.forward_params(state, PARAMS)
+    assert int((forward["kernel"] != 0).sum()) == PARAMS["kernel"].size // 2
+
+
 @each_method
 def test_sparsity_tree_of_another_structure(method):
     free = sj.Unstructured()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import sparsejax as sj
 from tests.conformance import suite
@@ -207,3 +208,53 @@ def test_stacked_per_leaf_and_patterns_per_leaf():
     assert (masks["dense_general"].reshape(4, 2, 2, 4).sum(1) == 1).all()
     assert sorted(masks["head"].sum(0)) == [0, 0, 0, 8, 8, 8]
     assert masks["out"].sum() == 8
+
+
+class Attention(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+
+
+@pytest.mark.parametrize("argument", ["masks", "sparsity", "where", "stacked"])
+@pytest.mark.parametrize("wrap", ["partition", "masked"])
+def test_trees_of_arguments_inside_wrappers(argument, wrap):
+    """They mirror all params; what the wrapper hides has entries too."""
+    rng = np.random.default_rng(0)
+    weights = [jnp.asarray(rng.normal(size=(8, 4)), jnp.float32) for _ in range(4)]
+    params = {"attention": Attention(*weights), "bias": jnp.ones(4)}
+    chosen = {"attention": Attention(True, True, False, False), "bias": False}
+    trees = {
+        "masks": {"masks": sj.prune(params, 0.5, where=chosen)},
+        "sparsity": {"sparsity": jax.tree.map(lambda c: 0.5 if c else None, chosen)},
+        "where": {"sparsity": 0.5, "where": chosen},
+        "stacked": {"sparsity": 0.5, "stacked": jax.tree.map(lambda c: 0, chosen)},
+    }[argument]
+    if argument != "masks":
+        trees["key"] = jax.random.key(0)
+    method = sj.static_sparse(optax.adam(0.1), **trees)
+    if wrap == "masked":
+        tx = optax.masked(method, chosen)
+    else:
+        labels = jax.tree.map(lambda c: "sparse" if c else "dense", chosen)
+        tx = optax.partition({"sparse": method, "dense": optax.adam(0.1)}, labels)
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    final = sj.sparse_params(state, params)
+    kept = [int(jnp.sum(w != 0)) for w in final["attention"]]
+    assert kept == [16, 16, 32, 32]
+
+
+def test_prune_of_a_whole_state():
+    """Beside the weights it may hold keys and counts."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(8, 4, rngs=rngs)
+            self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+    state = nnx.state(Model(nnx.Rngs(0)))
+    masks = sj.prune(state, 0.5)
+    assert int(masks["linear"]["kernel"][...].sum()) == 16
+    assert sum(m is not None for m in jax.tree.leaves(masks)) == 1

@@ -123,6 +123,11 @@ class ExplorationTest(parameterized.TestCase):
         self.assertEqual(rates, sorted(rates))
         self.assertIsNone(explored["b"])
 
+    def test_more_weights_than_int32_counts(self):
+        leaf = jax.ShapeDtypeStruct((2**30,), jnp.bool_)
+        rate = jax.eval_shape(metrics.exploration_rate, {"a": leaf, "b": leaf})
+        self.assertEqual(rate.dtype, jnp.float32)
+
     def test_errors(self):
         with self.assertRaisesRegex(ValueError, "at least one mask with entries"):
             metrics.exploration_rate({"a": None})

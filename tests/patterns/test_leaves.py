@@ -1,7 +1,10 @@
 """Which leaves are governed: the default rule, predicates, trees and their errors."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import optax
 from absl.testing import parameterized
 from flax import nnx
 
@@ -93,6 +96,26 @@ class WhereTest(parameterized.TestCase):
     def test_unused_entry(self):
         with self.assertRaisesRegex(ValueError, "its entry at c/d is above no leaf"):
             governed({"a": jnp.ones(2)}, where={"a": True, "c": {"d": True}})
+
+    def test_entries_of_what_a_wrapper_hides_are_allowed(self):
+        """`optax.masked` and `partition` put an empty node where a leaf was."""
+        where = {"a": True, "b": False, "c": {"d": None, "e": 0}}
+        hidden = optax.MaskedNode()
+        whole = {"a": jnp.ones(2), "b": hidden, "c": {"d": hidden, "e": hidden}}
+        self.assertEqual(names(whole, where=where), ["['a']"])
+        with self.assertRaisesRegex(ValueError, "its entry at f is above no leaf"):
+            governed(whole, where=where | {"f": True})
+
+    def test_a_field_called_value(self):
+        class Attention(NamedTuple):
+            query: Any
+            value: Any
+
+        params = {"a": Attention(*[jnp.ones(2)] * 2)}
+        where = {"a": Attention(True, False)}
+        self.assertEqual(names(params, where=where), ["['a'].query"])
+        where = {"a": Attention(False, True)}
+        self.assertEqual(names(params, where=where), ["['a'].value"])
 
     def test_integers_cannot_be_governed(self):
         with self.assertRaisesRegex(TypeError, r"floating; got int32 at \['a'\]"):

@@ -414,6 +414,18 @@ class StateTest(parameterized.TestCase):
         params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2, jnp.bfloat16)}
         oracle.init(self.make(), params)
 
+    def test_complex_leaves_get_plain_adam(self):
+        params = {"kernel": jnp.ones((4, 2)), "phase": jnp.zeros(3, jnp.complex64)}
+        grads = {"kernel": jnp.ones((4, 2)), "phase": jnp.array([1 + 2j, 1j, -1])}
+        found = []
+        for tx in (self.make(), optax.adam(0.1)):
+            state = oracle.init(tx, params)
+            for factor in (1, 2):
+                scaled = jax.tree.map(lambda g, factor=factor: g * factor, grads)
+                updates, state = oracle.jit(tx.update)(scaled, state, params)
+            found.append(updates["phase"])
+        np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-7)
+
     def test_update_needs_params(self):
         state = oracle.init(self.make(), self.PARAMS)
         with pytest.raises(ValueError, match="needs `params`"):

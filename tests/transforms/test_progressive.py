@@ -1,5 +1,6 @@
 """Progressive gradient flow: a decaying factor (MdGf), tightening patterns (SdGf)."""
 
+import functools
 import math
 
 import jax
@@ -158,6 +159,20 @@ class MaskDecayTest(parameterized.TestCase):
             oracle.assert_pattern(final[name] != 0, spec)
 
 
+def test_the_number_of_the_user_outlives_a_donated_state():
+    factor, params = jnp.float32(0.5), {"kernel": jnp.ones((4, 2))}
+    tx = sj.mask_decay(optax.sgd(0.1), factor, pattern=sj.NM(1, 2))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, params):
+        forward = sj.forward_params(state, params)
+        return tx.update(forward, state, params)[1], forward
+
+    for _ in range(2):
+        step(tx.init(params), params)
+        assert not factor.is_deleted()
+
+
 class StructureDecayTest(parameterized.TestCase):
     STEPWISE = (sj.NM(7, 8), sj.NM(4, 8), sj.NM(2, 8), sj.NM(1, 8))
     GEOMETRIC = (sj.NM(4, 8), sj.NM(2, 4), sj.NM(1, 2))
@@ -276,6 +291,19 @@ class StructureDecayTest(parameterized.TestCase):
             _, state = oracle.jit(tx.update)(params, state, params)
             masks = oracle.flat(sj.masks_of(state))
             assert {name: int(mask.sum()) for name, mask in masks.items()} == want
+
+    @parameterized.parameters(sj.Unstructured(), sj.Block((2, 2)))
+    def test_a_sparsity_serves_the_frames_before_a_pattern_of_its_own(self, first):
+        params = {"kernel": jnp.arange(1.0, 33).reshape(8, 4)}
+        frames = [first, sj.NM(1, 4)]
+        boundaries = jnp.array([0, 1])
+        tx = sj.structure_decay(optax.sgd(0.0), frames, boundaries, sparsity=0.75)
+        state = oracle.init(tx, params)
+        for pattern in frames:
+            forward = oracle.forward_of(state, params)
+            want = sj.prune(params, 0.75, pattern=pattern)
+            np.testing.assert_array_equal(forward["kernel"] != 0, want["kernel"])
+            _, state = oracle.jit(tx.update)(params, state, params)
 
 
 BAD = {

@@ -187,6 +187,10 @@ BAD = {
     "both": (dict(sparsity=0.5, masks={"kernel": None}), "exactly one"),
     "key and masks": (dict(key=KEY, masks={"kernel": None}), "exactly one"),
     "schedule": (dict(sparsity=lambda t: 0.5, key=KEY), "constant `sparsity`"),
+    "schedule in a tree": (
+        dict(sparsity={"kernel": lambda t: 0.5}, key=KEY),
+        "constant `sparsity`; got a schedule",
+    ),
     "percentage": (dict(sparsity=50, key=KEY), r"\[0, 1\); got 50"),
     "one": (dict(sparsity=1.0, key=KEY), r"\[0, 1\); got 1.0"),
     "shape": (dict(masks={"kernel": jnp.ones((2, 2), bool)}), r"\(4, 2\).*'kernel'"),
