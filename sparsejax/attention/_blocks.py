@@ -135,13 +135,7 @@ def topk_blocks(
     """
     check(query, key, block_shape)
     columns = -(-key.shape[1] // block_shape[1])
-    least = min(most_diagonal(block_shape), columns) if causal else 1
-    if num_kept < least:
-        raise ValueError(
-            f"`num_kept` must be at least {least}, as many blocks as a row always "
-            f"keeps; got num_kept={num_kept}, causal={causal} and blocks of "
-            f"{block_shape}."
-        )
+    _check_room("num_kept", num_kept, columns, block_shape, causal)
     options = {"pool": pool, "per_head": per_head, "lengths": lengths}
     scores = block_scores(query, key, block_shape=block_shape, **options)
     sizes = query.shape[1], key.shape[1]
@@ -188,7 +182,8 @@ def statistical_topk_blocks(
 
     Raises:
       TypeError: if `k` is no real number.
-      ValueError: as `block_scores`, or if `k` or `capacity` is below 1.
+      ValueError: as `block_scores`, if `k` is below 1, or `capacity` is, or below what
+        `causal` always keeps.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
@@ -204,14 +199,16 @@ def statistical_topk_blocks(
       that blocks are selected so is ours.
     """
     activations.check_k(k)
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"`capacity` must be at least 1, or None; got {capacity}.")
+    check(query, key, block_shape)
+    columns = -(-key.shape[1] // block_shape[1])
+    if capacity is not None:
+        _check_room("capacity", capacity, columns, block_shape, causal)
     options = {"pool": pool, "per_head": per_head, "lengths": lengths}
     scores = block_scores(query, key, block_shape=block_shape, **options)
     sizes = query.shape[1], key.shape[1]
     visible, diagonal = in_sight(*sizes, block_shape, causal, lengths)
     kept = spark_selection(scores, visible, k=k) | diagonal
-    if capacity is None or capacity >= scores.shape[-1]:
+    if capacity is None or capacity >= columns:
         return BlockMask.from_blocks(kept, block_shape)
     ranks = ranked(scores, kept, diagonal)
     mask = highest_blocks(ranks, block_shape, capacity)
@@ -300,20 +297,21 @@ def pooled(
     if lengths is not None:
         x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * len(rest)))
         real = jnp.arange(x.shape[1]) < lengths_of(x, lengths)[:, None]
-        real = real.reshape(-1, size)
+        num = x.shape[1] // size
+        real = real.reshape(batch * num, size)
         real |= ~real.any(axis=1, keepdims=True)
-        options: dict[str, Any] = {"where": real.reshape(-1, size, *[1] * len(rest))}
+        options: dict[str, Any] = {"where": real.reshape(*real.shape, *[1] * len(rest))}
         if pool in _CHOOSING:
             options["initial"] = _CHOOSING[pool]
-        x = pool(x.reshape(-1, size, *rest), axis=1, **options)
-        return x.reshape(batch, -1, *rest).astype(jnp.float32)
-    whole = length // size * size
+        x = pool(x.reshape(batch * num, size, *rest), axis=1, **options)
+        return x.reshape(batch, num, *rest).astype(jnp.float32)
+    num = length // size
     parts = []
-    if whole:
-        tiled = x[:, :whole].reshape(-1, size, *rest)
-        parts.append(pool(tiled, axis=1).reshape(batch, -1, *rest))
-    if whole < length:
-        parts.append(pool(x[:, whole:], axis=1)[:, None])
+    if num:
+        tiled = x[:, : num * size].reshape(batch * num, size, *rest)
+        parts.append(pool(tiled, axis=1).reshape(batch, num, *rest))
+    if num * size < length:
+        parts.append(pool(x[:, num * size :], axis=1)[:, None])
     return jnp.concatenate(parts, axis=1).astype(jnp.float32)
 
 
@@ -342,6 +340,16 @@ def in_sight(
     last = jnp.minimum(first + height, query_end) - 1
     visible = columns <= last // width
     return visible, visible & (columns >= first // width)
+
+
+def _check_room(name, room, columns: int, block_shape, causal: bool) -> None:
+    """Raises if a row has no room for the blocks that it always keeps."""
+    least = min(most_diagonal(block_shape), columns) if causal else 1
+    if room < least:
+        raise ValueError(
+            f"`{name}` must be at least {least}, as many blocks as a row always "
+            f"keeps; got {name}={room}, causal={causal} and blocks of {block_shape}."
+        )
 
 
 def most_diagonal(block_shape: tuple[int, int]) -> int:

@@ -171,7 +171,8 @@ class BlockMask:
           block_shape: `(height, width)`.
           num_kept: blocks to keep in each block row; of equal scores the one further
             left wins.
-          capacity: as in `from_blocks`; by default `num_kept` blocks in a row.
+          capacity: as in `from_blocks`; by default `num_kept` blocks in a row. A row
+            that has room for fewer keeps its highest.
 
         Returns:
           The mask, of `lead`. It has no gradient.
@@ -197,14 +198,20 @@ class BlockMask:
                 f"`num_kept` must be in [1, {columns}], the block columns; got "
                 f"{num_kept}."
             )
+        if scores.ndim < 2:
+            cls.from_blocks(scores == 0, block_shape)  # says what must hold, and raises
         usable = scores > -jnp.inf  # False for NaN too
         scores = jnp.where(scores == 0, 0, scores)  # top_k ranks -0.0 below 0.0
-        _, best = jax.lax.top_k(jnp.where(usable, scores, -jnp.inf), num_kept)
+        capacity = num_kept if capacity is None else capacity
+        room = min(num_kept, _rooms(capacity, scores.shape[-2:])[0])
+        _, best = jax.lax.top_k(jnp.where(usable, scores, -jnp.inf), room)
         kept = jnp.zeros(scores.shape, jnp.bool_)
         kept = jnp.put_along_axis(kept, best, True, axis=-1, inplace=False) & usable
-        return cls.from_blocks(
-            kept, block_shape, capacity=num_kept if capacity is None else capacity
-        )
+        mask = cls.from_blocks(kept, block_shape, capacity=capacity)
+        if room == num_kept:
+            return mask
+        lost = jnp.any(jnp.sum(usable, axis=-1) > room, axis=-1)
+        return dataclasses.replace(mask, overflowed=mask.overflowed | lost)
 
     @property
     def blocks_shape(self) -> tuple[int, ...]:

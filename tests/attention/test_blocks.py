@@ -275,7 +275,11 @@ class DensityTest(parameterized.TestCase):
         ),
         ({"num_kept": 1, "block_shape": (0, 4)}, r"must be positive; got \(0, 4\)"),
         ({"k": 0.5}, "`k` must be at least 1; got k=0.5"),
-        ({"k": 2, "capacity": 0}, "`capacity` must be at least 1, or None; got 0"),
+        ({"k": 2, "capacity": 0}, "`capacity` must be at least 1, .* got capacity=0"),
+        (
+            {"k": 2, "capacity": 2, "block_shape": (32, 8), "causal": True},
+            "`capacity` must be at least 3, .* got capacity=2",
+        ),
         ({"k": 2, "lengths": [3]}, r"`lengths` must be one .* 2 seq.*int32\[1\]"),
         ({"num_kept": 1, "heads": 3}, r"must divide .*; got \(2, 26, 3, 8\) and"),
         ({"num_kept": 1, "batch": 1}, r"equal in batch .*; got \(1, 26, 4, 8\) and"),

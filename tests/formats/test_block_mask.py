@@ -211,6 +211,15 @@ class FromScoresTest(parameterized.TestCase):
         chex.assert_trees_all_equal(got, mapped)
         np.testing.assert_array_equal(got.num, 2)
 
+    def test_a_row_with_less_room_keeps_its_highest(self):
+        scores = jnp.array([[0.0, 5, 1, 9], [3, -jnp.inf, -jnp.inf, -jnp.inf]])
+        mask = sj.BlockMask.from_scores(scores, BLOCK, 3, capacity=2)
+        kept = [[False, True, False, True], [True, False, False, False]]
+        np.testing.assert_array_equal(to_blocks(mask), kept)
+        self.assertTrue(mask.overflowed)
+        mask = sj.BlockMask.from_scores(scores[1:], BLOCK, 3, capacity=2)
+        self.assertFalse(mask.overflowed)
+
     def test_no_gradient_reaches_the_scores(self):
         def loss(scores):
             mask = sj.BlockMask.from_scores(scores, BLOCK, 2)

@@ -11,6 +11,8 @@ import operator
 import jax
 import jax.numpy as jnp
 
+from sparsejax.ops._shapes import zeros_beside
+
 # Rows that one step reads side by side. A core waits for a single row, which lies on
 # pages of its own; with 8 rows in flight `down` is read three times faster than a
 # gather reads it. Beyond 8, XLA splits the small sums over threads, which costs more.
@@ -70,5 +72,5 @@ def active_ffn(
             out += hidden[r][:, None] * row_of(down, at[r], 0, down.shape[1])
         return out
 
-    out = jnp.zeros((batch, down.shape[1]), jnp.float32)
+    out = zeros_beside((batch, down.shape[1]), x, gate, up, down)
     return jax.lax.fori_loop(0, num_steps, step, out).astype(x.dtype)

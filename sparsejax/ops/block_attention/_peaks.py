@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
+from sparsejax.ops._shapes import zeros_beside
 from sparsejax.ops.block_attention._arguments import check_arrays, of_scores
 
 
@@ -84,7 +85,7 @@ def _by_blocks(q: jax.Array, k: jax.Array, *, block: int, scale: float) -> jax.A
         powers = jnp.exp(scores - new_top[..., None]).sum(axis=-1)
         return (new_top, total * jnp.exp(top - new_top) + powers), highest
 
-    empty = jnp.zeros((batch, k.shape[3], heads // k.shape[3], length))
+    empty = zeros_beside((batch, k.shape[3], heads // k.shape[3], length), q, k)
     (top, total), highest = jax.lax.scan(
         step, (empty - jnp.inf, empty), (k, jnp.arange(columns))
     )

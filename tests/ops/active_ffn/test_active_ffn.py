@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from sparsejax.ops import active_ffn, active_indices
 
@@ -175,3 +177,15 @@ def test_errors_come_before_any_work():
         active_ffn(*args, implementation="cuda")
     with pytest.raises(NotImplementedError, match="no such kernel"):
         active_ffn(*args, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_over_the_batch_of_a_mesh(implementation):
+    x, gate, *rest = operands(4, 8, 32, 8, 12, 9)
+
+    def local(x, gate):
+        return active_ffn(x, gate, *rest, implementation=implementation)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert_close(jax.jit(mapped)(x, gate), oracle(x, gate, *rest), jnp.float32)

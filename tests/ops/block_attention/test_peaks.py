@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from sparsejax.ops import attention_peaks
 from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
@@ -34,6 +36,14 @@ def oracle(q, k, block, scale):
     starts = range(0, q.shape[1], block)
     peaks = [weights[..., i : i + block].max(-1) for i in starts]
     return np.stack(peaks, axis=2)
+
+
+def test_over_the_batch_of_a_mesh():
+    q, k = operands(12, 4, 2, 8)
+    local = functools.partial(attention_peaks, block=4)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    np.testing.assert_allclose(jax.jit(mapped)(q, k), local(q, k), rtol=1e-5)
 
 
 class PeaksTest(parameterized.TestCase):
