@@ -1,6 +1,7 @@
 """The generation loop: prefill, then one token at a time, in one compiled program."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ from jaxtyping import Array, Int
 from sparsejax.decode._cache import room_for
 from sparsejax.decode._model import DecodeModel
 from sparsejax.decode._step import Overflows, decode_step, prefill
+
+_LEAST = float(np.finfo(np.float32).tiny)  # temperatures below come to 0 or nearly
 
 
 class Generated(NamedTuple):
@@ -35,7 +38,7 @@ def generate(
     num_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     key: jax.Array | None = None,
 ) -> Generated:
     """Continues each prompt by `num_tokens` tokens.
@@ -51,7 +54,8 @@ def generate(
       temperature: 0 takes the likeliest token (of equal ones the lowest); above 0,
         tokens are drawn from the softmax of `logits / temperature`.
       top_k: draw from the `top_k` likeliest tokens only (of equal ones the lowest).
-      stop_token: a sequence that drew it repeats it to its end.
+      stop_token: a token, or several of them: a sequence that drew one repeats it to
+        its end.
       key: for drawing; needed if `temperature` is above 0.
 
     Returns:
@@ -88,6 +92,7 @@ def generate(
     vocab = model.decoder().config.vocab_size
     if num_tokens < 1:
         raise ValueError(f"`num_tokens` must be at least 1; got {num_tokens}.")
+    temperature = float(temperature)
     if not temperature >= 0:
         raise ValueError(f"`temperature` must be at least 0; got {temperature}.")
     if top_k is not None and not 1 <= top_k <= vocab:
@@ -97,32 +102,40 @@ def generate(
             f"`key` is needed to draw tokens at temperature={temperature}; pass "
             "`key=jax.random.key(0)`, or temperature=0 for the likeliest."
         )
+    stop_tokens = () if stop_token is None else np.atleast_1d(stop_token).tolist()
+    for token in stop_tokens:
+        if not isinstance(token, int) or not 0 <= token < vocab:
+            raise ValueError(
+                f"`stop_token` must be a token, in [0, {vocab}), or some; got {token}."
+            )
     return _generate(
         model,
         prompts,
         lengths,
         jax.random.key(0) if key is None else key,
         jnp.float32(temperature),
-        greedy=temperature == 0,
+        greedy=temperature < _LEAST,
         top_k=top_k,
         num_tokens=num_tokens,
-        stop_token=stop_token,
+        stop_tokens=tuple(stop_tokens),
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("greedy", "top_k", "num_tokens", "stop_token")
+    jax.jit, static_argnames=("greedy", "top_k", "num_tokens", "stop_tokens")
 )
 def _generate(
-    model, prompts, lengths, key, temperature, *, greedy, top_k, num_tokens, stop_token
+    model, prompts, lengths, key, temperature, *, greedy, top_k, num_tokens, stop_tokens
 ):
     def sample(logits, step):
         if greedy:
             return jnp.argmax(logits, axis=-1)
         step_key = jax.random.fold_in(key, step)
         if top_k is None:
+            logits -= jnp.max(logits, axis=-1, keepdims=True)  # none becomes infinite
             return jax.random.categorical(step_key, logits / temperature)
         logits, tokens = jax.lax.top_k(logits, top_k)
+        logits -= logits[:, :1]
         drawn = jax.random.categorical(step_key, logits / temperature)
         return jnp.take_along_axis(tokens, drawn[:, None], axis=1)[:, 0]
 
@@ -135,10 +148,10 @@ def _generate(
 
     def choose(logits, step, before, stopped):
         token = sample(logits, step).astype(jnp.int32)
-        if stop_token is None:
+        if not stop_tokens:
             return token, stopped
         token = jnp.where(stopped, before, token)
-        return token, token == stop_token
+        return token, jnp.isin(token, jnp.array(stop_tokens))
 
     capacity = room_for(prompts.shape[1] + num_tokens)
     logits, cache = prefill(model, prompts, lengths, capacity=capacity)

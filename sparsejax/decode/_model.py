@@ -1,8 +1,10 @@
 """A decoder made ready for decoding: weights by neuron, and how much is gathered."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +93,9 @@ def prepare(
             f"`capacity_factor` must be at least 1; got {capacity_factor}."
         )
     model = nnx.clone(model)  # that of the caller stays as it is
-    for block in model.blocks:
-        if isinstance(block.attention, nn.Attention):
-            block.attention.join()
+    for at, block in enumerate(model.blocks):
+        _check_attention(block.attention, at)
+        block.attention.join()
     graph, state = nnx.split(model)
     dtype = jnp.dtype(model.config.dtype)
     # layers would cast them in every step, and read them whole for it
@@ -102,7 +104,7 @@ def prepare(
     )
     up = tuple(
         jnp.asarray(block.ffn.up.kernel[...], dtype).T
-        if sparse and is_sparse(block.ffn)
+        if sparse and is_sparse_ffn(block.ffn)
         else None
         for block in model.blocks
     )
@@ -145,9 +147,38 @@ def _is_matrix(path: KeyPath) -> bool:
     return plain_path(path)[-1] in ("kernel", "embedding")
 
 
-def is_sparse(ffn: object) -> bool:
-    """Whether a feed-forward layer leaves neurons out."""
-    return isinstance(ffn, nn.SparkFFN) and ffn.k < ffn.gate.out_features
+def is_sparse_ffn(ffn: Any) -> bool:
+    """Whether a feed-forward layer leaves out neurons, and does so as ours does."""
+    own = ("parts", "hidden", "__call__")
+    return _computes_as(ffn, nn.SparkFFN, *own) and ffn.k < ffn.gate.out_features
+
+
+def is_sparse_attention(layer: object) -> bool:
+    """Whether attention leaves out keys as Spark attention does."""
+    return _computes_as(layer, nn.SparkAttention, "attend")
+
+
+def _computes_as(layer: Any, base: type, *methods: str) -> bool:
+    """Whether a layer is of a class, or of a subclass that left these as they are."""
+    return isinstance(layer, base) and all(
+        getattr(type(layer), name) is getattr(base, name) for name in methods
+    )
+
+
+def _check_attention(layer: object, at: int) -> None:
+    """Raises unless a layer can attend to a cache."""
+    if not isinstance(layer, nn.Attention):
+        raise TypeError(
+            "each layer must attend by a subclass of `sj.nn.Attention`, whose parts "
+            f"decoding needs one by one; got {type(layer).__name__} in blocks.{at}."
+        )
+    try:
+        inspect.signature(layer.attend).bind(None, None, None, lengths=None)
+    except TypeError:
+        raise TypeError(
+            "`attend` must take `lengths`, those of prompts that differ; that of "
+            f"{type(layer).__name__} in blocks.{at} does not. Add `lengths=None`."
+        ) from None
 
 
 def expected_neurons(ffn: nn.SparkFFN, batch: int) -> float:

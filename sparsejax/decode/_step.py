@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from sparsejax import attention, nn, ops
+from sparsejax import attention, ops
 from sparsejax.decode._cache import Cache
 from sparsejax.decode._layers import active_ffn, gathered_attention
-from sparsejax.decode._model import DecodeModel
+from sparsejax.decode._model import DecodeModel, is_sparse_attention
 from sparsejax.decode._selector import in_slots, layer_tokens
 
 
@@ -56,7 +57,7 @@ def prefill(
             f"{capacity}."
         )
     positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
-    lengths = lengths.astype(jnp.int32)
+    lengths = jnp.array(lengths, jnp.int32)  # a copy: a step may be donated the cache
     # of what is no token the embedding is NaN, which no mask keeps from the others
     tokens = jnp.where(positions < lengths[:, None], tokens, 0)
     x = decoder.embed(tokens)
@@ -70,11 +71,18 @@ def prefill(
         keys.append(in_slots(seen.key, capacity))
         values.append(in_slots(value, capacity))
         known.append(
-            None if selector is None else selector.start(seen, lengths, capacity)
+            None
+            if selector is None
+            else jax.tree.map(_own, selector.start(seen, lengths, capacity))
         )
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
     cache = Cache(tuple(keys), tuple(values), lengths, tuple(known))
     return decoder.logits(last), cache
+
+
+def _own(leaf: jax.Array) -> jax.Array:
+    """A copy, since the model's or another leaf's buffer must not be donated."""
+    return leaf if isinstance(leaf, Tracer) else jnp.copy(leaf)
 
 
 def decode_step(
@@ -130,7 +138,7 @@ def _written(cached: jax.Array, lengths: jax.Array, new: jax.Array) -> jax.Array
 
 
 def _attend(model, layer, query, key, value, valid):
-    if model.sparse and isinstance(layer, nn.SparkAttention):
+    if model.sparse and is_sparse_attention(layer):
         return gathered_attention(
             layer, query, key, value, valid, factor=model.capacity_factor
         )
@@ -139,5 +147,5 @@ def _attend(model, layer, query, key, value, valid):
 
 def _feed_forward(model, layer, ffn, x):
     if model.up[layer] is None:
-        return ffn(x), jnp.int32(0)
+        return ffn(x[:, None])[:, 0], jnp.int32(0)  # as a user's own layer has it
     return active_ffn(ffn, model.up[layer], x, factor=model.capacity_factor)

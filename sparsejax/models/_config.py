@@ -120,6 +120,8 @@ class DecoderConfig:
                 raise ValueError(
                     f"`{field.name}` must be positive and finite; got {value}."
                 )
+            if field.type in (int, float):  # none of NumPy's, which no JSON takes
+                object.__setattr__(self, field.name, field.type(value))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "`num_kv_heads` must divide `num_heads`; got "

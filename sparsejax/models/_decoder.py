@@ -152,7 +152,7 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _product_16(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`_product` of 16-bit operands, whose gradient is a product of such too.
 
@@ -162,17 +162,11 @@ def _product_16(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _product(x, kernel)
 
 
-def _product_16_fwd(x, kernel):
-    return _product(x, kernel), (x, kernel)
-
-
-def _product_16_bwd(operands, grad):
-    x, kernel = operands
-    grad = grad.astype(x.dtype)
-    return jnp.dot(grad, kernel.T), jnp.einsum("...d,...v->dv", x, grad)
-
-
-_product_16.defvjp(_product_16_fwd, _product_16_bwd)
+@_product_16.defjvp
+def _product_16_jvp(operands, tangents):
+    (x, kernel), (dx, dkernel) = operands, tangents
+    tangent = jnp.dot(dx, kernel) + jnp.dot(x, dkernel)  # transposes to 16 bits
+    return _product_16(x, kernel), tangent.astype(jnp.float32)
 
 
 def _rms_norm(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -53,7 +53,8 @@ def load_llama(path: str | Path, config: DecoderConfig | None = None) -> Decoder
         its index with several files), or a GGUF file, quantized or not.
       config: what to build; `llama_config(path)` by default. Replace `dtype`,
         `param_dtype`, `attention` or `ffn` in it for other numerics or other layers
-        with the same kernels, as `sj.nn.BlockSparseFFN`.
+        with the same kernels, as `sj.nn.BlockSparseFFN`, or `sj.nn.SeerAttention`,
+        whose gates are then as in a new decoder.
 
     Returns:
       The decoder, its weights in `param_dtype`.
@@ -88,7 +89,8 @@ def load_llama(path: str | Path, config: DecoderConfig | None = None) -> Decoder
         return Decoder(config, rngs=nnx.Rngs(0))
 
     abstract = nnx.eval_shape(build)
-    graph, params, _ = nnx.split(abstract, nnx.Param, ...)
+    in_file = nnx.All(nnx.Param, nnx.Not(nn.GateParam))
+    graph, params, _ = nnx.split(abstract, in_file, ...)
     leaves, treedef = _named_leaves(params)
     stored = _stored_names(leaves, checkpoint.names)
     _require_alike(checkpoint, leaves, stored)
@@ -97,9 +99,9 @@ def load_llama(path: str | Path, config: DecoderConfig | None = None) -> Decoder
         tensor = checkpoint.tensors[stored[name]].read()
         # a copy: a view would keep the file open, and follow its changes
         loaded.append(jnp.array(_turned(name, tensor), leaf.dtype))
-    # What else a layer holds, as its block masks, is as in a new decoder. Compiled, as
-    # then no weights are drawn for it.
-    rest = jax.jit(lambda: nnx.state(build(), nnx.Not(nnx.Param)))()
+    # What else a layer holds, as block masks or a gate, is as in a new decoder.
+    # Compiled, as then no weights are drawn for it.
+    rest = jax.jit(lambda: nnx.state(build(), nnx.Not(in_file)))()
     return nnx.merge(graph, treedef.unflatten(loaded), rest)
 
 

@@ -200,4 +200,4 @@ def pop_gate_losses(model: nnx.Module) -> Float[Array, " layers"]:
             "no layer of `model` left a gate loss; set `distill` of its SeerAttention "
             "layers and call the model first."
         )
-    return jnp.stack(losses)
+    return jnp.concatenate([jnp.ravel(loss) for loss in losses])  # scanned layers too

@@ -246,6 +246,64 @@ class GenerateTest(parameterized.TestCase):
             np.testing.assert_array_equal(row[:end], want[:end])
             np.testing.assert_array_equal(row[end:], np.full(12 - end, stop))
 
+    def test_several_stop_tokens(self):
+        """The one that comes first is repeated."""
+        ready = decode.prepare(make("dense"))
+        free = np.asarray(decode.generate(ready, prompts(), num_tokens=12).tokens)
+        stops = [int(free[0, 4]), int(free[1, 2])]
+        for given in (stops, tuple(stops), np.array(stops), jnp.array(stops)):
+            got = decode.generate(ready, prompts(), num_tokens=12, stop_token=given)
+            for row, want in zip(np.asarray(got.tokens), free, strict=True):
+                end = next((i for i, t in enumerate(want) if t in stops), 11) + 1
+                np.testing.assert_array_equal(row[:end], want[:end])
+                np.testing.assert_array_equal(row[end:], want[end - 1])
+
+    @parameterized.product(temperature=[1e-30, 1e-39, 1e-60], top_k=[None, 3])
+    def test_of_a_tiny_temperature_the_likeliest_are_left(self, temperature, top_k):
+        ready = decode.prepare(make("dense"))
+        want = decode.generate(ready, prompts(), num_tokens=4).tokens
+        options = {"temperature": temperature, "top_k": top_k}
+        got = decode.generate(
+            ready, prompts(), num_tokens=4, key=jax.random.key(0), **options
+        )
+        np.testing.assert_array_equal(got.tokens, want)
+
+    @parameterized.parameters("ffn", "attention")
+    def test_what_a_subclass_computes_is_decoded(self, which):
+        class Tripled(nn.SparkFFN):
+            def hidden(self, *args, **options):
+                return 3 * super().hidden(*args, **options)
+
+        class Turned(nn.SparkAttention):
+            def attend(self, query, key, value, *args, **options):
+                y, density = super().attend(query, key, value, *args, **options)
+                return -y, density
+
+        class OwnFFN(nnx.Module):
+            """Takes a sequence, as the decoder gives it."""
+
+            def __init__(self, d_model, d_ff, *, rngs, **options):
+                del d_ff, options
+                self.kernel = nnx.Param(rngs.params.normal((d_model, d_model)))
+
+            def __call__(self, x):
+                _, _, d_model = x.shape
+                return x @ self.kernel[...] / d_model
+
+        changed = {
+            "ffn": (functools.partial(Tripled, k=15, split=16), OwnFFN),
+            "attention": functools.partial(Turned, k=4, split=4),
+        }[which]
+        config = dataclasses.replace(CONFIG, **SPARK | {which: changed})
+        model = models.Decoder(config, rngs=nnx.Rngs(0))
+        tokens, lengths = prompts(seq=8), jnp.full(3, 6)
+        want = np.asarray(whole(model, tokens))
+        ready = decode.prepare(model)
+        logits, cache = prefill(ready, tokens[:, :6], lengths, capacity=8)
+        for at in (6, 7):
+            assert_close(logits, want[:, at - 1])
+            logits, cache, _ = decode.decode_step(ready, tokens[:, at], cache)
+
     def test_projections_are_joined_in_a_copy(self):
         model = make("spark")
         before = nnx.to_pure_dict(nnx.state(model))
@@ -290,6 +348,9 @@ class GenerateTest(parameterized.TestCase):
         ({"lengths": jnp.array([1, 0, 3])}, r"must be in \[1, 20\]; got \[1, 0, 3\]"),
         ({"lengths": jnp.array([1, 21, 3])}, r"must be in \[1, 20\]"),
         ({"prompts": jnp.zeros((3, 0), int)}, r"`prompts` must be \[batch, seq\]"),
+        ({"stop_token": 31}, r"`stop_token` must be a token, in \[0, 31\), .* got 31"),
+        ({"stop_token": [2, -1]}, r"`stop_token` must .* got -1"),
+        ({"stop_token": 1.5}, r"`stop_token` must .* got 1.5"),
     ],
 )
 def test_bad_input_raises(options, message):
@@ -314,3 +375,25 @@ def test_what_is_no_model_and_no_token_raises():
     ready, floats = decode.prepare(make("spark")), prompts().astype(float)
     with pytest.raises(TypeError, match=r"`prompts` must be integers; got float32"):
         decode.generate(ready, floats, num_tokens=2)
+
+
+@pytest.mark.once
+def test_attention_that_cannot_decode_is_named():
+    class Short(nn.Attention):
+        def attend(self, query, key, value, valid=None):
+            return super().attend(query, key, value, valid)
+
+    class Other(nnx.Module):
+        def __init__(self, *args, **options):
+            pass
+
+    for attention, message in [
+        (Short, r"`attend` must take `lengths`.* Short in blocks\.0 does not"),
+        (
+            (nn.Attention, Other),
+            r"a subclass of `sj\.nn\.Attention`.*Other in blocks\.1",
+        ),
+    ]:
+        config = dataclasses.replace(CONFIG, attention=attention)
+        with pytest.raises(TypeError, match=message):
+            decode.prepare(models.Decoder(config, rngs=nnx.Rngs(0)))

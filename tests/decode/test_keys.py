@@ -165,3 +165,29 @@ def test_selectors_of_another_model_raise():
 def test_a_selector_that_is_no_pytree_raises():
     with pytest.raises(TypeError, match=r"`select_keys` must be .*leaf of type object"):
         decode.prepare(make(), select_keys=object())
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "method", ["none", "quest", "double sparsity", "snapkv", "ada_snapkv"]
+)
+def test_a_donated_cache_takes_nothing_else_along(method):
+    """The lengths are the caller's, the channels the model's, also without jit."""
+    model, tokens, lengths = make(), prompts(seq=8), jnp.array([8, 5])
+    channels = channels_of(model, tokens, num_channels=2)
+    select = {
+        "none": None,
+        "quest": decode.Quest(4, page_size=PAGE),
+        "double sparsity": [decode.DoubleSparsity(c, num_kept=4) for c in channels],
+        "snapkv": decode.SnapKV(6, window=2, pool_size=3, local=2, sink=1),
+        "ada_snapkv": decode.AdaSnapKV(6, window=2, pool_size=3, local=2, sink=1),
+    }[method]
+    ready = decode.prepare(model, select_keys=select)
+    step = jax.jit(decode.decode_step, donate_argnums=2)
+    found = []
+    for _ in range(2):
+        logits, cache = decode.prefill(ready, tokens, lengths, capacity=10)
+        logits, cache, _ = step(ready, jnp.argmax(logits, axis=-1), cache)
+        found.append(np.asarray(logits))
+    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(lengths, [8, 5])

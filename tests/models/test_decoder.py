@@ -169,6 +169,17 @@ class DecoderTest(parameterized.TestCase):
         kinds = [line.split("=")[0].split(":")[-1].split("[")[0] for line in products]
         self.assertSequenceEqual(kinds, ["f32", "bf16", "bf16"])
 
+    def test_logits_have_a_forward_derivative_in_each_dtype(self):
+        """It tells what the gradient does."""
+        for dtype in (jnp.float32, jnp.bfloat16):
+            model = make(dataclasses.replace(SMALL, dtype=dtype))
+            x = jax.random.normal(jax.random.key(0), (2, SMALL.d_model), dtype)
+            dx = jax.random.normal(jax.random.key(1), x.shape, dtype)
+            of = lambda x, model=model: model.logits(x).std()  # noqa: E731
+            _, forward = jax.jvp(of, (x,), (dx,))
+            backward = jnp.sum(jax.grad(of)(x).astype(jnp.float32) * dx)
+            np.testing.assert_allclose(forward, backward, rtol=0.05, atol=0.02)
+
     def test_leaves_have_the_names_that_the_methods_know(self):
         config = dataclasses.replace(SMALL, tie_embeddings=False)
         for name, value in weights_of(make(config)).items():

@@ -272,10 +272,14 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, dtype, max_shard_bytes):
     assert model.config.param_dtype == model.config.dtype == dtype
     params = nnx.state(model, nnx.Param)
     settings = {"eos_token_id": 2}
+    sizes = {
+        "d_model": np.int64(model.config.d_model),
+        "norm_eps": np.float64(model.config.norm_eps),
+    }
     models.save_llama(
         new,
         params,
-        model.config,
+        dataclasses.replace(model.config, **sizes),  # NumPy's numbers are numbers
         settings=settings,
         max_shard_bytes=max_shard_bytes,
     )
@@ -311,6 +315,13 @@ def test_other_numerics_and_layers_come_by_configuration(tmp_path):
     np.testing.assert_array_equal(kernel, want)
     mask = model.blocks[0].ffn.gate.block_mask.get_value()
     assert mask.to_dense().all()
+
+    gated = functools.partial(nn.SeerAttention, block=4, distill=True)
+    model = models.load_llama(tmp_path, dataclasses.replace(config, attention=gated))
+    layer = model.blocks[1].attention
+    want = weights["model.layers.1.self_attn.q_proj.weight"].T.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(layer.query.kernel[...], want)
+    assert all(leaf.any() for leaf in jax.tree.leaves(layer.gate()))  # drawn
 
     class Scaled(nn.GatedFFN):
         def __init__(self, *sizes, **settings):

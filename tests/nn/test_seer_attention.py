@@ -93,6 +93,32 @@ class SeerAttentionTest(parameterized.TestCase):
         with pytest.raises(ValueError, match="no layer of `model` left a gate loss"):
             nn.pop_gate_losses(layer)
 
+    def test_losses_of_scanned_layers(self):
+        class Stack(nnx.Module):
+            def __init__(self, rngs):
+                @nnx.vmap(in_axes=0)
+                def build(rngs):
+                    return nn.SeerAttention(32, 2, block=BLOCK, distill=True, rngs=rngs)
+
+                self.layers = build(rngs.split(3))
+                self.last = nn.SeerAttention(
+                    32, 2, block=BLOCK, distill=True, rngs=rngs
+                )
+
+            def __call__(self, x, positions):
+                @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+                def run(layer, x):
+                    return x + layer(x, positions)
+
+                return self.last(run(self.layers, x), positions)
+
+        x = jax.random.normal(jax.random.key(0), (1, 16, 32))
+        model = Stack(nnx.Rngs(0))
+        model(x, jnp.arange(16)[None])
+        losses = nn.pop_gate_losses(model)
+        self.assertEqual(losses.shape, (4,))
+        self.assertTrue((losses > 0).all())
+
     def test_filler_has_no_part(self):
         """Outputs, gradients and the gate's loss, with the last rows kept dense."""
         lengths = jnp.array([SEQ, 16])
