@@ -207,10 +207,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4)
     add("--num-layers", type=int, default=2)
     add("--d-model", type=int, default=128)
-    add("--lr", type=float, default=3e-3)
-    add("--gate-lr", type=float, default=1e-2)
+    add("--lr", type=rate, default=3e-3)
+    add("--gate-lr", type=rate, default=1e-2)
     add("--seed", type=int, default=0)
     return parser
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(f"a rate is above 0 and finite; got {text}")
+    return value
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ and a window of nearest blocks, as many in each row as SparseD keeps.
 
 import argparse
 import functools
+import math
 import time
 
 import jax
@@ -210,9 +211,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=32)
     add("--num-layers", type=int, default=2)
     add("--d-model", type=int, default=64)
-    add("--lr", type=float, default=3e-3)
+    add("--lr", type=rate, default=3e-3)
     add("--seed", type=int, default=0)
     return parser
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(f"a rate is above 0 and finite; got {text}")
+    return value
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def parse_args(argv) -> argparse.Namespace:
     add("--sparsity", type=float, default=0.8)
     add("--update-every", type=positive, default=20, help="steps between mask updates")
     add("--stop-step", type=count, default=225, help="masks are fixed from there on")
-    add("--lr", type=float, default=2e-3)
+    add("--lr", type=rate, default=2e-3)
     add("--seed", type=count, default=0)
     add("--batch-size", type=positive, default=8, help="rows, over all devices")
     add("--seq-len", type=positive, default=128)
@@ -235,6 +235,13 @@ def parse_args(argv) -> argparse.Namespace:
             f"{args.coordinator}, {args.num_processes}, {args.process_id}"
         )
     return args
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(f"a rate is above 0 and finite; got {text}")
+    return value
 
 
 def count(text: str, least: int = 0) -> int:
