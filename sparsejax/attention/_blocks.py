@@ -5,6 +5,7 @@ pure and jittable; what they return is an operand of `ops.block_attention`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -18,7 +19,7 @@ from sparsejax import activations, ops
 from sparsejax.attention._arguments import check_heads
 from sparsejax.attention._slots import lengths_of
 from sparsejax.attention._spark import spark_selection
-from sparsejax.formats import BlockMask
+from sparsejax.formats import BlockMask, reshape_stepwise
 
 Pool: TypeAlias = Callable[..., jax.Array]
 """Reduces the tokens of a block to one, called as `pool(x, axis=1)`, and with `where=`
@@ -76,15 +77,16 @@ def block_scores(
     query, key = jax.lax.stop_gradient((query, key))
     query = pooled(query, block_shape[0], pool, lengths)
     key = pooled(key, block_shape[1], pool, lengths)
-    batch, rows, _, dim = query.shape
+    batch, rows, heads, dim = query.shape
     columns, kv_heads = key.shape[1:3]
-    query = query.reshape(batch, rows, kv_heads, -1, dim)
+    group = heads // kv_heads
+    query = query.reshape(batch, rows, kv_heads, group, dim)
     if not per_head:  # a mean of products with one key is a product of the mean
-        query = query.mean(axis=3, keepdims=True)
+        query, group = query.mean(axis=3, keepdims=True), 1
     # heads and rows as one axis, which the product leaves as they are wanted
-    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * rows, dim)
     scores = jnp.einsum("bhnd,bkhd->bhnk", query, key) * dim**-0.5
-    return scores.reshape(batch, -1, rows, columns)
+    return reshape_stepwise(scores, (batch, kv_heads * group, rows, columns))
 
 
 def topk_blocks(
@@ -298,18 +300,21 @@ def pooled(
         x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * len(rest)))
         real = jnp.arange(x.shape[1]) < lengths_of(x, lengths)[:, None]
         num = x.shape[1] // size
-        real = real.reshape(batch * num, size)
-        real |= ~real.any(axis=1, keepdims=True)
-        options: dict[str, Any] = {"where": real.reshape(*real.shape, *[1] * len(rest))}
-        if pool in _CHOOSING:
-            options["initial"] = _CHOOSING[pool]
-        x = pool(x.reshape(batch * num, size, *rest), axis=1, **options)
-        return x.reshape(batch, num, *rest).astype(jnp.float32)
+        real = real.reshape(batch, num, size)
+        real |= ~real.any(axis=2, keepdims=True)
+        options = {"initial": _CHOOSING[pool]} if pool in _CHOOSING else {}
+
+        def pool_real(tiles, real):
+            real = real.reshape(*real.shape, *[1] * len(rest))
+            return pool(tiles, axis=1, where=real, **options)
+
+        tiled = x.reshape(batch, num, size, *rest)
+        return jax.vmap(pool_real)(tiled, real).astype(jnp.float32)
     num = length // size
     parts = []
     if num:
-        tiled = x[:, : num * size].reshape(batch * num, size, *rest)
-        parts.append(pool(tiled, axis=1).reshape(batch, num, *rest))
+        tiled = x[:, : num * size].reshape(batch, num, size, *rest)
+        parts.append(jax.vmap(functools.partial(pool, axis=1))(tiled))
     if num * size < length:
         parts.append(pool(x[:, num * size :], axis=1)[:, None])
     return jnp.concatenate(parts, axis=1).astype(jnp.float32)

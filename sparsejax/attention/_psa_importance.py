@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key
 from sparsejax.attention._arguments import check_heads
 from sparsejax.attention._blocks import in_sight, to_heads
 from sparsejax.attention._slots import lengths_of
+from sparsejax.formats import reshape_stepwise
 
 # Of the rows of causal attention: earlier ones see fewer columns, and no others are
 # computed.
@@ -71,8 +72,11 @@ def antidiagonal_importance(
     # the squares of a head as rows of a matrix; keys are reversed, being fewer
     k = _squares(k, columns * block_shape[1], stride)[:, :, ::-1]
     batch, num_squares, _, kv_heads, _ = k.shape
-    k = jnp.moveaxis(k, 3, 1).reshape(batch, kv_heads, num_squares, -1)
+    k = reshape_stepwise(
+        jnp.moveaxis(k, 3, 1), (batch, kv_heads, num_squares, stride * dim)
+    )
     height, width = (side // stride for side in block_shape)
+    group = heads // kv_heads
 
     def of_rows(first: int, last: int) -> jax.Array:
         """Of these block rows, and of the columns up to their last."""
@@ -80,8 +84,10 @@ def antidiagonal_importance(
         if causal:
             stop = min(columns, -(-last * block_shape[0] // block_shape[1]))
         some = q[:, first * height : last * height]
-        some = some.reshape(*some.shape[:3], kv_heads, -1, dim)
-        some = some.transpose(0, 3, 4, 1, 2, 5).reshape(batch, kv_heads, -1, k.shape[3])
+        some = some.reshape(*some.shape[:3], kv_heads, group, dim)
+        some = some.transpose(0, 3, 4, 1, 2, 5)
+        num = group * (last - first)
+        some = reshape_stepwise(some, (batch, kv_heads, num * height, stride * dim))
         sums = jnp.einsum(
             "bkni,bkmi->bknm",
             some,
@@ -89,15 +95,16 @@ def antidiagonal_importance(
             preferred_element_type=jnp.float32,
         )
         sums /= stride * dim**0.5
-        row = jnp.tile(jnp.arange(first * height, last * height), heads // kv_heads)
+        row = jnp.tile(jnp.arange(first * height, last * height), group)
         row, column = row[:, None], jnp.arange(stop * width)
         counted = stride * column < key_end
         if causal:
             counted &= column <= row
         weights = jax.nn.softmax(jnp.where(counted, sums, -jnp.inf), axis=-1)
         weights = jnp.where(stride * row < query_end, weights, 0)
-        cells = weights.reshape(batch, kv_heads, -1, height, stop, width)
-        cells = cells.sum(axis=(3, 5)).reshape(batch, heads, last - first, stop)
+        cells = (batch, kv_heads, num, height, stop, width)
+        cells = reshape_stepwise(weights, cells).sum(axis=(3, 5))
+        cells = reshape_stepwise(cells, (batch, heads, last - first, stop))
         return jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (0, columns - stop)))
 
     size = -(-rows // (_CAUSAL_PARTS if causal else 1))
@@ -166,9 +173,8 @@ def sampled_importance(
         seen &= at_key < lengths[:, None, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     weights = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0)  # 0 if none is
-    weights = weights.reshape(
-        len(q), heads, rows, -1, columns, at_key.shape[-1] // columns
-    )
+    height, width = weights.shape[2] // rows, weights.shape[3] // columns
+    weights = reshape_stepwise(weights, (len(q), heads, rows, height, columns, width))
     highest = weights.max(axis=(3, 5))
     total = highest.sum(axis=-1, keepdims=True)
     shares = highest / jnp.where(total > 0, total, 1)

@@ -151,7 +151,8 @@ def seer_scores(
     # a kernel for each query head, or for each key head
     kernels = gate.key.reshape(key.shape[2], -1, *gate.key.shape[1:])
     gated_key = jnp.einsum("bnki,kgio->bnkgo", features, kernels)
-    gated_key = gated_key.reshape(*gated_key.shape[:2], -1, gated_key.shape[-1])
+    sizes = *gated_key.shape[:2], len(gate.key), gated_key.shape[-1]
+    gated_key = gated_key.reshape(sizes)
     gated_key = _blocks.to_heads(gated_key, query.shape[2])
     starts = positions[:, ::block]
     gated_query, gated_key = rotate(gated_query, starts), rotate(gated_key, starts)

@@ -78,8 +78,10 @@ def seer_decode_target(
       Gao et al., 2025, https://arxiv.org/abs/2506.08889 (SeerAttention-R).
     """
     peaks = _peaks(query, key, block)
-    batch, _, columns, length = peaks.shape
-    peaks = peaks.reshape(batch, key.shape[2], -1, columns, length).max(axis=2)
+    batch, heads, columns, length = peaks.shape
+    kv_heads = key.shape[2]
+    peaks = peaks.reshape(batch, kv_heads, heads // kv_heads, columns, length)
+    peaks = peaks.max(axis=2)
     peaks = peaks.swapaxes(2, 3)
     own = jnp.arange(length)[:, None] // block
     peaks = jnp.where(jnp.arange(columns) < own, peaks, 0)

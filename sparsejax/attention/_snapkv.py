@@ -137,7 +137,8 @@ def ada_snapkv(
     own = max(int(min_share * num_kept), least)
     kept = _window.keep_highest(importance, own, always=always)
     if shared := kv_heads * (num_kept - own):
-        left = jnp.where(kept, -jnp.inf, importance).reshape(len(kept), -1)
+        left = jnp.where(kept, -jnp.inf, importance)
+        left = left.reshape(len(kept), kv_heads * keys)
         best = _window.keep_highest(left, shared, always=jnp.zeros((), jnp.bool_))
         kept |= best.reshape(kept.shape)
     # a prompt of no more than `num_kept` has no more left than is shared

@@ -167,7 +167,8 @@ def scaled_scores(
     the threshold may be attended in one and not in the other.
     """
     dim = query.shape[-1]
-    query = query.reshape(*query.shape[:2], key.shape[2], -1, dim)
+    kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
+    query = query.reshape(*query.shape[:2], kv_heads, group, dim)
     return _products(query, key) * dim**-0.5
 
 

@@ -100,7 +100,8 @@ def sparsed(
         weights = jnp.where(asking[:, None, None, :, None], weights, 0).sum(axis=3)
         means = _sums(weights, width) / jnp.maximum(size, 1)[:, None, None]
         means = jnp.where(there[:, None, None] > 0, means, -jnp.inf)
-        return means.reshape(len(means), -1, columns)
+        batch, kv_heads, group, _ = means.shape
+        return means.reshape(batch, kv_heads * group, columns)
 
     def row(of_row):
         queries, asking = of_row
@@ -204,13 +205,13 @@ def _tiles(x: jax.Array, size: int) -> jax.Array:
     """Blocks of axis 1, the last filled up by zeros, along a new first axis."""
     batch, seq, *rest = x.shape
     x = jnp.pad(x, [(0, 0), (0, -seq % size)] + [(0, 0)] * len(rest))
-    return jnp.moveaxis(x.reshape(batch, -1, size, *rest), 1, 0)
+    return jnp.moveaxis(x.reshape(batch, -(-seq // size), size, *rest), 1, 0)
 
 
 def _sums(x: jax.Array, width: int) -> jax.Array:
     """Sums over blocks of the last axis, the last of which may be ragged."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % width)])
-    return x.reshape(*x.shape[:-1], -1, width).sum(axis=-1)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // width, width).sum(axis=-1)
 
 
 def _best(scores: jax.Array, num_kept: int) -> jax.Array:

@@ -101,7 +101,8 @@ def line_sums(
     weights = _window.window_weights(query, key, window, lengths)
     if not per_head:
         weights = weights.mean(axis=2, keepdims=True)
-    weights = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
+    batch, kv_heads, group, *rest = weights.shape
+    weights = weights.reshape(batch, kv_heads * group, *rest)
     vertical = weights.sum(axis=-2)
     if lengths is not None:  # filler goes to the front, so that prompts end together
         shift = jax.vmap(lambda x, by: jnp.roll(x, by, axis=-1))
@@ -147,7 +148,7 @@ def blocks_of_lines(
     at = jnp.where(columns, jnp.arange(length), length)
     padding = [*lead, (0, -length % width)]
     at = jnp.pad(at, padding, constant_values=length)
-    leftmost = at.reshape(*at.shape[:-1], -1, width).min(axis=-1)
+    leftmost = at.reshape(*at.shape[:-1], -(-length // width), width).min(axis=-1)
     crossed = leftmost[..., None, :] <= last_query
 
     # the distances of the pairs of a block have no gap

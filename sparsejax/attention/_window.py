@@ -52,7 +52,8 @@ def diagonal_sums(
     *lead, window, keys = weights.shape
     # Each row shorter by one shifts the next by one, so that diagonals stand upright.
     padding = [(0, 0)] * (len(lead) + 1) + [(0, window)]
-    flat = jnp.pad(weights[..., ::-1], padding).reshape(*lead, -1)
+    flat = jnp.pad(weights[..., ::-1], padding)
+    flat = flat.reshape(*lead, window * (keys + window))
     upright = flat[..., :-window].reshape(*lead, window, keys + window - 1)
     return upright.sum(axis=-2)[..., window - 1 :]  # those before are of later keys
 

@@ -15,7 +15,8 @@ def to_words(flags: Bool[Array, "*lead n"]) -> UInt32[Array, "*lead words"]:
       Array([5], dtype=uint32)
     """
     padding = [(0, 0)] * (flags.ndim - 1) + [(0, -flags.shape[-1] % WORD)]
-    bits = jnp.pad(flags, padding).reshape(*flags.shape[:-1], -1, WORD)
+    num = -(-flags.shape[-1] // WORD)
+    bits = jnp.pad(flags, padding).reshape(*flags.shape[:-1], num, WORD)
     values = jnp.uint32(1) << jnp.arange(WORD, dtype=jnp.uint32)
     return jnp.sum(jnp.where(bits, values, 0), axis=-1, dtype=jnp.uint32)
 

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float
 
 from sparsejax.formats._bits import WORD, bit_of_rank, count_bits, to_words
 from sparsejax.formats._pairs import count_if_few
+from sparsejax.formats._reshape import reshape_stepwise
+from sparsejax.formats._rows import put_in_rows
 
 Capacity: TypeAlias = int | tuple[int | None, int | None] | None
 """Room for kept blocks: `(in a block row, in a block column)`, one number for a block
@@ -205,8 +207,7 @@ class BlockMask:
         capacity = num_kept if capacity is None else capacity
         room = min(num_kept, _rooms(capacity, scores.shape[-2:])[0])
         _, best = jax.lax.top_k(jnp.where(usable, scores, -jnp.inf), room)
-        kept = jnp.zeros(scores.shape, jnp.bool_)
-        kept = jnp.put_along_axis(kept, best, True, axis=-1, inplace=False) & usable
+        kept = put_in_rows(best, True, columns) & usable
         mask = cls.from_blocks(kept, block_shape, capacity=capacity)
         if room == num_kept:
             return mask
@@ -245,13 +246,9 @@ class BlockMask:
     def to_blocks(self) -> jax.Array:
         """Gives one bool a block, `[..., block_rows, block_columns]`."""
         listed = jnp.arange(self.indices.shape[-1]) < self.num[..., None]
-        # an entry beyond the count goes to a column that is dropped
         columns = self.blocks_shape[-1]
-        to = jnp.where(listed, self.indices, columns)
-        flat = to.reshape(-1, to.shape[-1])
-        kept = jnp.zeros((len(flat), columns), jnp.bool_)
-        kept = kept.at[jnp.arange(len(flat))[:, None], flat].set(True, mode="drop")
-        return kept.reshape(self.blocks_shape)
+        # an entry beyond the count goes to a column that is dropped
+        return put_in_rows(jnp.where(listed, self.indices, columns), True, columns)
 
     def to_dense(self) -> jax.Array:
         """Gives the elementwise mask: each block whole, `[..., rows, columns]`."""
@@ -259,7 +256,7 @@ class BlockMask:
         height, width = self.block_shape
         tiled = (*lead, rows, height, columns, width)
         blocks = self.to_blocks()[..., :, None, :, None]
-        return jnp.broadcast_to(blocks, tiled).reshape(self.shape)
+        return reshape_stepwise(jnp.broadcast_to(blocks, tiled), self.shape)
 
     def __and__(self, other: "BlockMask") -> "BlockMask":
         """The blocks that both keep."""
@@ -363,9 +360,7 @@ def _lists_by_scatter(rows: jax.Array, room: int) -> tuple[jax.Array, jax.Array]
     """O(blocks), by about ten programs, half of them for the cumulative maximum."""
     slot = jnp.cumsum(rows, axis=-1, dtype=jnp.int32) - 1
     slot = jnp.where(rows, slot, room)  # beyond the list: dropped
-    index = jnp.broadcast_to(jnp.arange(rows.shape[-1], dtype=jnp.int32), rows.shape)
-    lists = jnp.zeros((len(rows), room), jnp.int32)
-    lists = lists.at[jnp.arange(len(rows))[:, None], slot].set(index, mode="drop")
+    lists = put_in_rows(slot, jnp.arange(rows.shape[-1], dtype=jnp.int32), room)
     lists = jax.lax.cummax(lists, axis=1)  # ascending, so the rest repeats the last
     return jnp.sum(rows, axis=-1, dtype=jnp.int32), lists
 

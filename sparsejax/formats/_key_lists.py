@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
 from sparsejax.formats._block_mask import BlockMask
+from sparsejax.formats._rows import put_in_rows
 
 
 @jax.tree_util.register_dataclass
@@ -113,14 +114,12 @@ class KeyLists:
         """
         positions, valid = self.positions(num_keys)
         to = jnp.where(valid, positions, num_keys)  # beyond the mask: dropped
-        flat = to.reshape(-1, to.shape[-1])
-        kept = jnp.zeros((len(flat), num_keys), jnp.bool_)
-        kept = kept.at[jnp.arange(len(flat))[:, None], flat].set(True, mode="drop")
-        return kept.reshape(*self.num.shape, num_keys)
+        return put_in_rows(to, True, num_keys)
 
 
 def _pages_merged(a: jax.Array) -> jax.Array:
-    return a.reshape(*a.shape[:-2], -1)
+    *lead, pages, tokens = a.shape
+    return a.reshape(*lead, pages * tokens)
 
 
 def _trailing(length: ArrayLike, ndim: int) -> jax.Array:

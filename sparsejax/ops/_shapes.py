@@ -12,14 +12,14 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
         return False
 
 
-def zeros_beside(shape: tuple[int, ...], *arrays: jax.Array) -> jax.Array:
-    """Float32 zeros that vary over a mesh wherever one of some arrays does.
+def zeros_beside(like: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """Float32 zeros, cut as `like`, that vary over a mesh where any of the arrays does.
 
-    In `jax.shard_map` what a loop begins with must vary as what it adds.
+    What a loop begins with must be cut, and in `jax.shard_map` vary, as what it adds.
 
     Example:
-      >>> print(zeros_beside((2,), jnp.ones((3, 3))))
+      >>> print(zeros_beside(jnp.ones(2, jnp.bfloat16), jnp.ones((3, 3))))
       [0. 0.]
     """
     nothing = (jnp.sum(a[:0], dtype=jnp.float32) for a in arrays)  # even of NaN
-    return sum(nothing, jnp.zeros(shape, jnp.float32))
+    return sum(nothing, jnp.zeros_like(like, jnp.float32))

@@ -69,7 +69,8 @@ class Sparsity:
         Raises:
           ValueError: if a sparsity is a schedule.
         """
-        if any(callable(leaf) for leaf in jax.tree.leaves(value)):
+        leaves = jax.tree.leaves(value)
+        if any(callable(leaf) and not isinstance(leaf, type) for leaf in leaves):
             raise ValueError(
                 "masks that are chosen once, or anew in every forward, need a constant "
                 "`sparsity`; got a schedule."

@@ -72,5 +72,6 @@ def active_ffn(
             out += hidden[r][:, None] * row_of(down, at[r], 0, down.shape[1])
         return out
 
-    out = zeros_beside((batch, down.shape[1]), x, gate, up, down)
+    like = jnp.broadcast_to(x[:, :1], (batch, down.shape[1]))
+    out = zeros_beside(like, gate, up, down)
     return jax.lax.fori_loop(0, num_steps, step, out).astype(x.dtype)

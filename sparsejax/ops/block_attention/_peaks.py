@@ -66,10 +66,10 @@ def attention_peaks(
 
 def _by_blocks(q: jax.Array, k: jax.Array, *, block: int, scale: float) -> jax.Array:
     batch, length, heads, dim = q.shape
-    columns = -(-length // block)
+    kv_heads, columns = k.shape[2], -(-length // block)
     k = jnp.pad(k, ((0, 0), (0, columns * block - length), (0, 0), (0, 0)))
-    k = jnp.moveaxis(k.reshape(batch, columns, block, -1, dim), 1, 0)
-    q = q.reshape(batch, length, k.shape[3], -1, dim)
+    k = jnp.moveaxis(k.reshape(batch, columns, block, kv_heads, dim), 1, 0)
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     positions = jnp.arange(length)[:, None]
 
     def step(carry, of_block):
@@ -85,7 +85,7 @@ def _by_blocks(q: jax.Array, k: jax.Array, *, block: int, scale: float) -> jax.A
         powers = jnp.exp(scores - new_top[..., None]).sum(axis=-1)
         return (new_top, total * jnp.exp(top - new_top) + powers), highest
 
-    empty = zeros_beside((batch, k.shape[3], heads // k.shape[3], length), q, k)
+    empty = zeros_beside(jnp.moveaxis(q[..., 0], 1, 3), k)  # [.., kv_heads, group, seq]
     (top, total), highest = jax.lax.scan(
         step, (empty - jnp.inf, empty), (k, jnp.arange(columns))
     )
