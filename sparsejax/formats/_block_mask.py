@@ -152,7 +152,7 @@ class BlockMask:
             )
         *lead, rows, columns = mask.shape
         tiled = (*lead, rows // height, height, columns // width, width)
-        kept = jnp.any(mask.reshape(tiled), axis=(-3, -1))
+        kept = jnp.any(reshape_stepwise(mask, tiled), axis=(-3, -1))
         return cls.from_blocks(kept, block_shape, capacity=capacity)
 
     @classmethod

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from sparsejax.formats import BlockMask
+from sparsejax.formats import BlockMask, reshape_stepwise
 from sparsejax.nn._block_sparse_linear import BlockSparseLinear
 from sparsejax.typing import GovernedLeaf, MaskSource, plain_path
 
@@ -139,9 +139,8 @@ def _block_masks(
         old = layer.block_mask.get_value()
         height, width = old.block_shape
         *lead, rows, columns = old.blocks_shape
-        # one axis at a time: a mesh of explicit axes refuses to split both at once
-        kept = leaf.mask.reshape(*lead, rows, height, columns * width).any(axis=-2)
-        kept = kept.reshape(*lead, rows, columns, width).any(axis=-1)
+        tiled = (*lead, rows, height, columns, width)
+        kept = reshape_stepwise(leaf.mask, tiled).any(axis=(-3, -1))
         capacity = (old.indices.shape[-1], old.indices_t.shape[-1])
         alike[old.block_shape, old.blocks_shape, capacity][path] = kept
     found = {}

@@ -104,11 +104,13 @@ class Sparsity:
                 _check(leaf, first, scheduled=callable(value))
         return leaves
 
-    def given(self, params: Params, leaves: tuple[Leaf | None, ...]) -> list[Any]:
-        """Of constants: as `at`, but under N:M too, where one was given."""
+    def given(
+        self, params: Params, leaves: tuple[Leaf | None, ...], step: ArrayLike
+    ) -> list[Any]:
+        """As `at`, but under N:M too, where one was given."""
         return [
             None if leaf is None else value
-            for leaf, value in zip(leaves, self._raw(params, leaves, 0), strict=True)
+            for leaf, value in zip(leaves, self._raw(params, leaves, step), strict=True)
         ]
 
     def at(
@@ -116,8 +118,10 @@ class Sparsity:
     ) -> list[Any]:
         """One sparsity for each leaf, None where it is dense or under N:M."""
         return [
-            None if leaf is None or _is_nm(leaf) else value
-            for leaf, value in zip(leaves, self._raw(params, leaves, step), strict=True)
+            None if leaf and _is_nm(leaf) else value
+            for leaf, value in zip(
+                leaves, self.given(params, leaves, step), strict=True
+            )
         ]
 
     def total(self, step: ArrayLike) -> ArrayLike:

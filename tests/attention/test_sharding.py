@@ -1,4 +1,4 @@
-"""On a mesh, its axes explicit or not, a sharded batch is treated as a whole one."""
+"""A batch that a mesh cuts, its axes explicit or not, and one of nothing."""
 
 import functools
 
@@ -54,7 +54,9 @@ def lists_and_masks(q, k):
     kept = jnp.moveaxis(q[:, :16], 1, 2) > 0.5  # [batch, heads, 16, dim]
     mask = sj.BlockMask.from_blocks(kept, (2, 4))
     lists = attention.snapkv(q, q[:, :, :2], num_kept=9, window=4, local=2, sink=1)
-    return mask, mask.T, mask.to_blocks(), mask.to_dense(), lists.to_mask(64)
+    whole = mask.to_dense()
+    again = sj.BlockMask.from_dense(whole, (2, 4))
+    return mask, mask.T, mask.to_blocks(), whole, again, lists.to_mask(64)
 
 
 CHOICES = {

@@ -24,8 +24,6 @@ _STEP = 5  # places from window to window
 # window, and two blocks. One may be; if more are, all are better shared out by length.
 _LONG = 1.5, 2
 
-Count = jax.Array | int
-
 
 class Window(NamedTuple):
     """What a program has at the time of a window of rows.
@@ -200,13 +198,13 @@ class _Lanes(NamedTuple):
       windows: how many there are.
     """
 
-    spans: Count
-    stretch: Count
-    num: Count
+    spans: jax.Array
+    stretch: jax.Array
+    num: jax.Array
     windows: int
 
     @classmethod
-    def for_spans(cls, spans: Count, windows: int) -> "_Lanes":
+    def for_spans(cls, spans: jax.Array, windows: int) -> "_Lanes":
         stretches = jax.lax.div(windows, spans)
         num = jax.lax.div(windows + stretches - 1, stretches)
         return cls(spans, jax.lax.div(windows, stretches), num, windows)
@@ -230,8 +228,8 @@ class _Lanes(NamedTuple):
         """The programs that have a tile at the time of a window: first and last + 1."""
         start, of = self._at(window)
         begun = window + jax.lax.div(self.spans, 2) - of + 1  # those that begin in time
+        ended = begun - self.spans
         begun = jnp.where(window >= start + self.stretch - self.spans, self.num, begun)
-        ended = window - self.spans + jax.lax.div(self.spans, 2) - of + 1
         ended = jnp.where(window < start + self.spans, 0, ended)
         there = jnp.minimum(self.num, self.windows - of)
         return jnp.maximum(ended, 0), jnp.minimum(begun, there)
