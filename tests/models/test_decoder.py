@@ -151,6 +151,26 @@ class DecoderTest(parameterized.TestCase):
             self.assertTrue(jnp.isfinite(grad).all(), path)
             self.assertTrue(grad.any(), path)
 
+    @parameterized.product(
+        dtype=[jnp.bfloat16, jnp.float16], param_dtype=[jnp.bfloat16, jnp.float32]
+    )
+    @pytest.mark.once
+    def test_frequent_tokens_lose_no_gradient(self, dtype, param_dtype):
+        """4096 ones are 256 when added up in bfloat16, 2048 in float16."""
+        config = dataclasses.replace(SMALL, dtype=dtype, param_dtype=param_dtype)
+        graph, params = nnx.split(make(config).embed, nnx.Param)
+        tokens = np.repeat([[3], [5]], [4096, 1], axis=0)
+
+        def loss(params):
+            rows = nnx.merge(graph, params)(tokens)
+            assert rows.dtype == dtype
+            return rows.sum(dtype=jnp.float32)
+
+        grad = jax.grad(loss)(params)["embedding"][...]
+        want = np.zeros((11, SMALL.d_model))
+        want[3], want[5] = 4096, 1
+        np.testing.assert_array_equal(grad, want)
+
     @parameterized.parameters(True, False)
     def test_products_of_16_bit_logits_are_of_16_bits(self, tie_embeddings):
         config = dataclasses.replace(
