@@ -30,8 +30,8 @@ both, a run that was cut off goes on by the same command.
     python -m benchmarks.sparse_frontier --length 32768 --steps 4000 --json PATH
 
 is for an H100: bfloat16, blocks of 128, and no scores of all pairs anywhere. 8192 takes
-six minutes there, of which most is compiling, and below 2 GB; 32768 some more, not yet
-measured. Two cores take about ten minutes to train at 1024 and, where attention is most
+six minutes there, of which most is compiling, and below 2 GB; 32768 seven minutes on an
+H200. Two cores take about ten minutes to train at 1024 and, where attention is most
 of a step, four times as long at twice the length; 8192 needs fewer `--steps` and
 `--sequences` there.
 

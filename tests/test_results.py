@@ -4,6 +4,8 @@ import json
 import pathlib
 import re
 
+import pytest
+
 from benchmarks.parts import common
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -55,14 +57,21 @@ def test_cast_on_smollm2():
         assert table[name]["ms a step"] in (f"{of_seeds[0]:.1f}", ""), name
 
 
-def test_high_sparsity_on_digits():
-    found = losses("high_sparsity_digits_h200.json")
-    assert f"the dense network has {found['dense']}" in PAGE
+@pytest.mark.parametrize(
+    ("file", "before", "dense"),
+    [
+        ("high_sparsity_digits_h200.json", "", "network"),
+        ("high_sparsity_text_h200.json", "text, ", "decoder"),
+    ],
+)
+def test_high_sparsity(file, before, dense):
+    found = losses(file)
+    assert f"{dense} has {found['dense']}" in PAGE.replace("\n", " ")
     for suffix, head in (
         ("", "equal steps"),
         (" at SR-STE's FLOPs", "SR-STE's training FLOPs"),
     ):
-        for way, of_way in table_below(head).items():
+        for way, of_way in table_below(before + head).items():
             of_way.pop("steps", None)
             for pattern, cell in of_way.items():
                 assert cell == found[f"{pattern} {way}{suffix}"], (way, pattern)
