@@ -82,6 +82,9 @@ def nm_select(
     """
     axis %= scores.ndim
     shape = scores.shape
+    if scores.dtype.itemsize == 1:
+        # most 8-bit floats have no -inf; bfloat16 has it, and all their values
+        scores = scores.astype(jnp.bfloat16)
     # floats compare faster than their bits: NaN and -inf become the lowest number,
     # which leaves -inf for what must not be chosen
     lowest = jnp.finfo(scores.dtype).min

@@ -16,6 +16,11 @@ from tests.masks import oracle
 from tests.masks.hlo import operations
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+# all but the last are without infinities
+EIGHT_BITS = [
+    jnp.float8_e4m3fn, jnp.float8_e4m3fnuz, jnp.float8_e4m3b11fnuz,
+    jnp.float8_e5m2fnuz, jnp.float8_e5m2,
+]  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -58,7 +63,9 @@ class NMTest(parameterized.TestCase):
         got = nm(scores, n, m, axis)
         np.testing.assert_array_equal(got, oracle.nm(scores, n, m, axis))
 
-    @parameterized.product(dtype=DTYPES, n_m=[(2, 4), (1, 16), (15, 16)])
+    @parameterized.product(
+        dtype=[*DTYPES, *EIGHT_BITS], n_m=[(2, 4), (1, 16), (15, 16), (3, 32)]
+    )
     def test_dtypes(self, dtype, n_m):
         scores = jax.random.normal(jax.random.key(0), (32, 3)).astype(dtype)
         got = nm(scores, *n_m, 0)
@@ -124,7 +131,11 @@ class NMTest(parameterized.TestCase):
 PATTERNS = [(1, 2), (2, 4), (5, 8), (2, 16), (15, 16), (1, 16), (3, 24), (21, 24)]
 
 
-@given(data=st.data(), n_m=st.sampled_from(PATTERNS), dtype=st.sampled_from(DTYPES))
+@given(
+    data=st.data(),
+    n_m=st.sampled_from(PATTERNS),
+    dtype=st.sampled_from([*DTYPES, *EIGHT_BITS]),
+)
 def test_exact_count_and_order_on_awkward_scores(data, n_m, dtype):
     n, m = n_m
     values = [0.0, -0.0, 1.0, 1.0, -1.0, 0.5, 1e-3, np.inf, -np.inf, np.nan]

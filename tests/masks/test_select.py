@@ -264,6 +264,22 @@ class DropAndGrowTest(parameterized.TestCase):
             np.testing.assert_array_equal(counts, pattern.n)
             mask = got
 
+    def test_nm_of_eight_bits(self):
+        pattern, dtype = NM(2, 4), jnp.float8_e4m3fn  # which has no -inf
+        leaf = leaf_of(pattern, (8, 6), 0)
+        drop, grow = (scores_of((8, 6), seed, few=True) for seed in (1, 2))
+        mask = oracle.nm(drop, 2, 4, -2)
+        got = jax.jit(masks.drop_and_grow, static_argnums=1)(
+            mask,
+            leaf,
+            drop_scores=jnp.asarray(drop, dtype),
+            grow_scores=jnp.asarray(grow - 2, dtype),
+            sparsity=None,
+            drop_fraction=0.5,
+        )
+        want = nm_drop_and_grow_oracle(mask, 0, pattern, drop, grow, 0.5)
+        np.testing.assert_array_equal(got, want)
+
     def test_count_is_exact_whatever_is_not_finite(self):
         leaf = leaf_of(Unstructured(), (8, 8), 0)
         rng = np.random.default_rng(0)
