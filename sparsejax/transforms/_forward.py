@@ -1,5 +1,6 @@
 """What the rest of the loop reads from a method's state."""
 
+import functools
 from typing import Any
 
 import jax
@@ -196,7 +197,7 @@ def _forward_leaf(weight: jax.Array, entry: Entry) -> jax.Array:
             return project(weight, mask, factor, straight_through)
         case Framed(frames, straight_through):
             sparsity = state.settings.sparsities[entry.index]
-            candidates = [_leaf_of(frame, entry.index) for frame in frames]
+            candidates = [frame[entry.index] for frame in frames]
             mask = frame_mask(
                 weight, candidates, array(state.arrays["frame"]), sparsity
             )
@@ -219,24 +220,27 @@ def by_magnitude(weight: jax.Array, leaf: Leaf, sparsity: float | None) -> jax.A
 
 def frame_mask(
     weight: jax.Array,
-    frames: list[Leaf],
+    frames: list[Leaf | None],
     frame: jax.Array,
     sparsity: float | None,
 ) -> jax.Array:
-    """The mask of the current frame, of which 0 is dense and i is `frames[i - 1]`."""
-    branches = [lambda w: jnp.ones_like(w, jnp.bool_)]
-    branches += [
-        lambda w, leaf=leaf: by_magnitude(w, leaf, sparsity) for leaf in frames
-    ]
+    """The mask of the current frame: 0 is dense, i is `frames[i - 1]`, None dense too.
+
+    A frame governs fewer leaves than the last one where a sparsity is None: that leaves
+    dense what its pattern does not fix.
+    """
+
+    def branch(leaf, weight):
+        if leaf is None:
+            return jnp.ones_like(weight, jnp.bool_)
+        return by_magnitude(weight, leaf, sparsity)
+
+    branches = [functools.partial(branch, leaf) for leaf in (None, *frames)]
     return jax.lax.switch(frame, branches, jax.lax.stop_gradient(weight))
 
 
 def _leaf(entry: Entry) -> Leaf:
-    return _leaf_of(entry.state.settings.leaves, entry.index)
-
-
-def _leaf_of(leaves: tuple[Leaf | None, ...], index: int) -> Leaf:
-    leaf = leaves[index]
+    leaf = entry.state.settings.leaves[entry.index]
     assert leaf is not None
     return leaf
 

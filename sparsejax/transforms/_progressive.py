@@ -126,7 +126,8 @@ def structure_decay(
         Traced ones serve runs of several lengths in one program; they are not checked.
       straight_through: False differentiates through the mask; True hands every weight
         the gradient, as the released code does.
-      sparsity: constant share of zeros for patterns other than N:M.
+      sparsity: constant share of zeros for patterns other than N:M; in a tree, None
+        leaves its leaf dense in the frames of these.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
         bools, or None for matrices and kernels that are no embeddings.
       stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import masks
-from sparsejax.patterns import Leaf
 from sparsejax.transforms._arguments import check_params, check_update, optimizer
 from sparsejax.transforms._forward import by_magnitude, frame_mask
 from sparsejax.transforms._sparsity import Sparsity
@@ -131,9 +130,8 @@ def current_masks(
             found.append(None)
         elif isinstance(settings.forward, Framed):
             frames = [frame[i] for frame in settings.forward.frames]
-            candidates: list[Leaf] = [frame for frame in frames if frame is not None]
             frame = array(arrays["frame"])
-            found.append(frame_mask(weight, candidates, frame, settings.sparsities[i]))
+            found.append(frame_mask(weight, frames, frame, settings.sparsities[i]))
         else:
             found.append(by_magnitude(weight, leaf, settings.sparsities[i]))
     return found

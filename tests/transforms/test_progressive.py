@@ -305,6 +305,18 @@ class StructureDecayTest(parameterized.TestCase):
             np.testing.assert_array_equal(forward["kernel"] != 0, want["kernel"])
             _, state = oracle.jit(tx.update)(params, state, params)
 
+    def test_a_frame_that_does_not_govern_a_leaf_leaves_it_dense(self):
+        params = {name: jnp.arange(1.0, 33).reshape(8, 4) for name in "ab"}
+        frames, sparsity = [sj.Unstructured(), sj.NM(2, 4)], {"a": 0.5, "b": None}
+        tx = sj.structure_decay(optax.sgd(0.0), frames, (1, 2), sparsity=sparsity)
+        state = oracle.init(tx, params)
+        for want in ({"a": 32, "b": 32}, {"a": 16, "b": 32}, {"a": 16, "b": 16}):
+            forward = oracle.forward_of(state, params)
+            assert {name: int((p != 0).sum()) for name, p in forward.items()} == want
+            _, state = oracle.jit(tx.update)(params, state, params)
+            masks = oracle.flat(sj.masks_of(state))
+            assert {name: int(mask.sum()) for name, mask in masks.items()} == want
+
 
 BAD = {
     "factor": (lambda: sj.mask_decay(optax.sgd(1), 1.5, pattern=sj.NM(1, 2)), "1.5"),
