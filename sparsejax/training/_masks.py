@@ -43,7 +43,7 @@ def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, dict[str, float]
         if mask is not None:
             name = ".".join(plain_path(path))
             sparsity[name] = float(1 - jnp.mean(mask, dtype=jnp.float32))
-            norm = jnp.sum(jnp.abs(weight))
-            outside = jnp.sum(jnp.abs(weight), where=~mask)
+            size = jnp.abs(weight).astype(jnp.float32)  # float16 ends at 65504
+            norm, outside = jnp.sum(size), jnp.sum(size, where=~mask)
             magnitude[name] = float(jnp.where(norm > 0, outside / norm, 0))
     return {"leaf_sparsity": sparsity, "leaf_pruned_magnitude": magnitude}

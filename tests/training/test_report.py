@@ -82,3 +82,12 @@ def test_mask_metrics_count_by_leaf():
     assert pruned == {"a.kernel": pytest.approx(0.2), "b.kernel": 0.0}
     empty = training.leaf_metrics({}, weights)
     assert empty == {"leaf_sparsity": {}, "leaf_pruned_magnitude": {}}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_mask_metrics_of_narrow_weights(dtype):
+    """2**16 is beyond float16, and bfloat16 has steps of 512 there."""
+    weights = {"kernel": jnp.full(2**16, 1, dtype)}
+    masks = {"kernel": jnp.arange(2**16) >= 12345}
+    pruned = training.leaf_metrics(masks, weights)["leaf_pruned_magnitude"]
+    assert pruned == {"kernel": pytest.approx(12345 / 2**16)}
