@@ -27,6 +27,11 @@ def test_table_lines_up():
     assert training.markdown_table([]) == ""
 
 
+def test_table_tells_yes_from_one():
+    table = training.markdown_table([{"passed": True, "runs": 1}])
+    assert table.split("\n")[-1] == "|   True |    1 |"
+
+
 def training_rows(phase, steps, **leaf_metrics):
     for step in steps:
         yield {
