@@ -197,6 +197,8 @@ def _plain(value: Any) -> Any:
     """Turns arrays into numbers; NaN and infinities, which JSON lacks, into None."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, str | bool | int | None):
         return value
     number = value.item() if hasattr(value, "item") else value

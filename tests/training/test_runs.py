@@ -1,6 +1,7 @@
 """A run folder goes on with its own configuration only and keeps its metrics once."""
 
 import json
+import math
 import resource
 
 import jax.numpy as jnp
@@ -129,6 +130,8 @@ def test_metrics_are_numbers_and_rewind_by_phase(tmp_path):
     run.log({"phase": "sparse", "step": 4, "loss": jnp.nan})
     assert run.rows()[0] == {"phase": "dense", "step": 1, "loss": 0.5}
     assert run.rows()[-1]["loss"] is None
+    run.log({"phase": "sparse", "step": 4, "lists": [jnp.float32(1), (math.nan, 2)]})
+    assert run.rows()[-1]["lists"] == [1, [None, 2]]
     with open(run.metrics_file, "a") as file:
         file.write('{"phase": "sparse", "st')  # a crash while writing
     run.rewind("sparse", 2)
