@@ -135,8 +135,9 @@ def fit(
     unread: collections.deque[dict[str, Any]] = collections.deque()
     seen, total = step * tokens_per_step, num_steps * tokens_per_step
     lap_step, lap_time = step, time.perf_counter()
+    stop: signal.Signals | None = None
     with _stop_signals() as signals, _progress_bar(phase, seen, total) as bar:
-        while step < num_steps:
+        while step < num_steps and not stop:
             state, metrics = step_fn(state, batch_fn(step))
             step += 1
             unread.append({"phase": phase, "step": step, **metrics})
@@ -158,15 +159,15 @@ def fit(
                 lap_step, lap_time = step, time.perf_counter()
             if saves:
                 save_checkpoint(folder, step, state)
-            if stop:
-                bar.close()
-                if is_first():
-                    print(
-                        f"stopped by {stop.name} in phase {phase!r} at step {step}; "
-                        "all is saved. Go on by --resume.",
-                        file=sys.stderr,
-                    )
-                raise Stopped(128 + stop)
+    # one may have come while the end was evaluated and saved
+    if stop := stop or next(iter(signals), None):
+        if is_first():
+            print(
+                f"stopped by {stop.name} in phase {phase!r} at step {step}; all is "
+                "saved. Go on by --resume.",
+                file=sys.stderr,
+            )
+        raise Stopped(128 + stop)
     return state
 
 

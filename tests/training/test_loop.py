@@ -142,6 +142,20 @@ def test_stops_on_a_signal_and_goes_on(tmp_path, uninterrupted, capsys, signum, 
     assert rows_of(run) == uninterrupted[1]
 
 
+def test_a_signal_while_the_end_is_evaluated(tmp_path, uninterrupted):
+    def evaluate(state):
+        if state.step == NUM_STEPS:
+            signal.raise_signal(signal.SIGTERM)
+        return {"norm": jnp.sum(state.params["w"] ** 2)}
+
+    run = open_run(tmp_path / "stopped")
+    with pytest.raises(training.Stopped) as stopped:
+        fit(run, evaluate=evaluate)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert rows_of(run) == uninterrupted[1]
+    chex.assert_trees_all_equal(fit(run), uninterrupted[0])
+
+
 @pytest.fixture
 def interrupts_raise():
     """Python's own handler; a test runner's worker may have another."""
