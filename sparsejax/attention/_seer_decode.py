@@ -205,7 +205,9 @@ def fill_seer_cache(
         features = key_features(key[:, : blocks * block], block)
         gated = _gated_key(gate, features, starts, rotate)
         whole = (jnp.arange(blocks) < finished)[..., None, None]
-        gated_keys = gated_keys.at[:, :blocks].set(jnp.where(whole, gated, 0))
+        room = gated_keys.shape[1] - blocks
+        padding = [(0, 0), (0, room), (0, 0), (0, 0)]
+        gated_keys = jnp.pad(jnp.where(whole, gated, 0), padding)
     at = block * finished + jnp.arange(block)
     in_key = jnp.minimum(at, length - 1)[..., None, None]
     tail = jnp.take_along_axis(key, in_key, axis=1)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Shaped
 
+from sparsejax.formats import map_rows
+
 
 def change_slots(
     array: Shaped[Array, "batch slots ..."],
@@ -33,9 +35,10 @@ def change_slots(
         new = change(old).astype(array.dtype)
         new = jnp.where(at[0] < array.shape[1], new, old)
         return jax.lax.dynamic_update_slice_in_dim(array, new, at[0], axis=1)
-    rows = jnp.arange(len(at)), at
-    new = change(array.at[rows].get(mode="clip")[:, None])[:, 0]
-    return array.at[rows].set(new.astype(array.dtype), mode="drop")
+    old = map_rows(lambda row, at: row.at[at].get(mode="clip"), array, at)
+    new = change(old[:, None])[:, 0].astype(array.dtype)
+    put = lambda row, at, new: row.at[at].set(new, mode="drop")  # noqa: E731
+    return map_rows(put, array, at, new)
 
 
 def lengths_of(key: Any, lengths: ArrayLike | None) -> jax.Array:

@@ -13,3 +13,4 @@ from sparsejax.formats._key_lists import KeyLists as KeyLists
 from sparsejax.formats._pairs import are_few as are_few
 from sparsejax.formats._pairs import count_if_few as count_if_few
 from sparsejax.formats._reshape import reshape_stepwise as reshape_stepwise
+from sparsejax.formats._rows import map_rows as map_rows

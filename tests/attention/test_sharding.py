@@ -14,6 +14,7 @@ from sparsejax import attention, nn, ops
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 BLOCKS = {"block_shape": (8, 8)}
+LENGTHS = jnp.array([41, 14])  # of caches
 rotate = functools.partial(nn.apply_rope, base=1e4)
 
 
@@ -59,6 +60,40 @@ def lists_and_masks(q, k):
     return mask, mask.T, mask.to_blocks(), whole, again, lists.to_mask(64)
 
 
+def with_lists(q, k, lists):
+    """What one query reads by them."""
+    return lists, ops.listed_attention(q[:, :1], k, k, lists, length=LENGTHS)
+
+
+def quest(q, k):
+    bounds = attention.append_key(
+        attention.page_bounds(k, LENGTHS - 1, page_size=8), k[:, :1]
+    )
+    return with_lists(q, k, attention.quest(q[:, :1], bounds, num_kept=3))
+
+
+def double_sparsity(q, k, bits=4):
+    channels = attention.select_channels(jnp.ones((KV_HEADS, 2, DIM)), num_channels=4)
+    labels = attention.key_labels(k, channels, LENGTHS - 1, bits=bits)
+    labels = attention.append_label(labels, k[:, :1])
+    lists = attention.double_sparsity(q[:, :1], labels, num_kept=5)
+    return with_lists(q, k, lists)
+
+
+def seer_decode(q, k):
+    key = jax.random.key(0)
+    gate = attention.init_seer_decode_gate(HEADS, KV_HEADS, DIM, d_gate=DIM, key=key)
+    cache = attention.init_seer_cache(gate, 2, 64, block=8)
+    cache = attention.fill_seer_cache(gate, cache, k[:, :48], [40, 13], rotate=rotate)
+    cache = attention.append_to_seer_cache(gate, cache, k[:, :1], rotate=rotate)
+    return attention.seer_cached_scores(gate, cache, q[:, :1], rotate=rotate)
+
+
+CACHED = {
+    "quest": quest,
+    "double_sparsity": double_sparsity,
+    "seer_decode": seer_decode,
+}
 CHOICES = {
     "topk_blocks": functools.partial(attention.topk_blocks, num_kept=3, **BLOCKS),
     "statistical": functools.partial(attention.statistical_topk_blocks, k=3, **BLOCKS),
@@ -98,6 +133,20 @@ def test_a_sharded_batch(choice, axis_type):
     there = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (q, k)]
     choose = jax.jit(CHOICES[choice])
     chex.assert_trees_all_close(choose(*there), choose(q, k), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", CACHED)
+def test_a_sharded_cache(choice):
+    """Of a mesh of explicit axes, which such code is to be told of."""
+    keys = jax.random.split(jax.random.key(0))
+    shapes = (2, 64, HEADS, DIM), (2, 64, KV_HEADS, DIM)
+    q, k = map(jax.random.normal, keys, shapes)
+    want = jax.jit(CACHED[choice])(q, k)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        there = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (q, k)]
+        got = jax.jit(CACHED[choice])(*there)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax.formats import KeyLists
+from sparsejax.formats import KeyLists, map_rows
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.block_attention._arguments import (
     check_arrays,
@@ -82,10 +82,13 @@ def _gathered(q, k, v, key_lists, length, *, scale):
     positions, valid = (of_heads(a, groups) for a in key_lists.positions(length))
     shape = (batch, groups, positions.shape[-1])
     positions, valid = (jnp.broadcast_to(a, shape) for a in (positions, valid))
-    key_head = jnp.arange(groups) // (groups // kv_heads)
-    rows = jnp.arange(batch)[:, None, None], positions, key_head[:, None]
-    # a last page may reach beyond the cache; what is read there does not count
-    keys, values = (a.at[rows].get(mode="clip") for a in (k, v))
+    key_head = jnp.arange(groups)[:, None] // (groups // kv_heads)
+
+    def listed(row, positions):
+        # a last page may reach beyond the cache; what is read there does not count
+        return row.at[positions, key_head].get(mode="clip")
+
+    keys, values = (map_rows(listed, a, positions) for a in (k, v))
     q = q.reshape(batch, num_queries, groups, -1, dim)
     scores = jnp.einsum(
         "bqhgd,bhpd->bhgqp", q, keys, preferred_element_type=jnp.float32
