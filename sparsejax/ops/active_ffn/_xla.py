@@ -49,8 +49,8 @@ def active_ffn(
     x_pieces = jnp.split(x.astype(jnp.float32), pieces, axis=1)
 
     def row_of(matrix, row, start, size):
-        piece = jax.lax.dynamic_slice(matrix, (row, start), (1, size))
-        return piece.astype(jnp.float32)
+        at = row, jnp.int32(start)  # both int32, also where ints are int64
+        return jax.lax.dynamic_slice(matrix, at, (1, size)).astype(jnp.float32)
 
     def products(row):
         """What sums to the dot products of one row: `[batch, length]`."""
@@ -61,13 +61,13 @@ def active_ffn(
         return functools.reduce(operator.add, terms)
 
     def step(i, out):
-        at = jax.lax.dynamic_slice(rows, (i * _ROWS,), (_ROWS,))
+        at = jax.lax.dynamic_slice_in_dim(rows, i * _ROWS, _ROWS)
         dots = jnp.dot(
             jnp.stack([products(at[r]) for r in range(_ROWS)]),
             ones,
             precision="highest",
         )
-        hidden = dots * jax.lax.dynamic_slice(gates, (i * _ROWS, 0), (_ROWS, batch))
+        hidden = dots * jax.lax.dynamic_slice_in_dim(gates, i * _ROWS, _ROWS)
         for r in range(_ROWS):
             out += hidden[r][:, None] * row_of(down, at[r], 0, down.shape[1])
         return out

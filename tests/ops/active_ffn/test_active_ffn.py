@@ -113,6 +113,14 @@ class ActiveFFNTest(parameterized.TestCase):
         assert_close(got, (gate * (x @ up.T)) @ down, jnp.float32)
 
     @parameterized.parameters(*IMPLEMENTATIONS)
+    def test_where_ints_are_int64(self, implementation):
+        args = operands(2, 8, 24, 8, 12, 7)
+        with jax.enable_x64(True):
+            got = active_ffn(*args, implementation=implementation)
+        self.assertEqual(got.dtype, jnp.float32)
+        assert_close(got, oracle(*args), jnp.float32)
+
+    @parameterized.parameters(*IMPLEMENTATIONS)
     def test_vmap_and_scan(self, implementation):
         layers = [operands(2, 8, 24, 8, 12, n) for n in (3, 12)]
         stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)

@@ -52,9 +52,13 @@ class ActiveIndicesTest(parameterized.TestCase):
         assert_same(indices_of(active, capacity=99), (np.arange(99), 99, True))
 
     def test_sums_of_a_gpu(self):
-        counts = np.random.default_rng(0).integers(0, 33, 45)
+        counts = np.random.default_rng(0).integers(0, 33, 45, np.int32)
         want = np.cumsum([0, *counts])
-        np.testing.assert_array_equal(_indices._sums(jnp.asarray(counts)), want)
+        for x64 in (False, True):
+            with jax.enable_x64(x64):
+                got = _indices._sums(jnp.asarray(counts))
+            np.testing.assert_array_equal(got, want)
+            self.assertEqual(got.dtype, jnp.int32)
 
     def test_vmap(self):
         active = np.random.default_rng(0).random((3, 70)) < [[0.1], [0.5], [0.9]]
