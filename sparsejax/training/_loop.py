@@ -87,8 +87,8 @@ def fit(
       The state at `num_steps`.
 
     Raises:
-      ValueError: if `evaluate_every` or `checkpoint_every` is below 1, or as
-        `restore_checkpoint`.
+      ValueError: if `evaluate_every` or `checkpoint_every` is below 1, training is
+        beyond `num_steps` already, or as `restore_checkpoint`.
       OSError: the system refused to write, see `save_checkpoint` and `Run.log`.
       Stopped: a signal came.
 
@@ -121,15 +121,24 @@ def fit(
         )
     folder = run.checkpoints(phase)
     restored = restore_checkpoint(folder, state)
+    step = int(state.step if restored is None else restored.step)
+    if step > num_steps:
+        raise ValueError(
+            "training must begin at or before its end; got "
+            f"num_steps={num_steps}, and it begins at step {step} of "
+            f"{'`state`' if restored is None else folder}. Pass `num_steps` counted as "
+            "in `state.step`, or begin a run of another name."
+        )
     if restored is None:
         run.rewind(phase, -1)
-        run.log({"phase": phase, "step": int(state.step), **evaluate(state)})
+        run.log({"phase": phase, "step": step, **evaluate(state)})
         state = jax.tree.map(jnp.copy, state)
+        if step == num_steps:
+            save_checkpoint(folder, step, state)
     else:
-        run.rewind(phase, int(restored.step))
+        run.rewind(phase, step)
         state = restored
-    step = int(state.step)
-    if step >= num_steps:
+    if step == num_steps:
         return state
 
     unread: collections.deque[dict[str, Any]] = collections.deque()

@@ -185,6 +185,28 @@ def test_at_the_end_it_only_reads(tmp_path, uninterrupted):
     assert rows_of(run) == uninterrupted[1]
 
 
+def test_the_end_is_never_behind_the_start(tmp_path, uninterrupted):
+    run = open_run(tmp_path / "uninterrupted")
+    with pytest.raises(ValueError, match=r"num_steps=5, .* at step 12 of .*a"):
+        fit(run, num_steps=5)
+    with pytest.raises(ValueError, match="begins at step 12 of `state`"):
+        fit(run, uninterrupted[0], phase="b", num_steps=5)
+    assert rows_of(run) == uninterrupted[1]
+
+
+def test_an_end_without_a_step_is_saved(tmp_path):
+    run = open_run(tmp_path)
+    rows = []
+    for _ in range(2):
+        state = fit(run, num_steps=0)
+        chex.assert_trees_all_equal(state, initial_state())
+        saved = training.restore_checkpoint(run.checkpoints("a"), state)
+        chex.assert_trees_all_equal(saved, state)
+        rows.append(rows_of(run))
+    assert [row["step"] for row in rows[0]] == [0]
+    assert rows[0] == rows[1]
+
+
 def test_phases_follow_each_other(tmp_path):
     run = open_run(tmp_path)
     first = fit(run, num_steps=5)
