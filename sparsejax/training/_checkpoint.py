@@ -31,12 +31,14 @@ def save_checkpoint(
 
     Args:
       folder: made if it is not there; holds a folder for each step.
-      step: names the checkpoint, in [0, 2**31 - 1]; the highest is the newest.
-      tree: what is saved.
+      step: names the checkpoint, in [0, 2**31 - 1]; above those that are there.
+      tree: what is saved. Leaves without entries are left out, and made anew by
+        `restore_checkpoint`; at least one leaf must have some.
       keep: how many checkpoints stay, at least 1.
 
     Raises:
-      ValueError: if `step` or `keep` is out of its range.
+      ValueError: if `step` or `keep` is out of its range, or `step` is not above those
+        that are there; nothing is written.
       OSError: the system refused to write, as on a full disk. The older checkpoints
         are as they were.
     """
@@ -45,6 +47,14 @@ def save_checkpoint(
             f"`step` must be in [0, {_MAX_STEP}] and `keep` at least 1; got "
             f"step={step} and keep={keep}."
         )
+    newest = as_first_says(max(_steps(Path(folder)), default=-1))
+    if step <= newest:
+        raise ValueError(
+            "`step` must be above those that are saved, of which the newest stay; got "
+            f"step={step}, and {folder} holds step {newest} already. Save in another "
+            "folder, or delete that one."
+        )
+    tree = _without_empty(tree)
     saved = {"tree": tree, "checksums": np.asarray(_checksums(tree))}
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -140,7 +150,9 @@ def _set_aside(folder: Path, damaged: dict[int, Exception], step: int) -> None:
 def _read(path: Path, like: Tree) -> tuple[Tree | None, Exception | None]:
     """Reads one checkpoint: the tree, or why not. All processes get the same one."""
     path, saved, cause = path.absolute() / "default", {}, None
-    wanted = {"tree": like, "checksums": np.zeros(len(jax.tree.leaves(like)), "uint32")}
+    filled = _without_empty(like)
+    sums = np.zeros(len(jax.tree.leaves(filled)), "uint32")
+    wanted = {"tree": filled, "checksums": sums}
     # A process that fails must not leave the others waiting: each reads alone.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
@@ -162,7 +174,20 @@ def _read(path: Path, like: Tree) -> tuple[Tree | None, Exception | None]:
         return None, cause or OSError("another process cannot read its part")
     if (np.asarray(_checksums(saved["tree"])) != saved["checksums"]).any():
         return None, ValueError("its contents differ from what was saved")
-    return saved["tree"], None
+    return _with_empty(saved["tree"], like), None
+
+
+def _without_empty(tree: object) -> object:
+    """None for leaves without entries, which Orbax does not save."""
+    return jax.tree.map(lambda x: x if np.size(x) else None, tree)
+
+
+def _with_empty(tree: object, like: Tree) -> Tree:
+    """The inverse: leaves without entries as in `like`."""
+    filled = iter(jax.tree.leaves(tree))
+    return jax.tree.map(
+        lambda x: next(filled) if np.size(x) else jnp.zeros_like(x), like
+    )
 
 
 def _require_alike(metadata: Any, wanted: object) -> None:

@@ -78,6 +78,32 @@ def test_what_would_not_be_found_again_is_not_saved(tmp_path, step, keep):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("step", [3, 5])
+def test_an_older_step_is_refused_before_anything_is_written(tmp_path, step):
+    for newest in (3, 5):
+        training.save_checkpoint(tmp_path, newest, {"x": jnp.ones(newest)})
+    folder = re.escape(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=f"got step={step}, and {folder} holds step 5 already"
+    ):
+        training.save_checkpoint(tmp_path, step, {"x": jnp.ones(1)}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "5"]
+    restored = training.restore_checkpoint(tmp_path, {"x": jnp.zeros(5)})
+    chex.assert_trees_all_equal(restored, {"x": jnp.ones(5)})
+
+
+@pytest.mark.parametrize("like", ["arrays", "shapes"])
+def test_leaves_without_entries(tmp_path, like):
+    keys = jax.random.split(jax.random.key(0), 2)
+    tree = [jnp.ones((0, 3), jnp.bfloat16), {"a": keys[:0], "b": keys}, jnp.ones(2)]
+    training.save_checkpoint(tmp_path, 0, tree)
+    wanted = tree if like == "arrays" else jax.eval_shape(lambda: tree)
+    restored = training.restore_checkpoint(tmp_path, wanted)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, tree)
+    chex.assert_trees_all_equal(data(restored), data(tree))
+    assert restored[0] is not tree[0]  # one may be donated
+
+
 def test_empty_nodes_and_numbers(tmp_path):
     """What optax and mask trees are made of, beside arrays."""
     state = (
