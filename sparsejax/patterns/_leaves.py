@@ -77,7 +77,9 @@ def is_default_governed(path: KeyPath, leaf: Any, stacked: int = 0) -> bool:
     )
 
 
-def broadcast_prefix(prefix: Any, params: Params, *, name: str) -> list[Any]:
+def broadcast_prefix(
+    prefix: Any, params: Params, *, name: str, none: str = "leaves it dense"
+) -> list[Any]:
     """Spreads one value, or a tree prefix of values, over the leaves of `params`.
 
     Nodes are matched by their names, not their types: a dict is a valid prefix of an
@@ -87,6 +89,7 @@ def broadcast_prefix(prefix: Any, params: Params, *, name: str) -> list[Any]:
       prefix: a value, or a tree whose leaves sit at or above the leaves of `params`.
       params: the tree to cover.
       name: what the prefix is called in an error.
+      none: what None at a leaf does, or when it may stand there, likewise.
 
     Returns:
       One value for each leaf of `params`, in flattening order.
@@ -120,8 +123,7 @@ def broadcast_prefix(prefix: Any, params: Params, *, name: str) -> list[Any]:
         if not found:
             raise ValueError(
                 f"`{name}` must be one value or a tree prefix of the params; it has "
-                f"no entry at or above {_name(path)}. Add one (None "
-                "leaves it dense)."
+                f"no entry at or above {_name(path)}. Add one (None {none})."
             )
         values.append(entries[found[-1]])
         used.add(found[-1])
@@ -233,7 +235,9 @@ def _per_leaf(
 ) -> list[Any]:
     if callable(value) and not isinstance(value, type):  # a class is a mistake
         return [None if leaf is None else value(path, leaf) for path, leaf in flat]
-    return broadcast_prefix(value, params, name=name)
+    return broadcast_prefix(
+        value, params, name=name, none="where `where` leaves it out"
+    )
 
 
 def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:

@@ -171,6 +171,15 @@ class PatternAndStackedTest(parameterized.TestCase):
         with self.assertRaisesRegex(TypeError, r"`pattern` must be.*'2:4' at \['a'\]"):
             governed({"a": jnp.ones((4, 4))}, pattern="2:4")
 
+    @parameterized.parameters(("pattern", NM(2, 4)), ("stacked", 0))
+    def test_uncovered_leaf(self, name, value):
+        params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
+        match = rf"`{name}` must.*\['b'\]. Add one \(None where `where` leaves it out\)"
+        with self.assertRaisesRegex(ValueError, match):
+            governed(params, **{name: {"a": value}})
+        arguments = {"where": {"a": True, "b": False}, name: {"a": value, "b": None}}
+        self.assertEqual(names(params, **arguments), ["['a']"])
+
     @parameterized.parameters(-1, 3)
     def test_stacked_out_of_range(self, stacked):
         with self.assertRaisesRegex(ValueError, r"`stacked` must.*at \['a'\]"):
