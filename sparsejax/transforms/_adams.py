@@ -212,7 +212,7 @@ def scale_by_adams(
             "adams",
             Plain(),
             leaves,
-            sparsities=tuple(rule.at(params, leaves, 0)),
+            sparsities=rule.settled(params, leaves),
             update_every=mask_period,
         )
         found = current_masks(params, settings, {})

@@ -61,7 +61,7 @@ def soft_method(
         leaves = rule.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
         # under N:M too: the pattern of another frame may read it
-        sparsities = tuple(rule.given(params, leaves, 0))
+        sparsities = rule.settled(params, leaves)
         settings = Settings(method, forward(params), leaves, sparsities, update_every=1)
         step = jnp.zeros([], jnp.int32)
         arrays = arrays_at(step)

@@ -124,6 +124,29 @@ class Sparsity:
             )
         ]
 
+    def settled(
+        self, params: Params, leaves: tuple[Leaf | None, ...]
+    ) -> tuple[Any, ...]:
+        """As `given` at step 0, as numbers: for settings, which hold no arrays.
+
+        Traced by the user a sparsity stays as it is, for what is jitted whole.
+
+        Raises:
+          TypeError: if `allocation` computes with the weights inside jit.
+        """
+        with jax.ensure_compile_time_eval():  # an allocation may compute by arrays
+            found = tuple(_settle(value) for value in self.given(params, leaves, 0))
+        if any(isinstance(value, Tracer) for value in jax.tree.leaves(self._value)):
+            return found
+        for leaf, value in zip(leaves, found, strict=True):
+            if leaf is not None and isinstance(value, Tracer):
+                raise TypeError(
+                    "`allocation` must return numbers that a static state can hold; "
+                    f"got {value} at {leaf.name}. Compute them from shapes alone, or "
+                    "call `init` outside of jit."
+                )
+        return found
+
     def total(self, step: ArrayLike) -> ArrayLike:
         """The single sparsity, for a ranking across leaves."""
         if self._value is None or not self._single:

@@ -64,8 +64,8 @@ class Settings:
       method: its name, for messages.
       forward: what the forward uses.
       leaves: one entry a leaf of the params, None = not governed.
-      sparsities: of the governed leaves that a soft method projects; None under N:M
-        and for hard methods, whose masks are in the state.
+      sparsities: of the governed leaves that a soft method projects, as given; None for
+        hard methods, whose masks are in the state.
       update_every: steps between two changes of the topology; None for never.
       stop_step: the last step that may change it; None for no end.
       grows_by_gradient: a change reads the gradient of pruned weights.

@@ -220,6 +220,37 @@ class PackedTest(parameterized.TestCase):
 
 
 class StateTest(parameterized.TestCase):
+    @parameterized.product(
+        make=[
+            lambda **kwargs: sj.sr_ste(optax.sgd(0.1), **kwargs),
+            lambda **kwargs: sj.scale_by_adams(10, 0.1, **kwargs),
+        ],
+        jit=[False, True],
+    )
+    def test_an_allocation_may_compute_by_arrays(self, make, jit):
+        params = {"a": jnp.arange(32.0).reshape(8, 4), "b": jnp.ones((4, 4))}
+
+        def halves(params, sparsity, **kwargs):
+            return {"a": jnp.float32(sparsity) / 2, "b": np.float32(sparsity)}
+
+        def of_weights(params, sparsity, **kwargs):
+            return jax.tree.map(lambda p: jnp.clip(p.mean(), 0, sparsity), params)
+
+        kwargs = dict(pattern=sj.Unstructured(), sparsity=0.5)
+        tx = make(allocation=halves, **kwargs)
+        state = (oracle.jit(tx.init) if jit else tx.init)(params)
+        assert state.settings.sparsities == (0.25, 0.5)
+        assert hash(state.settings) == hash(tx.init(params).settings)
+        _, state = oracle.jit(tx.update)(params, state, params)
+        kept = {name: int(mask.sum()) for name, mask in sj.masks_of(state).items()}
+        assert kept == {"a": 24, "b": 8}
+        tx = make(allocation=of_weights, **kwargs)
+        if jit:
+            with pytest.raises(TypeError, match=r"`allocation` must.*\['a'\]"):
+                jax.jit(tx.init)(params)
+        else:
+            assert tx.init(params).settings.sparsities == (0.5, 0.5)
+
     @parameterized.product(method=list(METHODS), pack=[False, True])
     def test_types_of_the_state_are_stable(self, method, pack):
         tx = METHODS[method].make(adamw(), stacked=STACKED, pack_masks=pack)
