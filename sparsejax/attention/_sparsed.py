@@ -78,13 +78,21 @@ def sparsed(
       it is always that of `head_dim`. "strict" is ours.
     """
     _check(query, key, num_generated, density, block_shape, isolated, valid)
+    valid = jnp.ones(key.shape[:2], jnp.bool_) if valid is None else valid
     query, key = jax.lax.stop_gradient((query, key))
+    kept = _kept(query, key, valid, num_generated, density, block_shape, isolated)
+    return BlockMask.from_blocks(kept, block_shape)
+
+
+# jitted: a loop that is called eagerly is compiled each time
+@jax.jit(static_argnums=(3, 4, 5, 6))
+def _kept(query, key, valid, num_generated, density, block_shape, isolated):
+    """Which blocks; arguments as of `sparsed`."""
     (height, width), seq = block_shape, key.shape[1]
     columns = math.ceil(seq / width)
     # blocks of the prompt, and of the generation
     before = min(math.ceil((seq - num_generated) / width), columns - 1)
     after = columns - before
-    valid = jnp.ones(key.shape[:2], jnp.bool_) if valid is None else valid
     in_prompt = jnp.arange(seq) < before * width
 
     there = _sums(valid, width)  # keys of each block, [batch, columns]
@@ -117,8 +125,7 @@ def sparsed(
         return jnp.concatenate([best, best_generated], axis=-1)
 
     rows = _tiles(query, height), _tiles(valid, height)
-    kept = jnp.moveaxis(jax.lax.map(row, rows), 0, 2)
-    return BlockMask.from_blocks(kept, block_shape)
+    return jnp.moveaxis(jax.lax.map(row, rows), 0, 2)
 
 
 def sparsed_dense_steps(num_steps: int, *, skip: float = 0.2) -> int:

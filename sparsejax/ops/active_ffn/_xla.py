@@ -24,6 +24,8 @@ _PIECES = 4
 MAX_BATCH = 32
 
 
+# jitted: a loop that is called eagerly is compiled each time
+@jax.jit
 def active_ffn(
     x: jax.Array,
     gate: jax.Array,

@@ -64,6 +64,8 @@ def attention_peaks(
     )
 
 
+# jitted: a loop that is called eagerly is compiled each time
+@jax.jit(static_argnames=("block", "scale"))
 def _by_blocks(q: jax.Array, k: jax.Array, *, block: int, scale: float) -> jax.Array:
     batch, length, heads, dim = q.shape
     kv_heads, columns = k.shape[2], -(-length // block)
