@@ -190,7 +190,9 @@ def double_sparsity(
     room = scores.shape[-1]
     _window.check_ends(local, sink, room)
     least = max(1, min(local + sink, room))
-    _window.check_count("num_kept", num_kept, least, room, "keys of the cache")
+    _window.check_count(
+        "num_kept", num_kept, least, room, "keys of the cache", always=_window.ENDS
+    )
     at, lengths = jnp.arange(room), labels.lengths[:, None, None]
     there = at < lengths
     always = there & ((at < sink) | (at >= lengths - local))

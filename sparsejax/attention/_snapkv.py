@@ -65,7 +65,9 @@ def snapkv(
     """
     _check(query, key, lengths, window, pool_size, local, sink)
     least = max(1, min(local + sink, key.shape[1]))
-    _window.check_count("num_kept", num_kept, least, key.shape[1], "keys")
+    _window.check_count(
+        "num_kept", num_kept, least, key.shape[1], "keys", always=_window.ENDS
+    )
     there, always = _ends(key, lengths, local, sink)
     weights = _window.window_weights(query, key, window, _given(key, lengths))
     importance = _smoothed(weights.mean(axis=2).sum(axis=2), pool_size)
@@ -128,7 +130,7 @@ def ada_snapkv(
     _check(query, key, lengths, window, pool_size, local, sink)
     keys, kv_heads = key.shape[1:3]
     least = max(1, min(local + sink, keys))
-    _window.check_count("num_kept", num_kept, least, keys, "keys")
+    _window.check_count("num_kept", num_kept, least, keys, "keys", always=_window.ENDS)
     if not 0 <= min_share <= 1:
         raise ValueError(f"`min_share` must be in [0, 1], a share; got {min_share}.")
     there, always = _ends(key, lengths, local, sink)

@@ -108,18 +108,29 @@ def check_square(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
         )
 
 
+ENDS = "the `local` last and `sink` first that are always kept"
+
+
 def check_ends(local: int, sink: int, keys: int, *, least_local: int = 0) -> None:
     """Raises unless `local` last keys and `sink` first keys are there."""
     check_count("local", local, least_local, keys, "keys")
     check_count("sink", sink, 0, keys, "keys")
 
 
-def check_count(name: str, count: int, least: int, most: int, unit: str) -> None:
+def check_count(
+    name: str,
+    count: int,
+    least: int,
+    most: int,
+    unit: str,
+    *,
+    always: str = "what is always kept",
+) -> None:
     """Raises unless `count` is a budget from what is always kept to what there is."""
     if count < least:
         raise ValueError(
-            f"`{name}` must be at least {least}, what is always kept; got {count}. "
-            "Raise it, or keep fewer always."
+            f"`{name}` must be at least {least}, {always}; got {count}. Raise it, or "
+            "keep fewer always."
         )
     if count > most:
         raise ValueError(

@@ -76,7 +76,8 @@ def prepare(
       A pytree, to be passed through `jax.jit` as any other.
 
     Raises:
-      TypeError: if a selector is not a pytree of arrays.
+      TypeError: if `model` is another than a `Decoder`, or a selector is not a pytree of
+        arrays.
       ValueError: if `capacity_factor` is below 1, or there are selectors for another
         number of layers.
 
@@ -88,6 +89,11 @@ def prepare(
       >>> sj.decode.generate(model, prompt, num_tokens=3).tokens.shape
       (1, 3)
     """
+    if not isinstance(model, Decoder):
+        raise TypeError(
+            f"`model` must be an `sj.models.Decoder`; got {type(model).__name__}. Layers "
+            "of your own come into one by its `DecoderConfig`."
+        )
     if not capacity_factor >= 1:
         raise ValueError(
             f"`capacity_factor` must be at least 1; got {capacity_factor}."

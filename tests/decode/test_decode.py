@@ -370,6 +370,8 @@ def test_too_little_room_raises():
 
 @pytest.mark.once
 def test_what_is_no_model_and_no_token_raises():
+    with pytest.raises(TypeError, match=r"an `sj\.models\.Decoder`; got Linear"):
+        decode.prepare(nnx.Linear(8, 16, rngs=nnx.Rngs(0)))
     with pytest.raises(TypeError, match=r"`sj\.decode\.prepare`; got a Decoder"):
         decode.generate(make("spark"), prompts(), num_tokens=2)
     ready, floats = decode.prepare(make("spark")), prompts().astype(float)
