@@ -41,21 +41,22 @@ def _pack(mask: jax.Array) -> jax.Array:
 
 
 def is_packable(mask: Bool[Array, "*lead d"]) -> bool:
-    """Whether each device packs its own part, as far as the types tell.
+    """Whether there is an axis to pack, of which each device packs its own part.
 
-    Under an explicit mesh that shards the last axis, each part must hold whole bytes.
+    Under an explicit mesh that shards the last axis, each part must hold whole bytes;
+    of other shardings the types do not tell.
 
     Args:
-      mask: at least one axis; only its type is read.
+      mask: any shape; only its type is read.
 
     Returns:
-      False where `pack` would cut a byte between two devices.
+      False for a scalar, and where `pack` would cut a byte between two devices.
 
     Example:
       >>> is_packable(jnp.ones((4, 20), jnp.bool_))
       True
     """
-    return _whole_bytes(mask.shape, jax.typeof(mask).sharding)
+    return mask.ndim > 0 and _whole_bytes(mask.shape, jax.typeof(mask).sharding)
 
 
 def _whole_bytes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> bool:

@@ -190,7 +190,7 @@ def _flips_of_refresh(
 
 
 def _pack_flips(bits: jax.Array) -> jax.Array:
-    """One bit a weight, unless that would cut a byte between two devices."""
+    """One bit a weight, but of a scalar and where devices would cut a byte."""
     return masks.pack(bits) if masks.is_packable(bits) else bits
 
 

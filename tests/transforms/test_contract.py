@@ -220,6 +220,22 @@ class PackedTest(parameterized.TestCase):
 
 
 class StateTest(parameterized.TestCase):
+    @parameterized.product(method=["static", "magnitude", "set", "rigl"])
+    def test_a_scalar_may_be_governed(self, method):
+        params = {"gain": jnp.array(2.0), "kernel": jnp.arange(1.0, 33).reshape(8, 4)}
+        where = {"gain": True, "kernel": True}
+        if method == "magnitude":
+            tx = sj.magnitude_prune(optax.sgd(0.5), 0.5, update_every=1, where=where)
+        else:
+            tx = METHODS[method].make(optax.sgd(0.5), where=where)
+        grads = jax.tree.map(jnp.ones_like, params)
+        state = oracle.init(tx, params)
+        for _ in range(2):  # the first is no step of RigL
+            updates, state = oracle.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert float(params["gain"]) == 1.5  # at least one weight of each leaf stays
+        assert int((params["kernel"] != 0).sum()) <= 16
+
     @parameterized.product(
         make=[
             lambda **kwargs: sj.sr_ste(optax.sgd(0.1), **kwargs),
