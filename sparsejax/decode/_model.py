@@ -76,8 +76,7 @@ def prepare(
       A pytree, to be passed through `jax.jit` as any other.
 
     Raises:
-      TypeError: if `model` is another than a `Decoder`, or a selector is not a pytree of
-        arrays.
+      TypeError: if `model` is no `Decoder`, or a selector is not a pytree of arrays.
       ValueError: if `capacity_factor` is below 1, or there are selectors for another
         number of layers.
 
@@ -91,8 +90,8 @@ def prepare(
     """
     if not isinstance(model, Decoder):
         raise TypeError(
-            f"`model` must be an `sj.models.Decoder`; got {type(model).__name__}. Layers "
-            "of your own come into one by its `DecoderConfig`."
+            f"`model` must be an `sj.models.Decoder`; got {type(model).__name__}. Put "
+            "layers of your own into one by its `DecoderConfig`."
         )
     if not capacity_factor >= 1:
         raise ValueError(

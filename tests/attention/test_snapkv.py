@@ -164,7 +164,10 @@ def test_lengths_that_do_not_fit_raise(select):
     ("changed", "message"),
     [
         ({"num_kept": 41}, "`num_kept` must be at most the 40 keys .*; got 41. Lower"),
-        ({"num_kept": 4}, "`num_kept` must be at least 5, the `local` last .*; got 4. Raise"),
+        (
+            {"num_kept": 4},
+            "`num_kept` must be at least 5, the `local` last .*; got 4. Raise",
+        ),
         ({"window": 41}, "`window` must be at most the 40 queries .*; got 41"),
         ({"pool_size": 4}, "`pool_size` must be odd and at least 1; got 4"),
         ({"local": 41}, "`local` must be at most the 40 keys .*; got 41"),
