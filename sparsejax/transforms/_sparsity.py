@@ -148,7 +148,17 @@ class Sparsity:
         return found
 
     def total(self, step: ArrayLike) -> ArrayLike:
-        """The single sparsity, for a ranking across leaves."""
+        """The single sparsity, for a ranking across leaves.
+
+        Raises:
+          ValueError: if there is none, or an allocation that would spread it.
+        """
+        if self._allocate is not allocations.uniform:
+            raise ValueError(
+                "`allocation` spreads one sparsity over the leaves, and "
+                f"`across_leaves` ranks them together; got {self._allocate} together "
+                "with it. Pass one of the two."
+            )
         if self._value is None or not self._single:
             raise ValueError(
                 "a ranking across leaves needs one `sparsity`, a number or a schedule; "
@@ -226,7 +236,8 @@ def choose_masks(
     """The masks of the highest scores at a step, leaf by leaf or across leaves.
 
     Raises:
-      ValueError: if a ranking across leaves meets a pattern other than Unstructured.
+      ValueError: if a ranking across leaves meets an allocation, or a pattern other
+        than Unstructured.
     """
     flat = jax.tree.leaves(scored, is_leaf=is_none)
     if not across_leaves:

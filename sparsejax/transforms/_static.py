@@ -50,8 +50,8 @@ def static_sparse(
       masks: bring your own, True = kept, None = dense; instead of `sparsity`.
       key: draws the random masks; needed without `masks`.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
-        bools, or None for matrices and kernels that are no embeddings. Of brought
-        masks, those that are not None are governed.
+        bools, or None for matrices and kernels that are no embeddings. Not beside
+        brought masks, of which those that are not None are governed.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
         Of brought masks: what they are made of, such as `Block` for block kernels;
         checked.
@@ -66,8 +66,8 @@ def static_sparse(
 
     Raises:
       ValueError: unless exactly one of `masks` and `key` (with `sparsity` or an N:M
-        pattern) is given, or at `init` if a mask does not fit its leaf or a weight is
-        NaN.
+        pattern) is given, if an option is not read beside it, or at `init` if a mask
+        does not fit its leaf or a weight is NaN.
       TypeError: if an argument is of another kind.
 
     Example:
@@ -88,6 +88,17 @@ def static_sparse(
             f"key={'None' if key is None else 'a key'}."
         )
     if masks is not None:
+        unread = {
+            "where": where is not None,
+            "allocation": allocation is not allocations.uniform,
+            "across_leaves": across_leaves,
+        }
+        if any(unread.values()):
+            raise ValueError(
+                "what chooses masks is not read beside `masks`; got "
+                f"{', '.join(name for name, given in unread.items() if given)}. Leave "
+                "it out; None in `masks` leaves a leaf dense."
+            )
         topology = _brought(masks, pattern, stacked)
     else:
         check_key(key)

@@ -246,6 +246,10 @@ BAD = {
         dict(sparsity=0.5, pattern=sj.Block((2, 2)), across_leaves=True),
         r"Unstructured\(\).*'kernel'",
     ),
+    "across of an allocation": (
+        dict(sparsity=0.5, allocation=sj.erdos_renyi, across_leaves=True),
+        "`allocation`.*`across_leaves`.*one of the two",
+    ),
 }
 
 

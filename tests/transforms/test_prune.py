@@ -147,6 +147,10 @@ BAD = {
         dict(sparsity={"kernel": 0.5}, allocation=sj.erdos_renyi),
         "one of the two",
     ),
+    "across": (
+        dict(sparsity=0.5, allocation=sj.erdos_renyi, across_leaves=True),
+        "`allocation`.*`across_leaves`.*one of the two",
+    ),
 }
 
 

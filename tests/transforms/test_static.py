@@ -205,6 +205,24 @@ BAD = {
     ),
     "nothing": (dict(masks={"kernel": None}), "at least one leaf"),
     "missing": (dict(key=KEY), "`sparsity` must be given.*'kernel'"),
+    "across": (
+        dict(
+            sparsity=0.5, key=KEY, allocation=sj.erdos_renyi_kernel, across_leaves=True
+        ),
+        "`allocation`.*`across_leaves`.*one of the two",
+    ),
+    "not read": (
+        dict(masks={"kernel": jnp.ones((4, 2), bool)}, where={"kernel": True}),
+        "not read beside `masks`; got where.",
+    ),
+    "none read": (
+        dict(
+            masks={"kernel": jnp.ones((4, 2), bool)},
+            allocation=sj.erdos_renyi,
+            across_leaves=True,
+        ),
+        "not read beside `masks`; got allocation, across_leaves.",
+    ),
 }
 
 
