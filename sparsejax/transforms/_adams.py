@@ -267,8 +267,16 @@ def scale_by_adams(
         # computed once more, from what XLA cannot know to be the same alpha: shared by
         # the second moment and the step it would be written to memory and read twice
         pulled_mu = pulled(jax.lax.optimization_barrier(alpha))
+
+        def step_of(grad, moment, m, v):
+            # a NumPy number among the arguments may have widened it
+            dtype = jnp.result_type(grad, moment)
+            return _ratio(m, jnp.sqrt(v) + eps).astype(dtype)
+
         scaled = jax.tree.map(
-            lambda m, v: _ratio(m, jnp.sqrt(v) + eps),
+            step_of,
+            grads,
+            moments.mu,
             optax.tree.bias_correction(pulled_mu, b1, count),
             optax.tree.bias_correction(nu, b2, count),
         )

@@ -373,6 +373,17 @@ class StateTest(parameterized.TestCase):
         )
         assert (sj.masks_of(whole[1])["stack"]["kernel"] != now).any()
 
+    @parameterized.parameters("l1_decay", "b1", "b2", "eps")
+    def test_numbers_of_64_bits_widen_nothing(self, name):
+        kwargs = dict(l1_decay=0.1, b1=0.9, b2=0.99, eps=1e-8)
+        kwargs[name] = np.float64(kwargs[name])
+        tx = sj.scale_by_adams(20, pattern=sj.NM(2, 4), **kwargs)
+        with jax.enable_x64(True):
+            state = oracle.init(tx, self.PARAMS)
+            updates, after = oracle.jit(tx.update)(self.PARAMS, state, self.PARAMS)
+        chex.assert_trees_all_equal_dtypes(updates, self.PARAMS)
+        chex.assert_trees_all_equal_dtypes(after, state)
+
     def test_the_mask_enters_no_forward(self):
         state = oracle.init(self.make(), self.PARAMS)
         chex.assert_trees_all_equal(sj.forward_params(state, self.PARAMS), self.PARAMS)
