@@ -76,6 +76,7 @@ def distillation_loss(
     p = jnp.exp(log_p)
     kl = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0), axis=-1) * temperature**2
     loss = eta * kl - (1 - eta) * _log_likelihood(student, labels)
+    loss = loss.astype(jnp.float32)  # a NumPy number may have widened it
     if where is None:
         return jnp.mean(loss)
     total = jnp.sum(jnp.where(where, loss, 0))

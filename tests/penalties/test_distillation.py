@@ -62,6 +62,13 @@ class DistillationTest(parameterized.TestCase):
         want = oracle(student, teacher, labels, eta, temperature, where)
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
+    @parameterized.parameters((np.float64(0.3), 2.0), (0.3, np.float64(2.0)))
+    def test_float32_whatever_the_numbers_are(self, eta, temperature):
+        with jax.enable_x64(True):
+            student, teacher, labels = operands()
+            got = loss(student, teacher, labels, eta=eta, temperature=temperature)
+        self.assertEqual(got.dtype, jnp.float32)
+
     def test_no_leading_axes(self):
         student, teacher, labels = operands(shape=())
         got = loss(student, teacher, labels, eta=0.5)
