@@ -1,7 +1,8 @@
 """From the step to a sparsity, a drop fraction or a decay factor.
 
-Each function returns a schedule: a pure function from the step (int32[], traced or
-not) to a float32 scalar, as optax schedules are. Optax schedules work too.
+Each function but `frame_boundaries`, which returns steps, returns a schedule: a pure
+function from the step (int32[], traced or not) to a float32 scalar, as optax schedules
+are. Optax schedules work too.
 """
 
 from sparsejax.schedules._decay import exponential_decay as exponential_decay

@@ -152,6 +152,12 @@ class FrameBoundariesTest(parameterized.TestCase):
                 num_frames, total, dense_steps=dense, hard_steps=hard
             )
 
+    @parameterized.parameters((-5, 0), (0, -5))
+    def test_negative_phases(self, dense, hard):
+        match = rf"at least 0; got dense_steps={dense} and hard_steps={hard}"
+        with self.assertRaisesRegex(ValueError, match):
+            schedules.frame_boundaries(4, 100, dense_steps=dense, hard_steps=hard)
+
 
 class TracingTest(parameterized.TestCase):
     @parameterized.parameters(
