@@ -138,7 +138,7 @@ def block_positions(mask: BlockMask, capacity: int) -> tuple[jax.Array, jax.Arra
     row = jnp.minimum(row, len(ends) - 1)
     within = slot - (ends - mask.num)[row]
     within = jnp.clip(within, 0, mask.indices.shape[1] - 1)
-    return row, mask.indices[row, within]
+    return row, jnp.asarray(mask.indices)[row, within]  # it may be of NumPy
 
 
 def block_slots(mask: BlockMask) -> tuple[jax.Array, jax.Array]:

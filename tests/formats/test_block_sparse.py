@@ -104,6 +104,20 @@ class BlockSparseTest(parameterized.TestCase):
         np.testing.assert_array_equal(got, want)
         np.testing.assert_array_equal(got_t, want_t)
 
+    def test_a_mask_of_numpy(self):
+        """As a checkpoint holds it, closed over."""
+        mask = jax.device_get(self.mask)
+
+        @jax.jit
+        def run(matrix):
+            w = sj.BlockSparse.from_dense(matrix, mask)
+            return w, w.to_dense(), block_slots(mask)
+
+        w, dense, slots = run(matrix)
+        np.testing.assert_array_equal(dense, to_dense(w))
+        for got, want in zip(slots, block_slots(self.mask), strict=True):
+            np.testing.assert_array_equal(got, want)
+
     def test_errors(self):
         build = sj.BlockSparse.from_dense
         with self.assertRaisesRegex(
