@@ -140,7 +140,8 @@ def seer_loss(
     skipped = (skip * row).astype(np.int32)  # of so many rows
     if num_rows is None:
         scores, target = (a[..., skipped[-1] :, :] for a in (scores, target))
-        return _divergence(scores, target, reduction).mean()
+        of_row = _divergence(scores, target, reduction)
+        return jnp.sum(of_row) / max(of_row.size, 1)
     first, end = jnp.asarray(skipped)[num_rows][:, None], num_rows[:, None]
     counts = (row[:-1] >= first) & (row[:-1] < end)
     counts = jnp.broadcast_to(counts[:, None], scores.shape[:-1])

@@ -260,6 +260,13 @@ class LossTest(parameterized.TestCase):
         np.testing.assert_allclose(got, 0, atol=1e-6)
         np.testing.assert_allclose(grads, 0, atol=1e-6)
 
+    def test_an_empty_batch(self):
+        scores, target = (x[:0] for x in self.operands())
+        for options in ({}, {"num_rows": jnp.zeros(0, jnp.int32)}):
+            got, grads = loss_and_grad(scores, target, **options)
+            self.assertEqual(got, 0)
+            self.assertEqual(grads.shape, scores.shape)
+
     def test_rows_without_a_block(self):
         """Tokens of the first block have none before them, also where they count."""
         query, key = operands()
