@@ -78,11 +78,14 @@ def init_seer_gate(
     of_query, of_key = jax.random.split(key)
     width = len(KEY_POOLS) * head_dim
     key_heads = num_kv_heads if project_query else num_heads
-    kernel = 0.02 * jax.random.normal(of_key, (key_heads, width, d_gate))
+
+    def draw(key: jax.Array, *shape: int) -> jax.Array:
+        return 0.02 * jax.random.normal(key, shape, jnp.float32)
+
+    kernel = draw(of_key, key_heads, width, d_gate)
     if not project_query:
         return SeerGate(None, kernel)
-    shape = (num_heads, head_dim, d_gate)
-    return SeerGate(0.02 * jax.random.normal(of_query, shape), kernel)
+    return SeerGate(draw(of_query, num_heads, head_dim, d_gate), kernel)
 
 
 def seer_scores(

@@ -82,12 +82,12 @@ def init_seer_decode_gate(
     def draw(key: jax.Array, d_in: int) -> jax.Array:
         reach = (6 / (d_in + d_gate)) ** 0.5
         shape = (num_kv_heads, d_in, d_gate)
-        return jax.random.uniform(key, shape, minval=-reach, maxval=reach)
+        return jax.random.uniform(key, shape, jnp.float32, -reach, reach)
 
     group = num_heads // num_kv_heads
     query = draw(of_query, group * head_dim)
     query = query.reshape(num_kv_heads, group, head_dim, d_gate)
-    scale = jnp.ones(d_gate) if norm else None
+    scale = jnp.ones(d_gate, jnp.float32) if norm else None
     return SeerDecodeGate(query, draw(of_key, len(KEY_POOLS) * head_dim), scale, scale)
 
 
@@ -157,7 +157,7 @@ def init_seer_cache(
     kv_heads, width, d_gate = gate.key.shape
     blocks = -(-max_length // block)
     return SeerCache(
-        jnp.zeros((batch, blocks, kv_heads, d_gate)),
+        jnp.zeros((batch, blocks, kv_heads, d_gate), jnp.float32),
         jnp.zeros((batch, block, kv_heads, width // len(KEY_POOLS)), dtype),
         jnp.zeros(batch, jnp.int32),
     )

@@ -172,6 +172,19 @@ class GateTest(parameterized.TestCase):
         for leaf in others:
             np.testing.assert_array_equal(leaf, 0)
 
+    def test_draws_are_float32(self):
+        """Also where floats are float64, and so are the scores."""
+        with jax.enable_x64(True):
+            sizes, key = (HEADS, KV_HEADS, DIM), jax.random.key(0)
+            gate = attention.init_seer_gate(*sizes, d_gate=6, key=key)
+            decode = attention.init_seer_decode_gate(*sizes, d_gate=6, key=key)
+            x, options = operands(), {"block": 13, "rotate": rotate}
+            scores = attention.seer_scores(gate, *x, **options)
+            decode_scores = attention.seer_decode_scores(decode, *x, **options)
+            cache = attention.init_seer_cache(decode, 1, 26, block=13)
+        for leaf in jax.tree.leaves((gate, decode, scores, decode_scores, cache[:2])):
+            self.assertEqual(leaf.dtype, jnp.float32)
+
 
 class TargetTest(parameterized.TestCase):
     @parameterized.product(block=[4, 13, 26])
