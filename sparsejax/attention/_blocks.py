@@ -291,7 +291,7 @@ def pooled(
 ) -> jax.Array:
     """One float32 token for every `size`, and for those that are left at the end.
 
-    Of tokens before `lengths` alone; of all where a block has none of these.
+    Of tokens before `lengths` alone; of zeros where a block has none of these.
     """
     batch, length, *rest = x.shape
     if pool not in _CHOOSING:
@@ -299,6 +299,8 @@ def pooled(
     if lengths is not None:
         x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * len(rest)))
         real = jnp.arange(x.shape[1]) < lengths_of(x, lengths)[:, None]
+        # what a block of filler alone pools must be finite, also for gradients
+        x = jnp.where(real[(..., *[None] * len(rest))], x, 0)
         num = x.shape[1] // size
         real = real.reshape(batch, num, size)
         real |= ~real.any(axis=2, keepdims=True)

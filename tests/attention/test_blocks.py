@@ -89,6 +89,19 @@ class BlockScoresTest(parameterized.TestCase):
         got = jax.jit(functools.partial(attention.block_scores, **options))(*x)
         np.testing.assert_allclose(got, scores_oracle(*x, **options), atol=1e-5)
 
+    @parameterized.parameters(jnp.mean, jnp.max)
+    def test_blocks_of_filler_are_finite(self, pool):
+        x = operands(26, 26)
+        filler = jnp.arange(26)[:, None, None] >= 9
+        fn = functools.partial(
+            attention.block_scores, block_shape=(4, 4), pool=pool, lengths=9
+        )
+        want = fn(*x)
+        for value in (jnp.nan, jnp.inf):
+            got = fn(*(jnp.where(filler, value, a) for a in x))
+            np.testing.assert_array_equal(got, want)
+        self.assertTrue(jnp.isfinite(want).all())
+
     def test_bfloat16_is_pooled_in_float32(self):
         x = jnp.full((1, 512, 1, 1), 1 + 2**-7, jnp.bfloat16)
         scores = attention.block_scores(x, x, block_shape=(512, 512))

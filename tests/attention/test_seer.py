@@ -172,6 +172,29 @@ class GateTest(parameterized.TestCase):
         for leaf in others:
             np.testing.assert_array_equal(leaf, 0)
 
+
+    def test_filler_reaches_no_gradient(self):
+        """Also where it is not finite, and all that a block has."""
+        gate = attention.init_seer_gate(
+            HEADS, KV_HEADS, DIM, d_gate=DIM, key=jax.random.key(0)
+        )
+        query, key = operands()
+        target, lengths = target_of(query, key, block=4), jnp.array([26, 9])
+
+        @jax.jit
+        @jax.value_and_grad
+        def run(gate, query, key):
+            scores = attention.seer_scores(
+                gate, query, key, block=4, rotate=rotate, lengths=lengths
+            )
+            return attention.seer_loss(scores, target, num_rows=-(-lengths // 4))
+
+        filler = jnp.arange(26)[:, None, None] >= lengths[:, None, None, None]
+        want = run(gate, query, key)
+        for value in (jnp.nan, jnp.inf):
+            got = run(gate, *(jnp.where(filler, value, x) for x in (query, key)))
+            jax.tree.map(np.testing.assert_array_equal, got, want)
+
     def test_draws_are_float32(self):
         """Also where floats are float64, and so are the scores."""
         with jax.enable_x64(True):
