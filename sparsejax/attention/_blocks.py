@@ -337,7 +337,7 @@ def in_sight(
     height, width = block_shape
     query_end, key_end = num_queries, num_keys
     if lengths is not None:
-        query_end = key_end = jnp.reshape(lengths, (-1, 1, 1, 1))
+        query_end = key_end = jnp.asarray(lengths).reshape(-1, 1, 1, 1)
     first = height * jnp.arange(-(-num_queries // height))[:, None]
     columns = jnp.arange(-(-num_keys // width))
     if not causal:

@@ -195,6 +195,14 @@ class SelectorsTest(parameterized.TestCase):
         lists = [[0, 0], [0, 1], [0, 2], [0, 3], [0, 4], [0, 5]]
         np.testing.assert_array_equal(mask.indices[0, 0], lists)
 
+    def test_lengths_of_a_list(self):
+        x, options = operands(26, 26), {"num_kept": 2, "block_shape": (4, 4)}
+        got, want = (
+            attention.topk_blocks(*x, lengths=lengths, **options)
+            for lengths in ([26, 9], jnp.array([26, 9]))
+        )
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
     @pytest.mark.once
     def test_no_query_is_left_without_a_key(self):
         """Nor with NaN in it: its own block stays, and only its row is touched."""
