@@ -1,5 +1,6 @@
 """Dynamic sparse training: SET and RigL, which drop and grow at a fixed sparsity."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -209,8 +210,8 @@ def _dynamic(
         drops = schedules.cosine_drop(drop_fraction, stop_step)
 
     def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
-        drawn = scores.random(params, key=key)
-        return choose_masks(rule, drawn, params, leaves, across_leaves=False)
+        draw = functools.partial(scores.random, key=key)
+        return choose_masks(rule, draw, params, leaves, across_leaves=False)
 
     def refresh(read: Refresh, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
         grow = jax.tree.leaves(grow_scores(read), is_leaf=is_none)

@@ -73,12 +73,12 @@ def magnitude_prune(
     )
 
     def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
-        ranked = scores.magnitude(params)
-        return choose_masks(rule, ranked, params, leaves, across_leaves)
+        return choose_masks(rule, scores.magnitude, params, leaves, across_leaves)
 
     def refresh(read: Refresh, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
-        ranked = scores.magnitude(read.params)
-        return choose_masks(rule, ranked, read.params, leaves, across_leaves, read.step)
+        return choose_masks(
+            rule, scores.magnitude, read.params, leaves, across_leaves, read.step
+        )
 
     topology = Topology(
         "magnitude_prune", rule.leaves, first, refresh, update_every=update_every

@@ -7,7 +7,7 @@ import jax
 from sparsejax import allocation as allocations
 from sparsejax import masks, scores
 from sparsejax.patterns import PatternTree, StackedTree, Unstructured
-from sparsejax.transforms._sparsity import Sparsity, choose_masks
+from sparsejax.transforms._sparsity import Sparsity, choose_masks, only_governed
 from sparsejax.typing import MaskTree, Params, SparsityTree, Where, is_none
 
 
@@ -59,11 +59,6 @@ def prune(
         sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
     )
     leaves = rule.leaves(params)
-    flat, treedef = jax.tree.flatten(params, is_leaf=is_none)
-    # the others may be no numbers, as the keys in the state of a model
-    governed = treedef.unflatten(
-        [weight if leaf else None for weight, leaf in zip(flat, leaves, strict=True)]
-    )
-    masks.check_scores(governed, "params")
-    ranked = scores.magnitude(governed)
-    return treedef.unflatten(choose_masks(rule, ranked, params, leaves, across_leaves))
+    masks.check_scores(only_governed(params, leaves), "params")
+    found = choose_masks(rule, scores.magnitude, params, leaves, across_leaves)
+    return jax.tree.structure(params, is_leaf=is_none).unflatten(found)

@@ -19,7 +19,7 @@ from sparsejax.patterns import (
     check_sparsity,
     governed,
 )
-from sparsejax.typing import KeyPath, Params, Where, is_none
+from sparsejax.typing import KeyPath, Params, ScoreTree, Where, is_none
 
 
 class Sparsity:
@@ -225,9 +225,17 @@ def _check(leaf: Leaf, value: Any, *, scheduled: bool) -> None:
         check_sparsity(value, at=leaf.name)  # of a schedule, at step 0
 
 
+def only_governed(params: Params, leaves: tuple[Leaf | None, ...]) -> Params:
+    """None for the others, which may be no numbers, as keys in the state of a model."""
+    flat, treedef = jax.tree.flatten(params, is_leaf=is_none)
+    return treedef.unflatten(
+        [weight if leaf else None for weight, leaf in zip(flat, leaves, strict=True)]
+    )
+
+
 def choose_masks(
     rule: Sparsity,
-    scored: Params,
+    score: Callable[[Params], ScoreTree],
     params: Params,
     leaves: tuple[Leaf | None, ...],
     across_leaves: bool,
@@ -239,7 +247,7 @@ def choose_masks(
       ValueError: if a ranking across leaves meets an allocation, or a pattern other
         than Unstructured.
     """
-    flat = jax.tree.leaves(scored, is_leaf=is_none)
+    flat = jax.tree.leaves(score(only_governed(params, leaves)), is_leaf=is_none)
     if not across_leaves:
         return [
             None if leaf is None else masks.select(score, leaf, sparsity)

@@ -1,5 +1,6 @@
 """Static sparse training: masks fixed before the first step."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -108,8 +109,8 @@ def static_sparse(
 
         def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
             assert key is not None
-            drawn = scores.random(params, key=key)
-            return choose_masks(rule, drawn, params, leaves, across_leaves)
+            draw = functools.partial(scores.random, key=key)
+            return choose_masks(rule, draw, params, leaves, across_leaves)
 
         topology = Topology("static_sparse", rule.leaves, first)
     return hard_method(inner, topology, pack_masks=pack_masks)

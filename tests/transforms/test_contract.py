@@ -220,6 +220,12 @@ class PackedTest(parameterized.TestCase):
 
 
 class StateTest(parameterized.TestCase):
+    @parameterized.product(method=["static", "set", "rigl"])
+    def test_only_governed_leaves_are_drawn(self, method):
+        params = {"embedding": jnp.ones((16, 4)), "kernel": jnp.ones((8, 4))}
+        init = METHODS[method].make(optax.sgd(0.5)).init
+        assert str(jax.make_jaxpr(init)(params)).count("random_bits") == 1
+
     @parameterized.product(method=["static", "magnitude", "set", "rigl"])
     def test_a_scalar_may_be_governed(self, method):
         params = {"gain": jnp.array(2.0), "kernel": jnp.arange(1.0, 33).reshape(8, 4)}
