@@ -172,7 +172,6 @@ class GateTest(parameterized.TestCase):
         for leaf in others:
             np.testing.assert_array_equal(leaf, 0)
 
-
     def test_filler_reaches_no_gradient(self):
         """Also where it is not finite, and all that a block has."""
         gate = attention.init_seer_gate(
