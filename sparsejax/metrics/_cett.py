@@ -200,7 +200,9 @@ def _checked(a, w_out, where) -> tuple[jax.Array, jax.Array, jax.Array]:
             "is [d_model, d_ff]; use `jax.vmap` for stacked layers."
         )
     valid = token_mask(where, a.shape[:-1])
-    return a.astype(jnp.float32), w_out.astype(jnp.float32), valid
+    # first of all: where padding is not finite, no gradient sees it
+    a = jnp.where(valid[..., None], a.astype(jnp.float32), 0.0)
+    return a, w_out.astype(jnp.float32), valid
 
 
 def _check_scalar(value: ArrayLike, *, name: str) -> None:

@@ -105,6 +105,16 @@ class CettTest(parameterized.TestCase):
         chex.assert_trees_all_close(target, cett_threshold(a, w_out, 0.2))
         self.assertTrue(np.isnan(cett_threshold(padded, w_out, 0.2)))
 
+    @parameterized.parameters(np.nan, np.inf)
+    def test_padding_feeds_no_gradient(self, filler):
+        w_out, where = np.eye(2, dtype=np.float32), np.array([True, False])
+        grad = jax.jit(jax.grad(metrics.cett, argnums=(0, 1)))
+        a = np.array([[4, 3], [filler, 1]], np.float32)
+        got = grad(a, w_out, 3.5, where=where)
+        a[1] = 0
+        chex.assert_trees_all_equal(got, grad(a, w_out, 3.5, where=where))
+        chex.assert_tree_all_finite(got)
+
     def test_bfloat16_is_computed_in_float32(self):
         a, w_out = (jnp.asarray(x, jnp.bfloat16) for x in layer())
         upcast = [np.asarray(x, np.float32) for x in (a, w_out)]
