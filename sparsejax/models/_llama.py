@@ -15,7 +15,7 @@ from sparsejax.models._checkpoint import Checkpoint, stored_name
 from sparsejax.models._config import DecoderConfig
 from sparsejax.models._decoder import Decoder
 from sparsejax.models._gguf import open_gguf
-from sparsejax.models._llama_folder import NAMES, open_folder, write_folder
+from sparsejax.models._llama_folder import DTYPES, NAMES, open_folder, write_folder
 from sparsejax.typing import Params, plain_path
 
 
@@ -122,14 +122,15 @@ def save_llama(
       folder: made if it is not there; must not hold a model yet.
       params: the weights, as `nnx.state(model, nnx.Param)` or `sj.sparse_params` gives
         them, all of the dtype `config.param_dtype`.
-      config: of the model; `attention` and `ffn` are the dense ones.
+      config: of the model; `attention` and `ffn` are the dense ones, and `param_dtype`
+        is float32, bfloat16 or float16.
       settings: further entries of config.json, such as `eos_token_id`.
       max_shard_bytes: from which on the weights are split into several files; also the
         memory that writing takes, unless a single weight is larger.
 
     Raises:
       ValueError: A leaf is missing, unexpected, or of another shape or dtype; the
-        layers are not those of Llama; `settings` repeats an entry.
+        layers or the dtype are not those of Llama; `settings` repeats an entry.
       FileExistsError: The folder holds a model.
 
     Example:
@@ -138,6 +139,11 @@ def save_llama(
     if max_shard_bytes < 1:
         raise ValueError(
             f"`max_shard_bytes` must be at least 1; got {max_shard_bytes}."
+        )
+    if (dtype := jnp.dtype(config.param_dtype).name) not in DTYPES:
+        raise ValueError(
+            f"`param_dtype` must be one of {', '.join(DTYPES)}, which readers know; "
+            f"got {dtype}. Cast the weights and replace it in `config`."
         )
     _require_dense(config)
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))

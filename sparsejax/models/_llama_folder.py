@@ -27,10 +27,10 @@ NAMES = {
     "norm.scale": "model.norm.weight",
     "head.kernel": "lm_head.weight",
 }
+DTYPES = ("float32", "bfloat16", "float16")
 
 _CONFIG, _SINGLE = "config.json", "model.safetensors"
 _INDEX = f"{_SINGLE}.index.json"
-_DTYPES = ("float32", "bfloat16", "float16")
 _STORED_DTYPES = ("F32", "BF16", "F16")
 # Old checkpoints store the angles of the rotation, which follow from its base.
 _DERIVED = ".rotary_emb.inv_freq"
@@ -73,7 +73,7 @@ def read_config(folder: Path) -> DecoderConfig:
     rope.require("partial_rotary_factor", 1.0, because="All of a head is rotated.")
     # Likewise old ones say `torch_dtype`; where both are there, the new name counts.
     named = Settings(file, {"dtype": values.get("dtype") or values.get("torch_dtype")})
-    named.require("dtype", *_DTYPES, because="Save the model in one of these.")
+    named.require("dtype", *DTYPES, because="Save the model in one of these.")
     dtype = jnp.dtype(named.get("dtype", str, "float32"))
     d_model = settings.get("hidden_size", int)
     num_heads = settings.get("num_attention_heads", int)

@@ -525,6 +525,8 @@ class TestSaving:
                 r"embed.* must be float32\[9, 32\].*got.*\[40, 32\]",
             ),
             ({"param_dtype": jnp.bfloat16}, {}, "must be bfloat16.*got float32"),
+            ({"param_dtype": jnp.float8_e5m2}, {}, "`param_dtype`.*got float8_e5m2"),
+            ({"param_dtype": np.float64}, {}, "one of float32.*got float64"),
             ({}, {"settings": {"vocab_size": 9}}, "must not repeat.*got vocab_size"),
             ({}, {"max_shard_bytes": 0}, "`max_shard_bytes` must be at least 1; got 0"),
         ],
