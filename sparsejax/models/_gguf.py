@@ -30,6 +30,9 @@ _UNSCALED = {
     "llama.rope.scaling.factor": (0.0, 1.0),
     "llama.rope.scale_linear": (0.0, 1.0),
 }
+_SCALING = "Scaled rotary angles are not supported: use a model without them."
+# Models whose config.json says "llama3" have their scaling as a tensor, not as a value.
+_ROTARY_FACTORS = "rope_freqs.weight"
 _ROTATED = (".attn_q.weight", ".attn_k.weight")
 
 
@@ -43,6 +46,9 @@ def open_gguf(file: Path) -> Checkpoint:
     tensors = {}
     for tensor in reader.tensors:
         _require_readable(file, tensor)
+        if tensor.name == _ROTARY_FACTORS:
+            _require_unscaled(file, tensor)
+            continue
         # What is rotated has one head after another, each `head_dim` rows.
         head_dim = config.head_dim if tensor.name.endswith(_ROTATED) else None
         read = functools.partial(_read_tensor, tensor, head_dim)
@@ -57,11 +63,7 @@ def _config(settings: Settings, shapes: dict[str, tuple[int, ...]]) -> DecoderCo
     settings.require("llama.expert_count", 0, because=only)
     settings.require("split.count", 0, 1, because="Merge the parts into one file.")
     for key, allowed in _UNSCALED.items():
-        settings.require(
-            key,
-            *allowed,
-            because="Scaled rotary angles are not supported: use a model without them.",
-        )
+        settings.require(key, *allowed, because=_SCALING)
     d_model = settings.get("llama.embedding_length", int)
     num_heads = settings.get("llama.attention.head_count", int)
     head_dim = settings.get(
@@ -128,6 +130,16 @@ def _require_readable(file: Path, tensor: Any) -> None:
             f"dequantize; got {tensor.tensor_type.name}. Use a file of another type, "
             "as Q8_0 or F16."
         ) from error
+
+
+def _require_unscaled(file: Path, tensor: Any) -> None:
+    """Refuses factors of the rotary angles, unless they change nothing."""
+    factors = _read_tensor(tensor, None)
+    if (factors != 1).any():
+        raise NotImplementedError(
+            f"{tensor.name} in {file} must be all ones or absent; got up to "
+            f"{factors.max()}. {_SCALING}"
+        )
 
 
 def _read_tensor(tensor: Any, head_dim: int | None) -> np.ndarray:

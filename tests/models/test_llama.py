@@ -478,7 +478,7 @@ def test_damaged_folders_are_named(tmp_path):
             r"missing: blk\.1\.ffn_up\.weight\. Get the files again",
         ),
         ({"drop": "model.norm.weight"}, ValueError, "missing: output_norm.weight"),
-        ({"add": "rope_freqs.weight"}, ValueError, "unexpected.*rope_freqs.weight"),
+        ({"add": "rope_other.weight"}, ValueError, "unexpected.*rope_other.weight"),
     ],
 )
 def test_a_gguf_file_that_is_not_the_model_is_refused(
@@ -492,6 +492,25 @@ def test_a_gguf_file_that_is_not_the_model_is_refused(
     with pytest.raises(error, match=message) as caught:
         models.load_llama(tmp_path / "w.gguf")
     assert str(tmp_path / "w.gguf") in str(caught.value)
+
+
+def test_rotary_factors_of_a_gguf_file_are_refused_unless_ones(tmp_path):
+    path, weights = tmp_path / "w.gguf", draw_weights(OLD)
+    write_gguf(path, weights)
+    want = models.load_llama(path)
+    factors = np.ones(4, np.float32)
+    write_gguf(path, weights | {"rope_freqs.weight": factors})
+    got = models.load_llama(path)
+    assert got.config == want.config
+    assert_equal_bits(leaves_of(got), leaves_of(want))
+    factors[2:] = 2, 8  # as of "llama3"
+    write_gguf(path, weights | {"rope_freqs.weight": factors})
+    for read in (models.llama_config, models.load_llama):
+        with pytest.raises(
+            NotImplementedError,
+            match=f"rope_freqs.weight in {re.escape(str(path))} .*up to 8.*use a model",
+        ):
+            read(path)
 
 
 def test_a_damaged_gguf_file_is_named(tmp_path):
