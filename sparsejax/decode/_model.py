@@ -120,7 +120,9 @@ def prepare(
 def _selectors(model: Decoder, select_keys) -> tuple[KeySelector | None, ...]:
     """Who chooses the keys that each layer reads; None where nobody does."""
     num_layers = len(model.blocks)
-    if not isinstance(select_keys, list | tuple):
+    # a `NamedTuple` may be a selector itself
+    is_one = hasattr(select_keys, "select")
+    if is_one or not isinstance(select_keys, list | tuple):
         select_keys = [select_keys] * num_layers
     if len(select_keys) != num_layers:
         raise ValueError(

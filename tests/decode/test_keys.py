@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -160,6 +161,35 @@ def test_selectors_of_another_model_raise():
     run = functools.partial(decode.prefill, capacity=9)
     with pytest.raises(ValueError, match=r"2, 8\], of the model .*got shape \(2, 9, 4"):
         jax.eval_shape(run, ready, tokens, jnp.array([8, 8]))
+
+
+class ByLabels(NamedTuple):
+    """A selector that is a tuple: no list of one for each layer."""
+
+    channels: attention.LabelChannels
+
+    def as_ours(self):
+        return decode.DoubleSparsity(self.channels, num_kept=4)
+
+    def start(self, *args):
+        return self.as_ours().start(*args)
+
+    def append(self, *args):
+        return self.as_ours().append(*args)
+
+    def select(self, *args):
+        return self.as_ours().select(*args)
+
+
+def test_a_named_tuple_may_be_a_selector():
+    model, tokens = make(), prompts(seq=8)
+    own = ByLabels(channels_of(model, tokens, num_channels=2)[0])
+    logits = []
+    for select in (own, own.as_ours()):
+        ready = decode.prepare(model, select_keys=select)
+        first, cache = decode.prefill(ready, tokens, jnp.array([8, 6]), capacity=9)
+        logits.append(decode.decode_step(ready, jnp.argmax(first, axis=-1), cache)[0])
+    np.testing.assert_array_equal(*logits)
 
 
 def test_a_selector_that_is_no_pytree_raises():
