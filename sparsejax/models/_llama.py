@@ -30,7 +30,8 @@ def llama_config(path: str | Path) -> DecoderConfig:
       its config.json names, float32 if nothing; from a GGUF file they are float32.
 
     Raises:
-      ValueError: A value is missing, or not of its type.
+      ValueError: A value is missing, or not of its type; `path` is one file of a
+        folder.
       NotImplementedError: The model computes what `Decoder` does not: another
         architecture, scaled rotary angles, biases, quantized safetensors.
       FileNotFoundError: There is no such checkpoint.
@@ -182,6 +183,11 @@ def _open(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         return open_folder(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        raise ValueError(
+            f"`path` must be a folder with config.json and safetensors, or a GGUF file;"
+            f" got {path}, which does not say what the model is. Give its folder."
+        )
     if path.is_file():
         return open_gguf(path)
     raise FileNotFoundError(

@@ -204,6 +204,10 @@ def _indexed(folder: Path) -> dict[str, StoredTensor]:
             raise ValueError(
                 f"{index} must name files beside it; got {file!r}. Get it again."
             )
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"{index} must name files beside it; {file} is missing. Get it too."
+            )
         found |= _header(folder / file)
     for name in sorted(files.keys() ^ found.keys()):
         raise ValueError(

@@ -436,7 +436,7 @@ def test_damaged_folders_are_named(tmp_path):
     (tmp_path / "part-1.safetensors").write_bytes(b"no header at all")
     refused(ValueError, "part-1.safetensors is not a sound safetensors file")
     (tmp_path / "part-1.safetensors").unlink()
-    refused(FileNotFoundError, "part-1.safetensors")
+    refused(FileNotFoundError, "index.json must name.*; part-1.safetensors is missing")
     index.unlink()
     refused(FileNotFoundError, "there must be a file .*model.safetensors, or an index")
     int8 = {"model.norm.weight": np.ones(32, np.int8)}
@@ -448,6 +448,14 @@ def test_damaged_folders_are_named(tmp_path):
     refused(ValueError, "must hold a JSON object")
     with pytest.raises(FileNotFoundError, match=r"nothing at .*missing"):
         models.load_llama(tmp_path / "missing")
+
+
+def test_one_file_of_a_folder_is_refused(tmp_path):
+    write_folder(tmp_path, OLD, draw_weights(OLD))
+    path = tmp_path / "model.safetensors"
+    for read in (models.llama_config, models.load_llama):
+        with pytest.raises(ValueError, match=f"got {re.escape(str(path))}.*its folder"):
+            read(path)
 
 
 @pytest.mark.parametrize(
