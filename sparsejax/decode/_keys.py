@@ -19,8 +19,8 @@ class Quest:
 
     Attributes:
       num_kept: earlier pages; at most all but one of the pages of the cache.
-      page_size: keys of a page. The kernel for Hopper takes multiples of 128; the
-        paper's 16 fits the query closer.
+      page_size: keys of a page; a cache with fewer slots is one page. The kernel for
+        Hopper takes multiples of 128; the paper's 16 fits the query closer.
 
     References:
       See `sj.attention.quest`.
@@ -34,7 +34,8 @@ class Quest:
     ) -> attention.PageBounds:
         """Bounds the keys of each page."""
         key = in_slots(tokens.key, num_slots)
-        return attention.page_bounds(key, lengths, page_size=self.page_size)
+        page_size = min(self.page_size, num_slots)  # all of a smaller cache
+        return attention.page_bounds(key, lengths, page_size=page_size)
 
     def append(
         self, known: attention.PageBounds, tokens: LayerTokens
@@ -57,7 +58,7 @@ class DoubleSparsity:
 
     Attributes:
       channels: of this layer, from `sj.attention.select_channels`.
-      num_kept: keys; at most those of the cache.
+      num_kept: keys; like `sink` and `local` at most those of the cache.
       sink: first keys that are always kept.
       local: last keys that are always kept, the query's own the first of them. The
         paper forces neither.
@@ -99,12 +100,13 @@ class DoubleSparsity:
 
     def select(self, known: attention.KeyLabels, tokens: LayerTokens) -> KeyLists:
         """See `sj.attention.double_sparsity`; fewer keys where the cache has fewer."""
+        slots = known.values.shape[1]
         return attention.double_sparsity(
             tokens.query,
             known,
-            num_kept=min(self.num_kept, known.values.shape[1]),
-            sink=self.sink,
-            local=self.local,
+            num_kept=min(self.num_kept, slots),
+            sink=min(self.sink, slots),
+            local=min(self.local, slots),
         )
 
 

@@ -136,6 +136,27 @@ def test_with_room_for_all_pages_nothing_changes():
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("method", ["quest", "double sparsity"])
+def test_one_model_serves_short_and_long_requests(method):
+    """A setting may exceed a short cache, of which all is read then."""
+    model, tokens = make(), prompts(seq=12)
+    channels = channels_of(model, tokens, num_channels=2)[0]
+    select = {
+        "quest": decode.Quest(1, page_size=8),
+        "double sparsity": decode.DoubleSparsity(channels, 20, sink=9, local=9),
+    }[method]
+    ready, dense = decode.prepare(model, select_keys=select), decode.prepare(model)
+    for seq, steps in ((3, 4), (5, 3), (12, 12)):
+        got, want = (
+            decode.generate(x, tokens[:, :seq], num_tokens=steps).tokens
+            for x in (ready, dense)
+        )
+        assert got.shape == (2, steps)
+        if seq + steps <= 8:
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.once
 def test_layers_with_a_rule_of_their_own_are_left_alone():
     windowed = functools.partial(nn.Attention, window=5)
     spark = functools.partial(nn.SparkAttention, k=4, split=4)
