@@ -46,7 +46,7 @@ def active_ffn(
     # The time of a kernel follows what is active. At a `cond` a GPU waits for the host,
     # for as long as the layer takes.
     has_kernel = functools.partial(ops.has_gated_ffn_kernel, rest, up, down)
-    if _has_gate_scores(ffn) and has_kernel(activation=ffn.activation):
+    if has_kernel(activation=ffn.activation):
         scores, threshold = ffn.gate_scores(x)
         y = ops.gated_ffn(
             *(rest, scores, up, down), threshold=threshold, activation=ffn.activation
@@ -69,11 +69,6 @@ def active_ffn(
     overflowed = jnp.sum(active) > capacity
     y = jax.lax.cond(overflowed, dense, sparse)
     return y, overflowed.astype(jnp.int32)
-
-
-def _has_gate_scores(ffn: nn.SparkFFN) -> bool:
-    """Whether the gate is that of `gate_scores`, not what a subclass makes it."""
-    return type(ffn).gate_values is nn.SparkFFN.gate_values
 
 
 def gathered_attention(

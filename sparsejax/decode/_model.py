@@ -14,7 +14,6 @@ from flax import nnx
 from sparsejax import nn
 from sparsejax.decode._selector import KeySelector
 from sparsejax.models import Decoder
-from sparsejax.typing import KeyPath, plain_path
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +75,8 @@ def prepare(
       A pytree, to be passed through `jax.jit` as any other.
 
     Raises:
-      TypeError: if `model` is no `Decoder`, or a selector is not a pytree of arrays.
+      TypeError: if `model` is no `Decoder`, a layer attends in a way of its own that
+        has no step, or a selector is not a pytree of arrays.
       ValueError: if `capacity_factor` is below 1, or there are selectors for another
         number of layers.
 
@@ -101,12 +101,10 @@ def prepare(
     for at, block in enumerate(model.blocks):
         _check_attention(block.attention, at)
         block.attention.join()
-    graph, state = nnx.split(model)
     dtype = jnp.dtype(model.config.dtype)
-    # layers would cast them in every step, and read them whole for it
-    state = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(dtype) if _is_matrix(path) else leaf, state
-    )
+    for _, module in nnx.iter_modules(model):
+        _cast_matrices(module, dtype)
+    graph, state = nnx.split(model)
     up = tuple(
         jnp.asarray(block.ffn.up.kernel[...], dtype).T
         if sparse and is_sparse_ffn(block.ffn)
@@ -150,14 +148,26 @@ def _reads_all(layer: object) -> bool:
     return layer.window is None
 
 
-def _is_matrix(path: KeyPath) -> bool:
-    return plain_path(path)[-1] in ("kernel", "embedding")
+def _cast_matrices(module: nnx.Module, dtype: jnp.dtype) -> None:
+    """Stores what a layer would cast in every step, and read whole for it."""
+    computes_in = getattr(module, "rows_dtype", getattr(module, "dtype", None))
+    if computes_in is None or jnp.dtype(computes_in) != dtype:
+        return
+    for name in ("kernel", "embedding"):
+        param = getattr(module, name, None)
+        if isinstance(param, nnx.Param) and jnp.issubdtype(param.dtype, jnp.floating):
+            param.set_value(param[...].astype(dtype))
 
 
 def is_sparse_ffn(ffn: Any) -> bool:
     """Whether a feed-forward layer leaves out neurons, and does so as ours does."""
-    own = ("parts", "hidden", "__call__")
-    return _computes_as(ffn, nn.SparkFFN, *own) and ffn.k < ffn.gate.out_features
+    own = ("parts", "gate_values", "gate_scores", "hidden", "__call__")
+    return (
+        _computes_as(ffn, nn.SparkFFN, *own)
+        and nn.is_plain_linear(ffn.up)
+        and nn.is_plain_linear(ffn.down)
+        and ffn.k < ffn.gate.out_features
+    )
 
 
 def is_sparse_attention(layer: object) -> bool:
@@ -179,6 +189,14 @@ def _check_attention(layer: object, at: int) -> None:
             "each layer must attend by a subclass of `sj.nn.Attention`, whose parts "
             f"decoding needs one by one; got {type(layer).__name__} in blocks.{at}."
         )
+    for name in ("__call__", "project", "mix"):
+        ours = nn.Attention, nn.SparkAttention, nn.SeerAttention
+        if all(getattr(type(layer), name) is not getattr(own, name) for own in ours):
+            raise TypeError(
+                f"decoding does not call `{name}`, which {type(layer).__name__} in "
+                f"blocks.{at} has of its own. Override what it calls: `unrotated`, "
+                "`rotate`, `attend` or `combine`."
+            )
     try:
         inspect.signature(layer.attend).bind(None, None, None, lengths=None)
     except TypeError:

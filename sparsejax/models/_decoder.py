@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sparsejax import nn
 from sparsejax.models._config import DecoderConfig
 
 
@@ -136,8 +137,10 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         if self.config.tie_embeddings:
             kernel = self.embed.embedding[...].T
-        else:
+        elif nn.is_plain_linear(self.head):
             kernel = self.head.kernel[...]
+        else:  # what a user put there
+            return self.head(x).astype(jnp.float32)
         product = _product_16 if x.dtype.itemsize < 4 else _product
         return product(x, kernel.astype(x.dtype))
 
@@ -165,9 +168,15 @@ class _Embedding(nnx.Embed):
         if out_sharding is None and any(axis is not None for axis in sharding.spec):
             spec = jax.sharding.PartitionSpec(*sharding.spec, None)
             out_sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
-        table = self.embedding[...].astype(self.dtype).at[inputs]
-        rows = table.get(mode="fill", fill_value=jnp.nan, out_sharding=out_sharding)
+        rows = _rows(self.embedding[...], inputs, self.dtype, out_sharding)
         return rows.astype(self.rows_dtype)
+
+
+# jitted: without, an eager call would cast the whole table
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _rows(table, tokens, dtype, out_sharding):
+    rows = table.astype(dtype).at[tokens]
+    return rows.get(mode="fill", fill_value=jnp.nan, out_sharding=out_sharding)
 
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from sparsejax.nn._block_sparse_ffn import BlockSparseFFN as BlockSparseFFN
 from sparsejax.nn._block_sparse_linear import BlockSparseLinear as BlockSparseLinear
 from sparsejax.nn._block_sparse_linear import Topology as Topology
 from sparsejax.nn._gated_ffn import GatedFFN as GatedFFN
+from sparsejax.nn._linear import is_plain_linear as is_plain_linear
 from sparsejax.nn._pyramid_attention import PyramidAttention as PyramidAttention
 from sparsejax.nn._rope import apply_rope as apply_rope
 from sparsejax.nn._seer_attention import GateLoss as GateLoss

@@ -1,6 +1,7 @@
 """Causal grouped-query attention with rotary positions."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.nn._linear import linear
+from sparsejax.nn._linear import is_plain_linear, linear
 from sparsejax.nn._rope import apply_rope
 
 
@@ -96,12 +97,15 @@ class Attention(nnx.Module):
         """Puts the kernels of queries, keys and values side by side, for one product.
 
         For inference: a step of decoding is bound by reading weights, and XLA reads a
-        narrow kernel at a fifth of the rate of a wide one.
+        narrow kernel at a fifth of the rate of a wide one. Layers that were replaced by
+        others stay apart, and so do those that a subclass uses in its own way.
         """
-        if self.is_joined:
+        if self.is_joined or type(self).unrotated is not Attention.unrotated:
+            return
+        layers = (self.query, self.key, self.value)
+        if not all(is_plain_linear(layer) for layer in layers):
             return
         self.is_joined = True
-        layers = (self.query, self.key, self.value)
         kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
         self.joined = self.query
         self.joined.kernel = nnx.Param(kernel)
@@ -164,15 +168,22 @@ class Attention(nnx.Module):
         window = None
         if valid is None and self.window is not None:
             window = (self.window - 1, 0)
-        y = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=valid,
-            is_causal=valid is None,
-            local_window_size=window,
-            implementation=self.implementation if valid is None else None,
-        )
+        implementation = self.implementation if valid is None else None
+
+        def attended(query, key, value, valid):
+            return jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=valid,
+                is_causal=valid is None,
+                local_window_size=window,
+                implementation=implementation,
+            )
+
+        if query.dtype == jnp.float16 and implementation != "cudnn":
+            attended = functools.partial(_attended_in_float16, attended)
+        y = attended(query, key, value, valid)
         return y, jnp.ones(query.shape[:2])
 
     def mix(
@@ -215,6 +226,24 @@ class Attention(nnx.Module):
         y, density = self.mix(x, positions, **filled(lengths))
         y = self.combine(y)
         return (y, density) if with_density else y
+
+
+def _attended_in_float16(
+    attended: Callable[..., jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    valid: jax.Array | None,
+) -> jax.Array:
+    """In float32 on a CPU: XLA has no product there that JAX would add up in it."""
+
+    def widened(query, key, value, valid):
+        wide = (x.astype(jnp.float32) for x in (query, key, value))
+        return attended(*wide, valid).astype(query.dtype)
+
+    return jax.lax.platform_dependent(
+        query, key, value, valid, cpu=widened, default=attended
+    )
 
 
 def filled(lengths: jax.Array | None) -> dict[str, jax.Array]:

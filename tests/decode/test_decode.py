@@ -136,21 +136,16 @@ class StepTest(parameterized.TestCase):
         np.testing.assert_allclose(got, ffn(x), rtol=1e-4, atol=1e-5)
 
     def test_a_kernel_finds_the_neurons_that_the_layer_uses(self):
-        """By a threshold; by the gate, where kernels or a subclass want it so."""
-
-        class Halved(nn.SparkFFN):
-            def gate_values(self, x, *, k=None):
-                return super().gate_values(x, k=k) / 2
+        """By a threshold, or by the gate if its activation is none for a kernel."""
 
         def has_kernel(*operands, activation=None):
             return activation is not jnp.sin
 
         options = {"k": 15, "split": 16, "rngs": nnx.Rngs(0)}
         x = jax.random.normal(jax.random.key(0), (2, 32))
-        for ffn, by_threshold, factor in (
-            (nn.SparkFFN(32, 192, **options), True, 1),
-            (nn.SparkFFN(32, 192, activation=jnp.sin, **options), False, 1),
-            (Halved(32, 192, **options), False, 0.5),
+        for ffn, by_threshold in (
+            (nn.SparkFFN(32, 192, **options), True),
+            (nn.SparkFFN(32, 192, activation=jnp.sin, **options), False),
         ):
             with (
                 mock.patch.object(ops, "has_gated_ffn_kernel", has_kernel),
@@ -158,7 +153,7 @@ class StepTest(parameterized.TestCase):
             ):
                 got, _ = _layers.active_ffn(ffn, ffn.up.kernel[...].T, x, factor=1.0)
             self.assertEqual("threshold" in gated.call_args.kwargs, by_threshold)
-            np.testing.assert_allclose(got, factor * ffn(x), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(got, ffn(x), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.once
     def test_a_batch_that_uses_most_neurons_is_computed_densely(self):
@@ -389,7 +384,12 @@ def test_attention_that_cannot_decode_is_named():
         def __init__(self, *args, **options):
             pass
 
+    class Scaled(nn.Attention):
+        def mix(self, x, positions, **options):
+            return super().mix(2 * x, positions, **options)
+
     for attention, message in [
+        (Scaled, r"does not call `mix`, which Scaled in blocks\.0 has"),
         (Short, r"`attend` must take `lengths`.* Short in blocks\.0 does not"),
         (
             (nn.Attention, Other),
@@ -399,3 +399,57 @@ def test_attention_that_cannot_decode_is_named():
         config = dataclasses.replace(CONFIG, attention=attention)
         with pytest.raises(TypeError, match=message):
             decode.prepare(models.Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def biased(d_in, d_out):
+    layer = nnx.Linear(d_in, d_out, rngs=nnx.Rngs(1))
+    layer.bias[...] = jnp.ones(d_out)
+    return layer
+
+
+def replaced(part):
+    """A model in which another layer stands at that place."""
+    config = dataclasses.replace(CONFIG, **SPARK, tie_embeddings=False)
+    owner = model = models.Decoder(config, rngs=nnx.Rngs(0))
+    if part in ("up", "down"):
+        owner = model.blocks[0].ffn
+    elif part in ("query", "value"):
+        owner = model.blocks[0].attention
+    old = getattr(owner, part)
+    new = biased(old.in_features, old.out_features)
+    if part == "value":
+        lora = {"lora_rank": 2, "use_bias": False, "rngs": nnx.Rngs(1)}
+        new = nnx.LoRALinear(old.in_features, old.out_features, **lora)
+        new.lora.lora_b[...] = jnp.ones((2, old.out_features))
+    setattr(owner, part, new)
+    return model
+
+
+@pytest.mark.parametrize("part", ["query", "value", "up", "down", "head"])
+@pytest.mark.once
+def test_layers_that_a_user_put_there_are_computed(part):
+    model, tokens = replaced(part), prompts()[:, :8]
+    lengths, ready = jnp.full(len(tokens), 7), decode.prepare(model)
+    _, cache = decode.prefill(ready, tokens[:, :7], lengths, capacity=8)
+    logits, _, _ = decode.decode_step(ready, tokens[:, 7], cache)
+    np.testing.assert_allclose(logits, model(tokens)[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.once
+def test_weights_that_a_layer_does_not_cast_stay():
+    """Integers, and those of a layer that computes in another dtype."""
+
+    class Other(nn.GatedFFN):
+        def __init__(self, *args, dtype, **options):
+            super().__init__(*args, dtype=jnp.float32, **options)
+            self.kernel = nnx.Variable(jnp.arange(3))
+
+        def __call__(self, x, **options):
+            return super().__call__(x, **options).astype(x.dtype)
+
+    config = dataclasses.replace(CONFIG, ffn=Other, dtype=jnp.bfloat16)
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    block = decode.prepare(model).decoder().blocks[0]
+    assert block.ffn.kernel.dtype == jnp.int32
+    assert block.ffn.down.kernel.dtype == jnp.float32
+    assert block.attention.out.kernel.dtype == jnp.bfloat16
