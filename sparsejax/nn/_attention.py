@@ -235,7 +235,10 @@ def _attended_in_float16(
     value: jax.Array,
     valid: jax.Array | None,
 ) -> jax.Array:
-    """In float32 on a CPU: XLA has no product there that JAX would add up in it."""
+    """On a CPU in float32: there JAX refuses products that are wider than their terms.
+
+    It does so in `jax.jit` alone, of what its own attention asks for.
+    """
 
     def widened(query, key, value, valid):
         wide = (x.astype(jnp.float32) for x in (query, key, value))

@@ -184,6 +184,24 @@ def test_selectors_of_another_model_raise():
         jax.eval_shape(run, ready, tokens, jnp.array([8, 8]))
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("select", [None, decode.Quest(4, page_size=PAGE)])
+def test_float16_is_decoded(select):
+    """JAX's own attention in float16 has no program for a CPU."""
+    model = make(dtype=jnp.float16, param_dtype=jnp.float16)
+    tokens = prompts(seq=8)
+    ready = decode.prepare(model, select_keys=select)
+    run = jax.jit(decode.generate, static_argnames="num_tokens")
+    got = run(ready, tokens, num_tokens=3).tokens
+    logits = nnx.jit(lambda model, tokens: model(tokens))(
+        model, jnp.concatenate([tokens, got], axis=1)
+    )
+    # what was chosen is the best of the whole forward, up to rounding
+    at = logits[:, 7:-1]
+    chosen = jnp.take_along_axis(at, got[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen, at.max(axis=-1), atol=0.02)
+
+
 class ByLabels(NamedTuple):
     """A selector that is a tuple: no list of one for each layer."""
 

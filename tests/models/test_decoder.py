@@ -135,7 +135,7 @@ class DecoderTest(parameterized.TestCase):
         stretched = model(TOKENS, positions * 2)
         self.assertGreater(jnp.abs(stretched - model(TOKENS)).max(), 1e-3)
 
-    @parameterized.product(dtype=[jnp.float32, jnp.bfloat16])
+    @parameterized.product(dtype=[jnp.float32, jnp.bfloat16, jnp.float16])
     def test_gradients_are_finite_and_reach_every_leaf(self, dtype):
         config = dataclasses.replace(SMALL, dtype=dtype, param_dtype=dtype)
         graph, params = nnx.split(make(config), nnx.Param)
@@ -208,11 +208,12 @@ class DecoderTest(parameterized.TestCase):
                 {"kernel": 2, "embedding": 2, "scale": 1}[kind], value.ndim
             )
 
-    def test_bfloat16_is_close_to_float32(self):
+    @parameterized.parameters((jnp.bfloat16, 0.1), (jnp.float16, 0.02))
+    def test_16_bits_are_close_to_float32(self, dtype, atol):
         model = make(SMALL)
-        low = make(dataclasses.replace(SMALL, dtype=jnp.bfloat16))
+        low = make(dataclasses.replace(SMALL, dtype=dtype))
         run = nnx.jit(lambda model, tokens: model(tokens))
-        np.testing.assert_allclose(run(low, TOKENS), run(model, TOKENS), atol=0.1)
+        np.testing.assert_allclose(run(low, TOKENS), run(model, TOKENS), atol=atol)
 
     def test_other_layers_come_by_configuration(self):
         class Silent(nnx.Module):
