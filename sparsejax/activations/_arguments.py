@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from sparsejax import ops
 
@@ -83,7 +83,9 @@ def check_ddof(ddof: int) -> None:
         raise ValueError(f"`ddof` must be 0 or 1; got {ddof!r}.")
 
 
-def quantile(k: Any, num: Any, ddof: int) -> float | ArrayLike:
+def quantile(
+    k: Any, num: Any, ddof: int, *, dtype: DTypeLike = jnp.float32
+) -> float | ArrayLike:
     """The z for which `mean + z * std` is exceeded by `k` of `num` Gaussian entries.
 
     It is `Q(1 - k / num)` by the symmetry `-Q(k / num)`, which loses no digits, times
@@ -93,6 +95,8 @@ def quantile(k: Any, num: Any, ddof: int) -> float | ArrayLike:
       k: from `check_k`.
       num: number of entries, an int or int32[..., 1].
       ddof: 0 or 1.
+      dtype: of the values whose quantile it is; what is computed has it at least, and
+        float32 at least.
 
     Returns:
       A Python float if `k` and `num` are Python numbers, else an array; -inf where all
@@ -108,7 +112,9 @@ def quantile(k: Any, num: Any, ddof: int) -> float | ArrayLike:
         spread = math.sqrt(num / (num - ddof))
         return -statistics.NormalDist().inv_cdf(k / num) * spread
     every = k >= num
-    dtype = jnp.promote_types(jnp.result_type(k), jnp.float32)
+    # an integer k promotes nothing
+    for other in (jnp.float32, jnp.result_type(k)):
+        dtype = jnp.promote_types(dtype, other)
     # all survive where num <= 1 <= k, so num > ddof elsewhere
     num = jnp.where(every, 2, num).astype(dtype)
     share = jnp.where(every, 0.5, jnp.asarray(k, dtype) / num)

@@ -83,7 +83,7 @@ def block_statistical_topk(
     everything = jnp.ones(rows.shape, jnp.bool_) if valid is None else valid
     scores, used = _pooled(rows, valid, block, pool)
     # k / block tiles of num / block: the share, and so the quantile, is that of k
-    z = _arguments.quantile(k, num, 0)
+    z = _arguments.quantile(k, num, 0, dtype=x.dtype)
     theta = ops.gaussian_threshold(scores, z, where=used)
     # not `scores > theta`: a NaN is to be seen in the values, not to become 0
     kept = ~(scores <= theta)

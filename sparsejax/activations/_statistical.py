@@ -209,4 +209,4 @@ def _rows(
     x = jnp.moveaxis(x, axis, -1)
     where = None if where is None else jnp.moveaxis(where, axis, -1)
     num = ops.num_entries(x, where=where, axis_name=axis_name)
-    return x, _arguments.quantile(k, num, ddof), where
+    return x, _arguments.quantile(k, num, ddof, dtype=x.dtype), where

@@ -39,6 +39,24 @@ class ValuesTest(parameterized.TestCase):
         np.testing.assert_allclose(threshold(x, 2), [GOLDEN_THETA], atol=1e-5)
         np.testing.assert_allclose(sj.statistical_topk(x, 2), GOLDEN, atol=1e-5)
 
+    @parameterized.product(traced=[False, True], masked=[False, True])
+    def test_float64_is_computed_in_float64(self, traced, masked):
+        with jax.enable_x64(True):
+            x = np.random.default_rng(0).normal(size=(2, 30))
+            where = np.arange(30) % 3 > 0 if masked else None
+            both = lambda x, k: (  # noqa: E731
+                sj.statistical_threshold(x, k, where=where),
+                sj.block_statistical_topk(x, k, 1, where=where)[0],
+            )
+            run = jax.jit(both, static_argnums=() if traced else 1)
+            theta, values = run(x, 4)
+            counted = np.full(30, True) if where is None else where
+            for row, got, out in zip(x, theta, values, strict=True):
+                want = oracle.threshold_of_row(row[counted], 4)
+                np.testing.assert_allclose(got, [want], rtol=1e-13)
+                want = np.where(counted, np.maximum(row - want, 0), 0)
+                np.testing.assert_allclose(out, want, atol=1e-13)
+
     @parameterized.product(
         case=[
             ((5, 37), -1, jnp.float32),
