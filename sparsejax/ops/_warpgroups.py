@@ -8,19 +8,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 
 COMPUTING = 2  # warpgroups
-SWIZZLED = 64  # values of 16 bits in the 128 bytes of a swizzle
+SWIZZLED = 64  # values of 16 bits in the bytes of a swizzle
+_SWIZZLE = 128  # bytes
 _REGISTERS = 504  # of a thread in each of the three, together
 
 
 def smem(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory that the tensor cores read and bulk copies write."""
-    transforms = (plgpu.TilingTransform((8, SWIZZLED)), plgpu.SwizzleTransform(128))
+    tiling = plgpu.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
+    transforms = (tiling, plgpu.SwizzleTransform(_SWIZZLE))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

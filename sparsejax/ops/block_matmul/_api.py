@@ -43,13 +43,17 @@ def block_matmul(
             return jax.lax.psum(y, "k")  # P("data", "n")
 
     Args:
-      x: any leading axes; bfloat16, float16 or float32.
+      x: any leading axes; bfloat16, float16 or float32. Sums of float64 are float32.
       w: `[d_in, d_out]` of the dtype of `x`, or the kept blocks alone.
       block_mask: which blocks of `w` are kept, without leading axes; None if `w` is
         `BlockSparse` and has its own. A mask that overflowed is used as it is.
       bias: added in float32.
-      activation: elementwise and jittable, applied in float32, for example
-        `jax.nn.silu`. In a kernel it is fused where no gradient is taken.
+      activation: elementwise and jittable, applied to the float32 sums, for example
+        `jax.nn.silu`; it may close over arrays, and they get their gradients. A kernel
+        fuses it where no gradient is taken, if it closes over none and has none but
+        operations of kernels, see `sj.ops.gaussian_topk`. Else the sums are written,
+        4 bytes for each entry of the result, and XLA applies it; for the backward they
+        are held.
       full_dw: the gradient of `w` is dense, as a growth step by gradient needs it. May
         be traced, for example `sj.is_mask_update(opt_state)`: the dense product is then
         computed on these steps only.
@@ -58,7 +62,8 @@ def block_matmul(
 
     Returns:
       Of `x.dtype`; 0 (or what bias and activation make of it) at a block column without
-      kept blocks.
+      kept blocks. A kernel is differentiable in reverse mode, once; the reference as
+      often as its activation is.
 
     Raises:
       TypeError: if `x` and `w` are not floating and of one dtype, or the mask is no

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.ops.block_matmul._reference import Activation, epilogue
+from sparsejax.ops.block_matmul._reference import epilogue
+from sparsejax.ops.gaussian_topk._slopes import unsupported_activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Products:
     """The three products, each of one kernel call; `w` as in the reference.
 
     Attributes:
-      forward: `(x, w, block_mask, bias, activation)` gives y, `[num_rows, d_out]`; bias
-        and activation may be None.
+      forward: `(x, w, block_mask, bias, activation, dtype)` gives y of that dtype,
+        `x.dtype` or float32, `[num_rows, d_out]`; bias and activation may be None.
       grad_x: `(dy, w, block_mask)` gives dx, `[num_rows, d_in]`.
       grad_w: `(x, dy, block_mask, w)` gives dw of the shape and dtype of `w`, zero at
         blocks that are not kept; of `w` shape and dtype are read.
@@ -39,11 +40,13 @@ def differentiable(products: Products) -> Callable[..., Any]:
     The products are jitted: a kernel for Hopper takes half a second to lower, and
     layers of equal shapes then share it.
 
-    The bias and the activation are part of the kernel where no gradient is asked for.
-    Else the sums before the activation are kept, and XLA applies it.
+    The activation is part of the kernel where it can be, and no gradient is asked for.
+    Else the kernel gives the sums before it, as they are, float32: what is rounded
+    twice would be another value. XLA applies the activation, and the sums are held for
+    the backward.
     """
     products = Products(
-        jax.jit(products.forward, static_argnums=4),
+        jax.jit(products.forward, static_argnums=(4, 5)),
         jax.jit(products.grad_x),
         jax.jit(products.grad_w),
     )
@@ -51,30 +54,59 @@ def differentiable(products: Products) -> Callable[..., Any]:
     def block_matmul(x, w, block_mask, bias=None, full_dw=False, *, activation=None):
         known = bool(full_dw) if isinstance(full_dw, bool) else None
         traced = full_dw if known is None else None
-        return _call(products, activation, known, x, w, block_mask, bias, traced)
+        operands = x, w, block_mask, bias, traced
+        if activation is None:
+            return _sums(products, x.dtype, known, *operands)
+        if unsupported_activation(activation, with_derivative=False):
+            return _activated(products, activation, known, *operands)
+        return _fused(products, activation, known, *operands)
 
     return block_matmul
 
 
+def _activated(products, activation, known_full, x, *operands):
+    # of the activation nothing is held: its derivative computes it again
+    @jax.checkpoint
+    def activated(z):
+        return epilogue(z, None, activation).astype(x.dtype)
+
+    dtype = jnp.dtype(jnp.float32)
+    return activated(_sums(products, dtype, known_full, x, *operands))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _call(products, activation, known_full, x, w, block_mask, bias, full_dw):
+def _fused(products, activation, known_full, x, w, block_mask, bias, full_dw):
     del known_full, full_dw
-    return products.forward(x, w, block_mask, bias, activation)
+    return products.forward(x, w, block_mask, bias, activation, x.dtype)
 
 
-def _fwd(products, activation, known_full, x, w, block_mask, bias, full_dw):
-    del known_full
-    z = products.forward(x, w, block_mask, bias, None)
-    y, kept = z, None
-    if activation is not None:
-        y, kept = _activated(activation, z), z
-    return y, (x, w, block_mask, bias, full_dw, kept)
+def _fused_fwd(*args):
+    return jax.vjp(functools.partial(_activated, *args[:3]), *args[3:])
 
 
-def _bwd(products, activation, known_full, residuals, dy):
-    x, w, block_mask, bias, full_dw, z = residuals
-    if activation is not None:
-        dy = jax.vjp(functools.partial(_activated, activation), z)[1](dy)[0]
+def _fused_bwd(products, activation, known_full, pull, dy):
+    del products, activation, known_full
+    return pull(dy)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sums(products, dtype, known_full, x, w, block_mask, bias, full_dw):
+    del known_full, full_dw
+    return products.forward(x, w, block_mask, bias, None, dtype)
+
+
+def _fwd(products, dtype, known_full, x, w, block_mask, bias, full_dw):
+    y = _sums(products, dtype, known_full, x, w, block_mask, bias, full_dw)
+    return y, (x, w, block_mask, bias, full_dw)
+
+
+def _bwd(products, dtype, known_full, residuals, dy):
+    del dtype
+    x, w, block_mask, bias, full_dw = residuals
+    dy = dy.astype(x.dtype)
     dx = products.grad_x(dy, w, block_mask)
 
     def kept_dw():
@@ -94,8 +126,4 @@ def _bwd(products, activation, known_full, residuals, dy):
     return dx, dw, None, db, None
 
 
-_call.defvjp(_fwd, _bwd)
-
-
-def _activated(activation: Activation, z: jax.Array) -> jax.Array:
-    return epilogue(z.astype(jnp.float32), None, activation).astype(z.dtype)
+_sums.defvjp(_fwd, _bwd)

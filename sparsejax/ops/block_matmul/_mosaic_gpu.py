@@ -7,6 +7,8 @@ second: a block of 64 or 128 then still gives the widest product, a small batch 
 one, and neither operand is moved or transposed in memory.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -60,13 +62,18 @@ def forward(
     block_mask: BlockMask,
     bias: jax.Array | None,
     activation: Activation | None,
+    dtype: Any = None,
     *,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """`activation(x @ w + bias)` over the lists by column; see `Products`."""
-    side = block_mask.block_shape[1]
-    tiles = tiles or Tiles.default(len(x), side, block_mask.shape[1])
-    return _listed(x, w, block_mask.T, bias, activation, tiles, w_by_list=False)
+    """`activation(x @ w + bias)` over the lists by column; see `Products`.
+
+    `dtype` is that of `x` by default.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    side, itemsize = block_mask.block_shape[1], jnp.dtype(dtype).itemsize
+    tiles = tiles or Tiles.default(len(x), side, block_mask.shape[1], itemsize)
+    return _listed(x, w, block_mask.T, bias, activation, dtype, tiles, w_by_list=False)
 
 
 def grad_x(
@@ -75,13 +82,13 @@ def grad_x(
     """`dy @ w.T` over the lists by row; see `Products`."""
     side, d_in = block_mask.block_shape[0], block_mask.shape[0]
     tiles = tiles or Tiles.default(len(dy), side, d_in)
-    return _listed(dy, w, block_mask, None, None, tiles, w_by_list=True)
+    return _listed(dy, w, block_mask, None, None, dy.dtype, tiles, w_by_list=True)
 
 
 block_matmul = differentiable(Products(forward, grad_x, _mosaic_gpu_dw.grad_w))
 
 
-def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
+def _listed(x, w, lists, bias, activation, dtype, tiles, *, w_by_list):
     """Sums over the list of each row of blocks of `lists`.
 
     Args:
@@ -90,6 +97,7 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
       lists: the mask, its rows along the columns of the result.
       bias: `[columns]` or None.
       activation: or None.
+      dtype: of the result.
       tiles: how the work is cut.
       w_by_list: whether the rows of a block of `w` lie along the rows of `lists`; else
         along its columns.
@@ -187,7 +195,7 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
                 sums += jax.lax.broadcast_in_dim(
                     of_tile.astype(jnp.float32), sums.shape, [0]
                 )
-            return epilogue(sums, None, fused).astype(x.dtype)
+            return epilogue(sums, None, fused).astype(dtype)
 
         def store(tile, values, part, warpgroup):
             row, column = corner(tile, warpgroup)
@@ -213,11 +221,11 @@ def _listed(x, w, lists, bias, activation, tiles, *, w_by_list):
     y = run(
         make_task,
         operands=operands,
-        out_type=jax.ShapeDtypeStruct((len(x), columns), x.dtype),
+        out_type=jax.ShapeDtypeStruct((len(x), columns), dtype),
         scratch={
             "x_ring": smem((tiles.stages, tiles.rows_of_tile, DEPTH), x.dtype),
             "w_ring": smem((tiles.stages, *block), x.dtype),
-            "staging": smem((COMPUTING, room, part_rows, DEPTH), x.dtype),
+            "staging": smem((COMPUTING, room, part_rows, DEPTH), dtype),
         },
         sums_shape=(DEPTH, tiles.rows),
         num_sums=1,

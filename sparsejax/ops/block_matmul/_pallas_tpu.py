@@ -98,19 +98,20 @@ def _steps(lists: BlockMask, slots, num_slots) -> tuple[_Steps, jax.Array]:
     return _Steps(outer, inner, slot), count
 
 
-def _forward(x, w, block_mask, bias, activation):
+def _forward(x, w, block_mask, bias, activation, dtype):
     slots_t = None if w.ndim == 2 else block_slots(block_mask)[1]
     if bias is not None:
         bias = bias.astype(jnp.float32)[None]
-    return _rows_product(x, w, block_mask.T, slots_t, bias, activation, contract=0)
+    lists = block_mask.T
+    return _rows_product(x, w, lists, slots_t, bias, activation, dtype, contract=0)
 
 
 def _grad_x(dy, w, block_mask):
     slots = None if w.ndim == 2 else block_slots(block_mask)[0]
-    return _rows_product(dy, w, block_mask, slots, None, None, contract=1)
+    return _rows_product(dy, w, block_mask, slots, None, None, dy.dtype, contract=1)
 
 
-def _rows_product(x, w, lists, slots, bias, activation, *, contract):
+def _rows_product(x, w, lists, slots, bias, activation, dtype, *, contract):
     """The rows of `x` times `w`, of whose blocks the axis `contract` is contracted.
 
     List i of `lists` says of which blocks of columns of `x` block i of the result is
@@ -136,9 +137,10 @@ def _rows_product(x, w, lists, slots, bias, activation, *, contract):
             y_ref[...] = epilogue(sum_ref[...], bias, activation).astype(y_ref.dtype)
 
     num_rows = len(x)
-    tile_rows = _tile_rows(num_rows, lists.block_shape, x.dtype)
-    x = _padded(x, tile_rows)
     y_width, x_width = lists.block_shape
+    wider = jnp.dtype(dtype).itemsize - x.dtype.itemsize
+    tile_rows = _tile_rows(num_rows, lists.block_shape, x.dtype, 2 * wider * y_width)
+    x = _padded(x, tile_rows)
     w_block = (y_width, x_width) if contract else (x_width, y_width)
     if w.ndim == 3:
         w_spec = pl.BlockSpec((None, *w_block), lambda r, s, at: (at.slot[s], 0, 0))
@@ -149,7 +151,7 @@ def _rows_product(x, w, lists, slots, bias, activation, *, contract):
     bias_spec = pl.BlockSpec((1, y_width), lambda r, s, at: (0, at.outer[s]))
     y = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((len(x), lists.shape[0]), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((len(x), lists.shape[0]), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(len(x) // tile_rows, count),
@@ -234,23 +236,24 @@ def _dot(a, b, axes):
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _fitting_rows(block_shape, dtype) -> int:
+def _fitting_rows(block_shape, dtype, more_bytes: int = 0) -> int:
     """How many rows of operands fit into VMEM with a block of `w`, in any product.
 
     Operands and results are held twice, the other for the copy under way; sums are
-    float32, held once and once more as the product that is added to them.
+    float32, held once and once more as the product that is added to them. A row of a
+    result that is wider than the operands takes `more_bytes`.
     """
     height, width = block_shape
     copies, sums = 2 * jnp.dtype(dtype).itemsize, 2 * 4
     of_block = (copies + sums) * height * width
-    of_row = copies * (height + width) + sums * max(height, width)
+    of_row = copies * (height + width) + sums * max(height, width) + more_bytes
     rows = max(_VMEM_BYTES - of_block, 0) // of_row
     return min(rows // _ROW_MULTIPLE * _ROW_MULTIPLE, _MAX_TILE_ROWS)
 
 
-def _tile_rows(num_rows: int, block_shape, dtype) -> int:
+def _tile_rows(num_rows: int, block_shape, dtype, more_bytes: int = 0) -> int:
     """Rows of a tile: as many tiles as needed, of nearly equal size."""
-    num_tiles = pl.cdiv(num_rows, _fitting_rows(block_shape, dtype))
+    num_tiles = pl.cdiv(num_rows, _fitting_rows(block_shape, dtype, more_bytes))
     return pl.cdiv(pl.cdiv(num_rows, num_tiles), _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 _MAX_ROWS = 256  # of x in one product, as many as the tensor cores take
+_MAX_BYTES = 512  # of a column of the result, held in registers during the next tile
 _MAX_NARROW_ROWS = 128  # for each warpgroup, so that four slots fit
 _FEW_ROWS = 64  # bound by reading w
 _READING = 64  # programs that read at the rate of memory; more are no faster
@@ -54,13 +55,16 @@ class Tiles:
     num_sms: int = 132
 
     @classmethod
-    def default(cls, num_rows: int, block_side: int, columns: int) -> "Tiles":
+    def default(
+        cls, num_rows: int, block_side: int, columns: int, itemsize: int = 2
+    ) -> "Tiles":
         """The tiles for these shapes.
 
         Args:
           num_rows: of x.
           block_side: of a block along the columns of the result.
           columns: of the result.
+          itemsize: of the result, bytes.
 
         Example:
           >>> for num_rows in (8192, 5):
@@ -69,12 +73,13 @@ class Tiles:
           128 256 4 4
           128 8 8 1
         """
-        num_wide = -(-num_rows // _MAX_ROWS) * (columns // 128)
+        most_wide = min(_MAX_ROWS, _MAX_BYTES // itemsize)
+        num_wide = -(-num_rows // most_wide) * (columns // 128)
         enough = _READING if num_rows <= _FEW_ROWS else cls.num_sms
         if block_side % 128 or num_wide < enough:  # narrow ones, to occupy more
             width, most = 64, 2 * _MAX_NARROW_ROWS
         else:
-            width, most = 128, _MAX_ROWS
+            width, most = 128, most_wide
         # as few tiles as can be, then as small as can be
         row_tiles = -(-num_rows // most)
         rows = -(-num_rows // (row_tiles * (128 // width)))

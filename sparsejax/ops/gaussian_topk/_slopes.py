@@ -80,11 +80,14 @@ def glu_back(
     return jax.vjp(functools.partial(glu, activation=activation), s, up)[1](grad)
 
 
-def unsupported_activation(activation: Activation | None) -> str | None:
+def unsupported_activation(
+    activation: Activation | None, *, with_derivative: bool = True
+) -> str | None:
     """Why kernels cannot hold this activation and its derivative; None if they can.
 
     Args:
       activation: elementwise, or None.
+      with_derivative: False if they need not hold that.
 
     Returns:
       The reason, or None.
@@ -101,7 +104,10 @@ def unsupported_activation(activation: Activation | None) -> str | None:
         return out, pull(grad)
 
     x = jax.ShapeDtypeStruct((8,), jnp.float32)
-    closed = jax.make_jaxpr(both)(x, x)
+    if with_derivative:
+        closed = jax.make_jaxpr(both)(x, x)
+    else:
+        closed = jax.make_jaxpr(activation)(x)
     if closed.consts:
         return "`activation` must not close over arrays"
     missing = ", ".join(sorted({*_operations(closed.jaxpr)} - _OPERATIONS))

@@ -154,8 +154,52 @@ class InterpretTest(parameterized.TestCase):
             got = jax.jit(functools.partial(both, "mosaic_gpu"))()
         assert_equal(got, both("reference"))
 
+    def test_a_value_does_not_depend_on_its_gradient(self):
+        """Sums beyond what float16 holds, and how fast SiLU ends."""
+        x, w = jnp.full((8, 64), 40, jnp.float16), jnp.full((64, 64), -40, jnp.float16)
+        mask = BlockMask.from_blocks(jnp.ones((1, 1), bool), (64, 64))
+
+        def fn(x):
+            return kernel(x, w, mask, activation=jax.nn.silu)
+
+        @jax.jit
+        def run(x):
+            y, vjp = jax.vjp(fn, x)
+            return fn(x), y, *vjp(jnp.ones_like(y))
+
+        with gpu_interpreted():
+            for got in run(x):
+                np.testing.assert_array_equal(got, 0)
+
 
 class LoweringTest(parameterized.TestCase):
+    @parameterized.parameters("erf", "elu", "an array", "silu")
+    def test_activations(self, name):
+        """In the kernel or outside: of the sums one array is held, for the backward."""
+        mask = BlockMask.from_blocks(jnp.ones((2, 3), bool), (64, 64))
+        shapes = (40, 128), (128, 192)
+        x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+
+        def fn(slope, x, w):
+            activation = {
+                "erf": functools.partial(jax.nn.gelu, approximate=False),
+                "elu": jax.nn.elu,
+                "silu": jax.nn.silu,
+                "an array": lambda z: jnp.where(z > 0, z, slope * z),
+            }[name]
+            y, vjp = jax.vjp(
+                lambda *args: kernel(*args, mask, activation=activation), x, w
+            )
+            held = [a for a in jax.tree.leaves(vjp) if a.shape == y.shape]
+            self.assertEqual([a.dtype for a in held], [jnp.float32])
+            return kernel(x, w, mask, activation=activation), vjp(y)
+
+        slope = jax.ShapeDtypeStruct((), jnp.float32)
+        exported = jax.export.export(jax.jit(fn), platforms=["cuda"])(slope, x, w)
+        # y, dx, dw; and where the activation is in the kernel, y is another
+        num_kernels = 4 if name == "silu" else 3
+        self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), num_kernels)
+
     @parameterized.parameters(
         ((128, 128), 8192, jnp.bfloat16, jax.nn.silu, 2),
         ((64, 64), 1000, jnp.float16, None, 1),

@@ -116,6 +116,35 @@ class InterpretTest(parameterized.TestCase):
                     got = jax.block_until_ready(kernel(same, x, part, bias, dy))
                 assert_equal(got, want)
 
+    @parameterized.parameters("fused", "an array")
+    def test_a_value_does_not_depend_on_its_gradient(self, name):
+        """Nor is what the activation sees rounded, where it is not in the kernel."""
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, w, dy = (jax.random.normal(k, (128, 128), jnp.bfloat16) for k in keys)
+        mask = sj.BlockMask.from_blocks(jnp.ones((1, 1), bool), (128, 128))
+
+        def fn(implementation, slope, x):
+            slope = slope if name == "an array" else 0.25
+            return block_matmul(
+                *(x, w, mask),
+                activation=lambda z: jnp.exp(slope * z),
+                implementation=implementation,
+            )
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(implementation, slope, x):
+            call = functools.partial(fn, implementation)
+            y, vjp = jax.vjp(call, slope, x)
+            return call(slope, x), y, *vjp(dy)
+
+        with interpreted():
+            got = jax.block_until_ready(run("pallas_tpu", jnp.float32(0.25), x))
+        want = run("reference", jnp.float32(0.25), x)
+        assert_equal(got[:2], want[:2])
+        for a, b in zip(got[2:], want[2:], strict=True):
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+            np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2 * jnp.abs(b).max())
+
 
 def shapes_of(blocks_shape, block_shape, num_rows, dtype, compact=None, capacity=None):
     """Shapes of mask, x, w, bias and dy; nothing is computed."""
@@ -169,6 +198,23 @@ class LoweringTest(parameterized.TestCase):
         self.assertEqual(num_kernels(jax.vmap(fn), *stacked), 1)
         of_x = jax.vmap(fn, in_axes=(None, 0, None))
         self.assertEqual(num_kernels(of_x, mask, stacked[1], w), 1)
+
+    @parameterized.parameters("erf", "softplus", "an array")
+    def test_activations_outside_of_the_kernel(self, name):
+        mask, x, w, bias, dy = shapes_of((2, 2), (128, 128), 64, jnp.bfloat16)
+
+        def fn(slope, mask, x, w, bias, dy):
+            activation = {
+                "erf": functools.partial(jax.nn.gelu, approximate=False),
+                "softplus": jax.nn.softplus,
+                "an array": lambda z: jnp.where(z > 0, z, slope * z),
+            }[name]
+            return with_gradients(
+                "pallas_tpu", mask, x, w, bias, dy, activation=activation
+            )
+
+        slope = jax.ShapeDtypeStruct((), jnp.float32)
+        self.assertEqual(num_kernels(fn, slope, mask, x, w, bias, dy), 3)  # y, dx, dw
 
 
 class UnsupportedTest(parameterized.TestCase):

@@ -27,7 +27,7 @@ def as_a_kernel():
         return jnp.where(mask.to_dense(), w, 0)
 
     products = _gradients.Products(
-        forward=lambda x, w, mask, bias, activation: x @ masked(w, mask),
+        forward=lambda x, w, mask, bias, activation, dtype: x @ masked(w, mask),
         grad_x=lambda dy, w, mask: dy @ masked(w, mask).T,
         grad_w=lambda x, dy, mask, w: masked(x.T @ dy, mask),
     )
