@@ -172,6 +172,8 @@ def _rows_product(x, w, lists, slots, bias, activation, dtype, *, contract):
     return y[:num_rows]
 
 
+# under vmap one after the other: the zeros, written in place, can have no axis more
+@jax.custom_batching.sequential_vmap
 def _grad_w(x, dy, block_mask, w):
     """The kept blocks of `x.T @ dy`, in row-major order, written into zeros."""
     tile_rows = _tile_rows(len(x), block_mask.block_shape, x.dtype)

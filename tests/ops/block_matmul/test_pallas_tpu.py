@@ -5,6 +5,7 @@ Operands are small integers, so that sums are exact and every order of them is r
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from absl.testing import parameterized
 import sparsejax as sj
 from sparsejax.ops import block_matmul
 from tests.ops.interpret import interpreted
+
+# by name: the function hides the package of that name
+_pallas_tpu = importlib.import_module("sparsejax.ops.block_matmul._pallas_tpu")
 
 
 def masks_of(rows, columns):
@@ -145,6 +149,20 @@ class InterpretTest(parameterized.TestCase):
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
             np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2 * jnp.abs(b).max())
 
+    def test_dw_under_vmap(self):
+        """Of it alone: of a batched grid the interpreter asks for more semantics."""
+        x, w, _, dy = operands((2, 2), (128, 128), 16, jnp.float32)
+        x, dy = x.reshape(2, 8, -1), dy.reshape(2, 8, -1)
+        mask, w = prepared(masks_of(2, 2)[0], w, (128, 128), False)
+
+        def of_one(x, dy):
+            return jax.vjp(lambda w: block_matmul(x, w, mask), w)[1](dy)[0]
+
+        with interpreted():
+            of_kernel = jax.jit(jax.vmap(lambda *a: _pallas_tpu._grad_w(*a, mask, w)))
+            got = jax.block_until_ready(of_kernel(x, dy))
+        assert_equal(got, jax.jit(jax.vmap(of_one))(x, dy))
+
 
 def shapes_of(blocks_shape, block_shape, num_rows, dtype, compact=None, capacity=None):
     """Shapes of mask, x, w, bias and dy; nothing is computed."""
@@ -198,6 +216,15 @@ class LoweringTest(parameterized.TestCase):
         self.assertEqual(num_kernels(jax.vmap(fn), *stacked), 1)
         of_x = jax.vmap(fn, in_axes=(None, 0, None))
         self.assertEqual(num_kernels(of_x, mask, stacked[1], w), 1)
+
+        def grads(fn, mask, x, w):
+            return jax.grad(lambda *args: fn(mask, *args).sum(), (0, 1))(x, w)
+
+        self.assertEqual(
+            num_kernels(functools.partial(grads, of_x), mask, stacked[1], w), 2
+        )
+        each = jax.vmap(functools.partial(grads, fn))
+        self.assertEqual(num_kernels(each, *stacked), 2)
 
     @parameterized.parameters("erf", "softplus", "an array")
     def test_activations_outside_of_the_kernel(self, name):
