@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -45,7 +46,8 @@ def listed_attention(
         once), or None for the fastest that serves.
 
     Returns:
-      Of the shape and dtype of `q`.
+      Of the shape and dtype of `q`. Differentiable, a kernel in reverse mode and once:
+      the gradients of q, k and v are those of the reference, which gathers the keys.
 
     Raises:
       TypeError: if `key_lists` are none, or the arrays' dtypes differ.
@@ -102,8 +104,26 @@ def _gathered(q, k, v, key_lists, length, *, scale):
 def _gpu(scale: float) -> Kernel:
     from sparsejax.ops.block_attention import _mosaic_gpu_listed
 
-    run = functools.partial(_mosaic_gpu_listed.listed_attention, scale=scale)
+    run = functools.partial(_with_gradients, _mosaic_gpu_listed.listed_attention, scale)
     return Kernel(run, _mosaic_gpu_listed.unsupported_reason)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_gradients(kernel, scale, *operands):
+    return kernel(*operands, scale=scale)
+
+
+def _fwd(kernel, scale, *operands):
+    return kernel(*operands, scale=scale), operands
+
+
+def _bwd(kernel, scale, operands, gradient):
+    """That of the reference: decoding takes none, and a few queries are soon done."""
+    del kernel
+    return jax.vjp(functools.partial(_gathered, scale=scale), *operands)[1](gradient)
+
+
+_with_gradients.defvjp(_fwd, _bwd)
 
 
 def _check_lists(key_lists, q, k) -> None:

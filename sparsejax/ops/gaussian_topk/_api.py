@@ -60,7 +60,8 @@ def gaussian_topk(
         theirs once.
 
     Returns:
-      As `x`.
+      As `x`. A kernel is differentiable in reverse mode, once; the reference is without
+      limit.
 
     Raises:
       TypeError: if `x` is not floating, or `where` is not bool.

@@ -47,7 +47,8 @@ def spark_weights(
         and writes it once, forward and backward; it saves three float32 numbers a row.
 
     Returns:
-      The weights, which are not normalised after the softplus.
+      The weights, which are not normalised after the softplus. A kernel is
+      differentiable in reverse mode, once; the reference is without limit.
 
     Raises:
       TypeError: if `scores` is not floating or `where` not bool.

@@ -13,7 +13,10 @@ from sparsejax.formats import KeyLists
 from sparsejax.ops import listed_attention
 from tests.ops.interpret import gpu_interpreted, needs_gpu_interpreter
 
-_kernel = importlib.import_module("sparsejax.ops.block_attention._mosaic_gpu_listed")
+_kernel, _listed = (
+    importlib.import_module(f"sparsejax.ops.block_attention.{name}")
+    for name in ("_mosaic_gpu_listed", "_listed")
+)
 
 
 def operands(batch, queries, slots, heads, kv_heads, dim, dtype=jnp.float32):
@@ -115,6 +118,35 @@ class ListedAttentionTest(parameterized.TestCase):
             q, k, v, lists, jnp.int32(1000)
         )
         self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 1)
+
+    def test_gradients_of_a_kernel(self):
+        """They are those of the reference, which a program for a GPU has too."""
+        operand = operands(2, 1, 256, 4, 2, 64, jnp.bfloat16)
+        lists, length = make_lists((1, 2), 2, 128), jnp.array([200, 0])
+
+        def grads(implementation, *operand):
+            def loss(q, k, v):
+                fn = functools.partial(listed_attention, implementation=implementation)
+                return fn(q, k, v, lists, length).astype(jnp.float32).sum()
+
+            return jax.value_and_grad(loss, (0, 1, 2))(*operand)
+
+        call = jax.jit(functools.partial(grads, "mosaic_gpu"))
+        exported = jax.export.export(call, platforms=["cuda"])(*operand)
+        self.assertEqual(exported.mlir_module().count("@mosaic_gpu"), 1)
+
+        @jax.jit
+        def of_kernel(*operand):
+            kernel = functools.partial(
+                _listed._with_gradients, _listed._gathered, 0.125
+            )
+            out, vjp = jax.vjp(lambda *a: kernel(*a, lists, length), *operand)
+            return vjp(jnp.ones_like(out))
+
+        want = jax.jit(functools.partial(grads, "reference"))(*operand)[1]
+        for a, b in zip(of_kernel(*operand), want, strict=True):
+            self.assertTrue(jnp.any(b != 0))
+            np.testing.assert_array_equal(a, b)
 
     # two warpgroups in all: more than a machine of two cores can run are waited for
     @parameterized.parameters(
