@@ -1,6 +1,7 @@
 """Which implementation of an operation runs: the one named, or the fastest here."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -89,6 +90,34 @@ def dispatch(
             f"implementation={implementation!r}: {reason}. Pass None or 'reference'."
         )
     return kernel.run(*operands)
+
+
+def jit_kernel(fn: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """`jax.jit` for what calls a kernel.
+
+    Layers of equal shapes then share what it is lowered to. Python numbers have 32 bits
+    in it, as kernels compute with, also where `jax_enable_x64` is set.
+
+    Args:
+      fn: takes arrays of 32 bits or fewer, and what is static.
+      **static: `static_argnums` or `static_argnames`.
+
+    Returns:
+      The function.
+
+    Example:
+      >>> with jax.enable_x64(True):
+      ...     print(jit_kernel(lambda x: jnp.arange(2) + 0.5 * x)(jnp.float32(2)).dtype)
+      float32
+    """
+    jitted = jax.jit(fn, **static)
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with jax.enable_x64(False):
+            return jitted(*args, **kwargs)
+
+    return run
 
 
 def visible_kernels() -> set[str]:

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
+from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops.active_ffn._dealing import Dealing, Found, Listed
 from sparsejax.ops.active_ffn._tiles import COLUMNS, SHARED_BYTES, THREADS, Tiles
 from sparsejax.ops.gaussian_topk._reference import Activation
@@ -148,7 +149,7 @@ def _run(dealing: Dealing, x, gates, up, down, tiles: Tiles) -> jax.Array:
 
 
 # jitted: layers of equal shapes share the lowered kernel
-@functools.partial(jax.jit, static_argnames=("dealing", "tiles"))
+@functools.partial(jit_kernel, static_argnames=("dealing", "tiles"))
 def _sums_of_blocks(x, gates, up, down, dealing: Dealing, tiles: Tiles):
     """`[num_blocks, batch, d_model]`, rows cut into pieces of `COLUMNS`.
 

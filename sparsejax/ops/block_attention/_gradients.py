@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sparsejax.formats import BlockMask
+from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops.block_attention._rules import Rules, lengthened, split
 
 
@@ -61,8 +62,8 @@ def differentiable(kernels: Kernels) -> Callable[..., Any]:
     `jax.checkpoint` that keeps them. The mask and the bias get no gradient.
     """
     kernels = Kernels(
-        jax.jit(kernels.forward, static_argnums=4),
-        jax.jit(kernels.backward, static_argnums=7),
+        jit_kernel(kernels.forward, static_argnums=4),
+        jit_kernel(kernels.backward, static_argnums=7),
     )
 
     def block_attention(q, k, v, block_mask, rules, bias, *, scale):

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import KeyLists
+from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._warpgroups import smem
 from sparsejax.ops.block_attention._mosaic_gpu import unsupported_operands
 from sparsejax.ops.block_attention._rules import LOWEST
@@ -141,7 +142,7 @@ def listed_attention(
 
 
 # jitted: layers of equal shapes share the lowered kernel
-@functools.partial(jax.jit, static_argnames=("scale", "tiles"))
+@functools.partial(jit_kernel, static_argnames=("scale", "tiles"))
 def _of_rows(q, k, v, key_lists, length, scale, tiles):
     """Attention of `[batch * groups, rows, dim]`: the rows of each list."""
     (lists, rows, dim), (batch, _, kv_heads, _) = q.shape, k.shape

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._warpgroups import COMPUTING, launch, smem
 from sparsejax.ops.block_attention import _mosaic_gpu
 from sparsejax.ops.block_attention._rules import LOWEST
@@ -48,7 +49,7 @@ def unsupported_reason(q: jax.Array, k: jax.Array, *, block: int) -> str | None:
 
 
 # jitted: layers of equal shapes share the lowered kernel
-@functools.partial(jax.jit, static_argnames=("block", "scale"))
+@functools.partial(jit_kernel, static_argnames=("block", "scale"))
 def attention_peaks(
     q: jax.Array, k: jax.Array, *, block: int, scale: float
 ) -> jax.Array:

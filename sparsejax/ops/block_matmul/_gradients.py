@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops.block_matmul._reference import epilogue
 from sparsejax.ops.gaussian_topk._slopes import unsupported_activation
 
@@ -46,9 +47,9 @@ def differentiable(products: Products) -> Callable[..., Any]:
     the backward.
     """
     products = Products(
-        jax.jit(products.forward, static_argnums=(4, 5)),
-        jax.jit(products.grad_x),
-        jax.jit(products.grad_w),
+        jit_kernel(products.forward, static_argnums=(4, 5)),
+        jit_kernel(products.grad_x),
+        jit_kernel(products.grad_w),
     )
 
     def block_matmul(x, w, block_mask, bias=None, full_dw=False, *, activation=None):

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from sparsejax import _compat
 from sparsejax.ops import _rows
+from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._rows import COLUMNS, SHARED_BYTES, Tiles
 from sparsejax.ops.gaussian_topk._reference import Activation, glu
 from sparsejax.ops.gaussian_topk._slopes import glu_back, passed_back, survivors
@@ -127,7 +128,7 @@ _on_rows.defvjp(_on_rows_fwd, _on_rows_bwd)
 
 
 # jitted, as is the backward: layers of equal shapes share the lowered kernel
-@functools.partial(jax.jit, static_argnums=(3, 4), static_argnames="with_statistics")
+@functools.partial(jit_kernel, static_argnums=(3, 4), static_argnames="with_statistics")
 def _forward(x, z, up, elementwise, tiles, *, with_statistics):
     num_rows, length, _ = x.shape
     d = length * COLUMNS
@@ -177,7 +178,7 @@ def _forward(x, z, up, elementwise, tiles, *, with_statistics):
     )(z, *sources)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
+@functools.partial(jit_kernel, static_argnums=(6, 7))
 def _backward(grad, x, z, up, mean, std, elementwise, tiles):
     num_rows, length, _ = x.shape
     d = length * COLUMNS

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import KeyLists
+from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._warpgroups import smem
 from sparsejax.ops.keep_highest._mosaic_gpu import ordered
 
@@ -64,7 +65,7 @@ def unsupported_reason(query, low, high, lengths) -> str | None:
 
 
 # jitted: layers of equal shapes share the lowered kernel
-@functools.partial(jax.jit, static_argnames=("page_size", "num_kept", "per_head"))
+@functools.partial(jit_kernel, static_argnames=("page_size", "num_kept", "per_head"))
 def highest_pages(
     query: jax.Array,
     low: jax.Array,

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
+from sparsejax.ops._platform import jit_kernel
 
 _ROWS = 64  # of a program
 _COLUMNS = 64  # rows are padded to a multiple
@@ -65,7 +66,7 @@ def _mirrored(keys_or_bits: jax.Array) -> jax.Array:
     return jnp.where(keys_or_bits < 0, _BELOW - keys_or_bits, keys_or_bits)
 
 
-@jax.jit  # layers of equal shapes share the lowered kernel
+@jit_kernel
 def _search(x: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The key that splits each row, and the last index at which it is kept."""
     num_rows, columns = x.shape

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from sparsejax import _compat
 from sparsejax.ops import _rows
+from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._rows import COLUMNS, SHARED_BYTES, Tiles
 from sparsejax.ops.gaussian_topk import num_entries
 
@@ -131,7 +132,7 @@ _on_rows.defvjp(_on_rows_fwd, _on_rows_bwd)
 
 
 # jitted, as is the backward: layers of equal shapes share the lowered kernel
-@functools.partial(jax.jit, static_argnums=0, static_argnames="with_statistics")
+@functools.partial(jit_kernel, static_argnums=0, static_argnames="with_statistics")
 def _forward(plan, scores, z, count, where, *, with_statistics):
     tiles, (num_rows, _, *row_shape) = plan.tiles, scores.shape
     chunks = _rows.chunks(row_shape[0], tiles.chunk)
@@ -205,7 +206,7 @@ def _forward(plan, scores, z, count, where, *, with_statistics):
     )(z, count, scores, where)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_kernel, static_argnums=0)
 def _backward(plan, grad, scores, where, theta, top, scale):
     tiles, (num_rows, _, *row_shape) = plan.grad_tiles, scores.shape
     chunks = _rows.chunks(row_shape[0], tiles.chunk)
