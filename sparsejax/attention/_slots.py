@@ -37,7 +37,10 @@ def change_slots(
         return jax.lax.dynamic_update_slice_in_dim(array, new, at[0], axis=1)
     old = map_rows(lambda row, at: row.at[at].get(mode="clip"), array, at)
     new = change(old[:, None])[:, 0].astype(array.dtype)
-    put = lambda row, at, new: row.at[at].set(new, mode="drop")  # noqa: E731
+
+    def put(row, at, new):
+        return row.at[at].set(new, mode="drop")
+
     return map_rows(put, array, at, new)
 
 

@@ -150,6 +150,7 @@ def _reads_all(layer: object) -> bool:
 
 def _cast_matrices(module: nnx.Module, dtype: jnp.dtype) -> None:
     """Stores what a layer would cast in every step, and read whole for it."""
+    # an embedding looks up in another dtype than that of what it gives
     computes_in = getattr(module, "rows_dtype", getattr(module, "dtype", None))
     if computes_in is None or jnp.dtype(computes_in) != dtype:
         return

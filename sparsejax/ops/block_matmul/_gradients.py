@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax.ops._activations import unsupported_activation
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops.block_matmul._reference import epilogue
-from sparsejax.ops.gaussian_topk._slopes import unsupported_activation
 
 
 @dataclasses.dataclass(frozen=True)

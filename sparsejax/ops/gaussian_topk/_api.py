@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.ops._activations import unsupported_activation
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops._shapes import broadcasts
-from sparsejax.ops.gaussian_topk import _reference, _slopes
+from sparsejax.ops.gaussian_topk import _reference
 from sparsejax.ops.gaussian_topk._moments import AxisName
 from sparsejax.ops.gaussian_topk._reference import Activation
 
@@ -113,7 +114,7 @@ def _kernel(module, elementwise, where, axis_name) -> Kernel:
             return "only the reference takes `where`"
         if axis_name is not None:
             return "only the reference takes `axis_name`; a kernel sees whole rows"
-        unsupported = _slopes.unsupported_activation(elementwise["activation"])
+        unsupported = unsupported_activation(elementwise["activation"])
         return unsupported or module.unsupported_reason(x, z, up)
 
     run = functools.partial(module.gaussian_topk, **elementwise)
