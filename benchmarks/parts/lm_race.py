@@ -145,8 +145,10 @@ class Race:
 
     def _make_study(self, name: str) -> lm_tuning.Study:
         arm, sizes = self._arms[name], self._sizes
-        decoder, first = scanned_decoder.create(arm.config)
-        losses = functools.partial(scanned_decoder.token_loss, decoder, rows=1)
+        decoder, first = scanned_decoder.create(arm.config, unroll=True)
+        losses = functools.partial(
+            scanned_decoder.token_loss, decoder, rows=sizes.batch_size
+        )
         tell = arm.tell(decoder)
         mean_loss = lm_study.evaluator(losses(), batch_size=sizes.batch_size)
 

@@ -2,8 +2,8 @@
 
 Compiling takes as long as for one block, and an optimizer sees one leaf for each kernel
 of a block in place of one for each layer. `unroll` gives up the former: a step has then
-half of the kernels on a GPU, and moves a third less bytes or a half, as a scan copies
-what it keeps for the gradient.
+half of the kernels on a GPU, and moves a third to two thirds less bytes, as a scan
+copies what it keeps for the gradient.
 
 Weights are `{"blocks": .., "rest": ..}`, every leaf of the blocks `[num_layers, ..]`;
 give methods `stacked=stacked_axes`. With `"masks"` beside them, of
