@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from benchmarks import spark_quality
 from benchmarks.parts import common
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,3 +76,20 @@ def test_high_sparsity(file, before, dense):
             of_way.pop("steps", None)
             for pattern, cell in of_way.items():
                 assert cell == found[f"{pattern} {way}{suffix}"], (way, pattern)
+
+
+def test_spark_quality():
+    file = "spark_quality_h200.json"
+    table = table_below("model")
+    assert {name: cells["loss"] for name, cells in table.items()} == losses(file)
+    rows = json.loads((ROOT / "benchmarks/results" / file).read_text())["rows"]
+    for line in spark_quality.table(rows):
+        cells = table[line["method"]]
+        share = 100 * line["used"]
+        used = f"{share:.0f} %" if share > 50 else f"{share:.1f} %"
+        assert cells["neurons used"] == used
+        assert cells["keys used"] == f"{line['keys']:.0f}"
+        if "times_fewer_flops" in line:
+            by, error = line["to_dense_percent"], line["to_dense_percent_se"]
+            assert cells["to dense"] == f"{by:+.1f} ± {error:.1f} %"
+            assert cells["fewer FLOPs"] == f"{line['times_fewer_flops']:.2f}x"
