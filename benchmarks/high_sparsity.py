@@ -34,8 +34,8 @@ Three runs go together in one program: the seeds, or the learning rates beside o
 knob. `ms_step` is of all three; no time is a result here.
 
 Measured on an H200, products in bfloat16: three runs on text take a step of 16 x 256
-bytes each in 7 to 11 ms, three on digits one of 128 images each in 3.1 to 4 ms. 315 runs
-on text took about 15 minutes, with compiling, 444 on digits, six seeds, 6.5.
+bytes each in 7 to 11 ms, three on digits one of 128 images each in 3.1 to 4 ms. With
+compiling 315 runs on text took about 15 minutes, 444 on digits, six seeds, 6.5.
 
 Papers: https://arxiv.org/abs/2402.04744, https://arxiv.org/abs/2102.04010.
 """

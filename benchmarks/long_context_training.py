@@ -21,7 +21,7 @@ written beside it if matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a folde
 the next call the compiling.
 
 A dense step is 37 TFLOP; at 10 %, 10. From that, not yet measured, 95 and 35 ms are
-expected of an H100: 500 and 1400 steps in the 48 s of a run. 18 runs of 8 s to tune, 6
+expected of an H200: 500 and 1400 steps in the 48 s of a run. 18 runs of 8 s to tune, 6
 of 48 s, 6 more for two seeds of dense, window and best, and 3 of 38 s of the best: 18
 minutes with compiling and judging. 10 GB of memory.
 

@@ -161,8 +161,8 @@ JOBS = (
         module="high_sparsity",
         **STUDY,
     ),
-    Job("spark_quality", 13, **STUDY),
-    Job("time_to_loss", 21, **STUDY),
+    Job("spark_quality", 11, **STUDY),
+    Job("time_to_loss", 24, **STUDY),
     Job("long_context_training", 18, **STUDY),
 )
 

@@ -7,11 +7,13 @@ not count. The first arm is the dense one, others that are not sparse are contro
 Dense, controls and the sparse arm whose first seed is best on the part that tunes are
 repeated for other seeds. Schedules follow the clock (`lm_study.Seconds`), so a loss on
 the way is one at a high learning rate: what a shorter run comes to is measured by runs
-of `LESS` of the time, of the best sparse arm.
+of `LESS` of the time, of the best sparse arm. What such a race has found may be run for
+longer, `--as-in`: dense, controls and that arm at their rates, nothing else.
 """
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -107,34 +109,42 @@ class Race:
         }
         self._study = functools.cache(self._make_study)
 
-    def run(self, num_seeds: int) -> None:
+    def run(self, num_seeds: int, rates: Mapping[str, float] | None = None) -> None:
         """Does them, best first where it matters.
+
+        Args:
+          num_seeds: of what is repeated.
+          rates: by arm, of those that are run, see `repeated`. None: all are tuned and
+            run, these repeated, and the best sparse one run in less time.
 
         Raises:
           OutOfTime: the next run would not fit; those before it are in the ledger.
         """
-        sizes, chosen, found = self._sizes, {}, {}
-        length = lm_study.Seconds(sizes.seconds)
-        tuning = lm_study.Seconds(sizes.tuning_seconds)
+        length = lm_study.Seconds(self._sizes.seconds)
+        less = lm_study.Seconds(LESS * self._sizes.seconds)
+        best = []
+        if rates is None:
+            self._run_each(length)
+            rates = repeated(self._ledger.rows, self._arms)
+            best = [name for name in rates if self._arms[name].is_sparse]
+        self._compile(rates, num_seeds)
+        for name in best:
+            self._compile([name], num_seeds, called=shorter(name))
+        for seed in range(num_seeds):
+            for name, lr in rates.items():
+                self._row(name, lr, length, seed)
+            for name in best:
+                self._row(name, rates[name], less, seed, called=shorter(name))
+
+    def _run_each(self, length: lm_study.Seconds) -> None:
+        tuning = lm_study.Seconds(self._sizes.tuning_seconds)
         self._compile(self._arms, 1)
         for name in self._arms:
-            study = self._study(name)
-            chosen |= study.run(tuning_steps=tuning, steps=length, num_seeds=1)
-            row = study.row(name, "test", chosen[name], steps=length)
-            found[name] = lm_report.loss_of(row, lm_tuning.ON_TUNE)
-        sparse = [name for name, arm in self._arms.items() if arm.is_sparse]
-        best = min(sparse, key=found.__getitem__)
-        repeated = [name for name in self._arms if name not in sparse or name == best]
-        self._compile(repeated, num_seeds)
-        self._compile([best], num_seeds, called=shorter(best))
-        less = lm_study.Seconds(LESS * sizes.seconds)
-        for seed in range(num_seeds):
-            for name in repeated:
-                study = self._study(name)
-                study.row(name, "test", chosen[name], steps=length, seed=seed)
-            self._study(best).row(
-                best, "test", chosen[best], steps=less, seed=seed, name=shorter(best)
-            )
+            self._study(name).run(tuning_steps=tuning, steps=length, num_seeds=1)
+
+    def _row(self, name, lr, length, seed: int, called: str | None = None) -> None:
+        given = {"steps": length, "seed": seed, "name": called}
+        self._study(name).row(name, "test", {"lr": lr}, **given)
 
     def _compile(self, names, num_seeds: int, called: str | None = None) -> None:
         """Side by side, for arms whose runs are not all there."""
@@ -185,6 +195,31 @@ class Race:
             watch=watch,
             looks=LOOKS,
         )
+
+
+def repeated(
+    rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm]
+) -> dict[str, float]:
+    """The rates of dense, of controls, and of the sparse arm that is best on `tune`.
+
+    Raises:
+      ValueError: if an arm has not been run.
+    """
+    runs = {name: lm_report.tested(rows, name) for name in arms}
+    missing = [name for name, of_arm in runs.items() if not of_arm]
+    if missing:
+        raise ValueError(f"every arm must have been run; none is there of {missing}.")
+    on_tune = {
+        name: lm_report.loss_of(of_arm[0], lm_tuning.ON_TUNE)
+        for name, of_arm in runs.items()
+        if arms[name].is_sparse
+    }
+    best = min(on_tune, key=on_tune.__getitem__)
+    return {
+        name: of_arm[0]["lr"]
+        for name, of_arm in runs.items()
+        if name not in on_tune or name == best
+    }
 
 
 def spread_windows(tokens: np.ndarray, sizes: Sizes) -> np.ndarray:
@@ -311,6 +346,13 @@ def main(
     """That of a study: `columns` are those that its arms tell."""
     parser = lm_command.make_parser()
     parser.add_argument("--seconds", type=float, help="of a run, and a sixth to tune")
+    parser.add_argument(
+        "--as-in",
+        type=pathlib.Path,
+        metavar="JSON",
+        help="of a race that is done: its best sparse arm, dense and controls, at the "
+        "rates that were best there, are run alone",
+    )
     args = common.parse_args(doc, repeats=3, quick_repeats=2, argv=argv, parser=parser)
     if args.seconds is not None and not args.seconds > 0:
         parser.error(f"--seconds must be above 0; got {args.seconds}")
@@ -320,10 +362,16 @@ def main(
     if args.seconds is not None:
         lengths = {"seconds": args.seconds, "tuning_seconds": args.seconds / 6}
         sizes = dataclasses.replace(sizes, **lengths)
+    rates = None
+    if args.as_in is not None:
+        try:
+            rates = repeated(json.loads(args.as_in.read_text())["rows"], arms)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            parser.exit(2, f"error: --as-in {args.as_in}: {error}\n")
     settings = {
         "repeats": args.repeats,
         **dataclasses.asdict(sizes),
-        "arms": list(arms),
+        "arms": list(arms) if rates is None else rates,
         "text": f"{text['about']} {text['digest']}",
         "device_kind": jax.devices()[0].device_kind,  # another has another clock
     }
@@ -331,7 +379,7 @@ def main(
     race = Race(arms, sizes, text, ledger)
     lm_command.run_and_tell(
         ledger,
-        functools.partial(race.run, args.repeats),
+        functools.partial(race.run, args.repeats, rates),
         table=functools.partial(table, arms=arms, columns=columns),
         conclusions=functools.partial(conclusions, arms=arms, seconds=sizes.seconds),
         draw=lambda path, lines: picture(path, ledger.rows, arms, title),

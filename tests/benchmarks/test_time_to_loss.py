@@ -208,6 +208,38 @@ def test_verdicts_of_equal_and_of_less_time():
     assert aim.endswith("of it: holds, but within two standard errors")
 
 
+def test_longer_runs_are_of_dense_controls_and_the_best_sparse_arm(tmp_path, capsys):
+    arms = {
+        name: lm_race.Arm(models.DecoderConfig(), lm_race.plain, is_sparse=is_sparse)
+        for name, is_sparse in {"dense": 0, "a": 1, "b": 1, "control": 0}.items()
+    }
+    rows = [
+        recorded(name, 1.0, lr=lr) | {"loss_on_tune": loss}
+        for name, lr, loss in (
+            ("dense", 0.1, 9.0),
+            ("a", 0.2, None),
+            ("b", 0.3, 8.0),
+            ("control", 0.4, 7.0),
+        )
+    ]
+    rates = {"dense": 0.1, "b": 0.3, "control": 0.4}
+    assert lm_race.repeated(rows, arms) == rates
+    with pytest.raises(ValueError, match=r"none is there of \['control'\]"):
+        lm_race.repeated(rows[:3], arms)
+
+    path = tmp_path / "race.json"
+    for content, said in (
+        (None, "No such file"),
+        ("{}", "'rows'"),
+        ('{"rows": []}', "none is there of ['dense', 'rigl 75 %']"),
+    ):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(SystemExit):
+            time_to_loss.main(["--quick", "--as-in", str(path)])
+        assert said in capsys.readouterr().err
+
+
 def test_a_run_of_no_time_is_refused(capsys):
     with pytest.raises(SystemExit):
         time_to_loss.main(["--quick", "--seconds", "0"])
@@ -268,3 +300,12 @@ def test_the_quick_race_goes_on_where_it_stopped(study, tmp_path, capsys):
     }
     study.main(["--quick", "--json", str(path)])  # and compiles nothing
     assert json.loads(path.read_text())["rows"] == whole["rows"]
+
+    longer = tmp_path / "longer.json"
+    options = ["--quick", "--repeats", "1", "--as-in", str(path), "--seconds", "0.1"]
+    study.main([*options, "--json", str(longer)])
+    rows = json.loads(longer.read_text())["rows"]
+    rates = lm_race.repeated(whole["rows"], study.quick_arms())
+    assert {row["method"]: row["lr"] for row in rows} == rates
+    assert all(row["judged_on"] == "test" for row in rows)
+    assert len(rows) == len(rates) == 2
