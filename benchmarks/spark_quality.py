@@ -18,11 +18,15 @@ All have Adam, clipping, b1, b2 and a warm-up, then a cosine to a tenth. Each is
 over three learning rates by runs of a quarter of the length, which favours higher rates
 a little, and then has the same seeds, for first weights and batches.
 
+With `--of attention` the models differ in their attention alone: Spark attention to 64,
+128, 256, 512 and all keys, and to 64 by half as many heads of 128.
+
 FLOPs are those of a forward pass that computes what is used alone: all of a predictor,
 of the rest the neurons and keys that the judged text used, with a mean over the
 sequence; without the output layer. Training computes everything.
 
     python -m benchmarks.spark_quality --minutes 9 --json PATH   # again, until all done
+    python -m benchmarks.spark_quality --of attention --repeats 1 --json OTHER
 
 Finished runs are read back from the JSON file. A picture is written beside it if
 matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a folder, saves the next call the
@@ -80,7 +84,7 @@ class Sizes:
     steps: int
     tuning_steps: int
     steps_per_call: int
-    names: tuple[str, ...] = NAMES  # what is compared
+    names: tuple[str, ...] = NAMES  # what is compared, the dense model first
 
 
 FULL = Sizes(
@@ -99,7 +103,7 @@ FULL = Sizes(
 )
 QUICK = Sizes(
     spark_kinds.Settings(
-        spark_models.Size(16, 2, 2, 1, 8, lm_text.VOCAB_SIZE),
+        spark_models.Size(16, 2, 2, 2, 8, lm_text.VOCAB_SIZE),
         split=8,
         attended=4,
         block=4,
@@ -200,13 +204,18 @@ def check_used(kind: spark_kinds.Kind, found: Mapping[str, Any]) -> None:
 
 def table(rows: Sequence[lm_report.Row]) -> list[dict[str, Any]]:
     columns = ("lr", "used", "keys", "mflop_token", "ms_step", "device")
-    lines = lm_report.table(rows, NAMES, columns, losses=("loss",))
+    lines = lm_report.table(rows, names_of(rows), columns, losses=("loss",))
     for line in lines[1:]:  # the dense model is run first
         line["to_dense_percent"], error = excess(rows, line["method"])
         if line["seeds"] > 1:
             line["to_dense_percent_se"] = error
         line["times_fewer_flops"] = lines[0]["mflop_token"] / line["mflop_token"]
     return lines
+
+
+def names_of(rows: Sequence[lm_report.Row]) -> list[str]:
+    """What was run, in its order."""
+    return list(dict.fromkeys(row["method"] for row in rows))
 
 
 def excess(rows: Sequence[lm_report.Row], name: str) -> tuple[float, float]:
@@ -238,7 +247,7 @@ def conclusions(rows: Sequence[lm_report.Row]) -> list[str]:
             f"{fewer:.2f} times fewer FLOPs; at least {LEAST_FLOPS:g}: "
             f"{verdict(fewer >= LEAST_FLOPS)}"
         )
-    for name in NAMES[1:]:
+    for name in names_of(rows)[1:]:
         shares = np.array(
             [
                 entry["used"]
@@ -255,9 +264,10 @@ def conclusions(rows: Sequence[lm_report.Row]) -> list[str]:
                 + verdict(STAYS[0] <= means.min() and means.max() <= STAYS[1])
             )
     pairs = [(SPARK, other) for other in (EXACT, GEMMA, BLOCK)] + [(BOTH, SPARK)]
+    pairs += [(name, BOTH) for name in names_of(rows) if name not in NAMES]
     for better, worse in pairs:
         notes += lm_report.compare(rows, better, worse, "loss")
-    return notes + lm_report.ends_of_grids(rows, NAMES)
+    return notes + lm_report.ends_of_grids(rows, names_of(rows))
 
 
 def verdict(holds: bool) -> str:
@@ -307,10 +317,21 @@ def draw(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = lm_command.make_parser()
+    parser.add_argument(
+        "--of",
+        choices=("layers", "attention"),
+        default="layers",
+        help="what the models that are compared differ in",
+    )
     args = common.parse_args(
         __doc__, repeats=3, quick_repeats=2, argv=argv, parser=parser
     )
     sizes, text = (QUICK if args.quick else FULL), lm_text.load()
+    if args.of == "attention":
+        names = spark_kinds.attention_names(sizes.models)
+        if args.quick:
+            names = (DENSE, spark_kinds.ALL_KEYS)
+        sizes = dataclasses.replace(sizes, names=names)
     settings = {
         "repeats": args.repeats,
         **dataclasses.asdict(sizes),

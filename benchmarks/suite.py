@@ -163,7 +163,7 @@ JOBS = (
     ),
     Job("spark_quality", 11, **STUDY),
     Job("time_to_loss", 24, **STUDY),
-    Job("long_context_training", 18, **STUDY),
+    Job("long_context_training", 20, **STUDY),
 )
 
 

@@ -22,6 +22,10 @@ DENSE, SPARK, BOTH = "dense", "Spark FFN", "Spark FFN and attention"
 GEMMA, EXACT, BLOCK = "Gemma 3n form", "exact top-k", "block top-k"
 NAMES = (DENSE, SPARK, BOTH, GEMMA, EXACT, BLOCK)
 
+# What Spark attention needs: both, with other numbers of keys or other heads.
+KEYS = (2, 4, 8)  # times as many
+ALL_KEYS, WIDE_HEADS = "all keys", "half as many heads, twice as wide"
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -78,6 +82,16 @@ class Kind:
     most_used: float = 1.0  # share of its neurons that a token may use
 
 
+def num_keys(settings: Settings, times: int) -> str:
+    return f"{times * settings.attended} keys"
+
+
+def attention_names(settings: Settings) -> tuple[str, ...]:
+    """Of the kinds that differ in attention alone, and the dense one before them."""
+    keys = [num_keys(settings, times) for times in KEYS]
+    return (DENSE, SPARK, BOTH, *keys, ALL_KEYS, WIDE_HEADS)
+
+
 def kinds(settings: Settings) -> dict[str, Kind]:
     """By the names above."""
     size = settings.model
@@ -90,9 +104,20 @@ def kinds(settings: Settings) -> dict[str, Kind]:
         dtype=jnp.bfloat16,
     )
     spark = functools.partial(nn.SparkFFN, k=expected, split=settings.split)
-    attention = functools.partial(
-        nn.SparkAttention, k=settings.attended, split=size.head_dim // 2
-    )
+
+    def both(attended: int, heads: int = 1) -> Kind:
+        """With heads so many times as wide, and as many fewer."""
+        half = heads * size.head_dim // 2
+        found = config(
+            d_ff=wide,
+            ffn=spark,
+            attention=functools.partial(nn.SparkAttention, k=attended, split=half),
+            num_heads=size.num_heads // heads,
+            num_kv_heads=size.num_kv_heads // heads,
+            head_dim=heads * size.head_dim,
+        )
+        return Kind(found, head_split=half)
+
     gated = functools.partial(nn.GatedFFN, activation=jax.nn.gelu)
     whole = functools.partial(nn.SparkFFN, k=DENSITY * narrow, split=None)
     exact = functools.partial(
@@ -111,13 +136,15 @@ def kinds(settings: Settings) -> dict[str, Kind]:
     return {
         DENSE: Kind(config(d_ff=narrow, ffn=gated), skips=False),
         SPARK: Kind(config(d_ff=wide, ffn=spark)),
-        BOTH: Kind(
-            config(d_ff=wide, ffn=spark, attention=attention),
-            head_split=size.head_dim // 2,
-        ),
+        BOTH: both(settings.attended),
         GEMMA: Kind(config(d_ff=narrow, ffn=whole)),
         EXACT: Kind(config(d_ff=narrow, ffn=exact), most_used=exactly / narrow),
         BLOCK: Kind(config(d_ff=wide, ffn=tiles)),
+        **{
+            num_keys(settings, times): both(times * settings.attended) for times in KEYS
+        },
+        ALL_KEYS: both(2**30),  # more than there are
+        WIDE_HEADS: both(settings.attended, heads=2),
     }
 
 

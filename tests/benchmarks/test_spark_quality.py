@@ -1,5 +1,7 @@
 """The study of Spark models: equal weights, FLOPs as on paper, and all runs."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,8 @@ def test_all_models_have_as_many_weights(full):
         name: sum(x.size for x in jax.tree.leaves(weights))
         for name, weights in full.items()
     }
-    assert tuple(sizes) == spark_kinds.NAMES
+    of_attention = spark_kinds.attention_names(study.FULL.models)
+    assert set(sizes) == {*spark_kinds.NAMES, *of_attention}
     assert set(sizes.values()) == {34_218_432}
 
 
@@ -173,3 +176,14 @@ def test_the_quick_study_runs(tmp_path, capsys):
     for row in rows:
         if row["method"] == spark_kinds.EXACT:
             assert row["used"] == pytest.approx(5 / 64, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_quick_study_of_attention_runs(tmp_path, capsys):
+    path = tmp_path / "study.json"
+    study.main(["--quick", "--repeats", "1", "--of", "attention", "--json", str(path)])
+    rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == [spark_kinds.DENSE, spark_kinds.ALL_KEYS]
+    assert rows[spark_kinds.ALL_KEYS]["keys"] == pytest.approx(17 / 2)
+    assert rows[spark_kinds.ALL_KEYS]["used"] < 0.5
+    assert "all runs are done" in capsys.readouterr().out
