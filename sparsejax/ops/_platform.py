@@ -7,10 +7,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
-Implementation: TypeAlias = Literal["reference", "pallas_tpu", "mosaic_gpu"]
-"""The names that `implementation` takes; None chooses."""
+Implementation: TypeAlias = Literal["reference", "xla", "pallas_tpu", "mosaic_gpu"]
+"""The names that `implementation` takes, of which each operation has some."""
 
-NAMES: tuple[str, ...] = get_args(Implementation)
 _PLATFORM = {"pallas_tpu": "tpu", "mosaic_gpu": "cuda"}
 
 
@@ -33,6 +32,7 @@ def dispatch(
     implementation: Implementation | None,
     *,
     reference: Callable[..., Any],
+    others: Mapping[str, Callable[..., Any]] | None = None,
     kernels: Mapping[str, Callable[[], Kernel]],
 ) -> Any:
     """Runs an operation by the implementation that is named, or by the fastest.
@@ -47,6 +47,7 @@ def dispatch(
       operands: arrays, the arguments of every implementation.
       implementation: a name, or None.
       reference: the plain implementation.
+      others: by name what is no kernel either, and runs only where it is named.
       kernels: for each other name a function that imports and gives the kernel. It is
         called only where the kernel may run: pallas is loaded there and not before.
 
@@ -54,8 +55,8 @@ def dispatch(
       What the implementation returns.
 
     Raises:
-      ValueError: if the name is unknown.
-      NotImplementedError: if the named kernel does not exist for this operation, or
+      ValueError: if no operation has the name.
+      NotImplementedError: if this operation does not have it, or the named kernel
         cannot take these operands; with the reason.
 
     Example:
@@ -71,17 +72,18 @@ def dispatch(
         if not branches:
             return reference(*operands)
         return jax.lax.platform_dependent(*operands, default=reference, **branches)
-    if implementation not in NAMES:
-        raise ValueError(
-            f"`implementation` must be None or one of {', '.join(NAMES)}; got "
-            f"{implementation!r}."
-        )
-    if implementation == "reference":
-        return reference(*operands)
+    plain = {"reference": reference, **(others or {})}
+    if implementation in plain:
+        return plain[implementation](*operands)
     if implementation not in kernels:
-        raise NotImplementedError(
-            f"implementation={implementation!r}: this operation has no such kernel. "
-            "Pass None or 'reference'."
+        names = ", ".join([*plain, *kernels])
+        if implementation in get_args(Implementation):
+            raise NotImplementedError(
+                f"implementation={implementation!r}: this operation has no such "
+                f"implementation. Pass None or one of {names}."
+            )
+        raise ValueError(
+            f"`implementation` must be None or one of {names}; got {implementation!r}."
         )
     kernel = kernels[implementation]()
     reason = kernel.unsupported_reason(*operands)

@@ -1,17 +1,13 @@
 """`active_ffn`: checks, then the reference, the loop or the kernel."""
 
-from typing import Literal, TypeAlias
-
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from sparsejax.ops import _platform
+from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.active_ffn import _checks, _reference, _xla
-
-Implementation: TypeAlias = Literal["reference", "xla", "mosaic_gpu"]
 
 
 def active_ffn(
@@ -76,21 +72,19 @@ def active_ffn(
 
 @_checks.for_inference("active_ffn")
 def _run(implementation, *operands):
-    if implementation == "xla":
-        return _xla.active_ffn(*operands)
-    plain = _reference.active_ffn if implementation == "reference" else _plain
-    return _platform.dispatch(
+    return dispatch(
         operands,
         implementation,
-        reference=plain,
-        kernels={"mosaic_gpu": _mosaic_gpu_kernel},
+        reference=_plain if implementation is None else _reference.active_ffn,
+        others={"xla": _xla.active_ffn},
+        kernels={"mosaic_gpu": _gpu},
     )
 
 
-def _mosaic_gpu_kernel() -> _platform.Kernel:
-    from sparsejax.ops.active_ffn import _mosaic_gpu  # loads pallas
+def _gpu() -> Kernel:
+    from sparsejax.ops.active_ffn import _mosaic_gpu
 
-    return _platform.Kernel(_mosaic_gpu.active_ffn, _mosaic_gpu.unsupported_reason)
+    return Kernel(_mosaic_gpu.active_ffn, _mosaic_gpu.unsupported_reason)
 
 
 def _plain(*operands):

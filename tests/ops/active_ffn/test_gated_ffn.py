@@ -174,5 +174,5 @@ def test_errors_come_before_any_work():
             gated_ffn(*args, threshold=threshold)
     with pytest.raises(ValueError, match=r"must be None or one of.*got 'cuda'"):
         gated_ffn(*args, implementation="cuda")
-    with pytest.raises(NotImplementedError, match="no such kernel"):
+    with pytest.raises(NotImplementedError, match="has no such"):
         gated_ffn(*args, implementation="pallas_tpu")

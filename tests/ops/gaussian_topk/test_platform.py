@@ -20,6 +20,19 @@ def visible(platform, capability=None, count=1):
     return mock.patch.object(jax, "devices", lambda: [device] * count)
 
 
+def _active_ffn(**settings):
+    x, indices, rows = jnp.ones((1, 4)), jnp.arange(2), jnp.ones((2, 4))
+    return ops.active_ffn(x, jnp.ones((1, 2)), indices, 2, rows, rows, **settings)
+
+
+def _keep_highest(**settings):
+    return ops.keep_highest(jnp.ones(4), 2, **settings)
+
+
+def _gaussian_topk(**settings):
+    return ops.gaussian_topk(jnp.ones((2, 4)), 1.0, **settings)
+
+
 class PlatformTest(parameterized.TestCase):
     @parameterized.parameters(
         ("gpu", "9.0", {"mosaic_gpu"}),
@@ -87,7 +100,39 @@ class PlatformTest(parameterized.TestCase):
         self.assertEqual(run("pallas_tpu", kernel(None)), 1)
         with self.assertRaisesRegex(NotImplementedError, "'pallas_tpu': too long. Pas"):
             run("pallas_tpu", kernel("too long"))
-        with self.assertRaisesRegex(NotImplementedError, "has no such kernel"):
+        with self.assertRaisesRegex(NotImplementedError, "has no such"):
             run("mosaic_gpu", kernel(None))
-        with self.assertRaisesRegex(ValueError, "one of reference, pallas_tpu, mosaic"):
-            run("cuda", kernel(None))
+
+    def test_other_names(self):
+        def run(implementation):
+            return _platform.dispatch(
+                (jnp.full(3, 2.0),),
+                implementation,
+                reference=jnp.sum,
+                others={"xla": jnp.prod},
+                kernels={
+                    "mosaic_gpu": lambda: _platform.Kernel(jnp.max, has_no_reason)
+                },
+            )
+
+        def has_no_reason(x):
+            del x
+
+        got = [run(name) for name in (None, "reference", "xla", "mosaic_gpu")]
+        self.assertEqual(got, [6, 6, 8, 2])
+
+    @parameterized.parameters(
+        (_active_ffn, ["pallas_tpu"], "reference, xla, mosaic_gpu"),
+        (_keep_highest, ["xla", "pallas_tpu"], "reference, mosaic_gpu"),
+        (_gaussian_topk, ["xla"], "reference, pallas_tpu, mosaic_gpu"),
+    )
+    def test_errors_list_what_the_operation_has(self, call, missing, names):
+        with self.assertRaisesRegex(
+            ValueError, f"be None or one of {names}; got 'cuda"
+        ):
+            call(implementation="cuda")
+        for name in missing:
+            with self.assertRaisesRegex(
+                NotImplementedError, rf"'{name}': .*no such .* one of {names}\."
+            ):
+                call(implementation=name)
