@@ -2,7 +2,8 @@
 
 A room is a folder of sparsejax/, or a lone module such as typing.py. Its modules are
 `_underscored.py`; its `__init__.py` re-exports what other rooms may use, and they write
-`from sparsejax import masks` or `from sparsejax.masks import topk_mask`.
+`from sparsejax import masks` or `from sparsejax.masks import topk_mask`. Likewise the
+packages of `ops`, and their neighbours in the room.
 """
 
 import ast
@@ -94,21 +95,36 @@ def imported(node: ast.AST) -> list[str]:
     return []
 
 
-def check_own(room: str, name: str) -> str | None:
+def check_own(path: str, name: str) -> str | None:
     """What is wrong with importing `name`, which starts with sparsejax; or None."""
-    _, *parts = name.split(".")
+    room, (_, *parts) = room_of(path), name.split(".")
     if not parts or parts[0] not in MAY_IMPORT:
         if room == "training":
             return None
         return f"imports {name}: neither a room nor a name of a room"
     other = parts[0]
-    if other == room or other in FOR_ALL:
+    if other in FOR_ALL:
         return None
+    if other == room:
+        return check_package(path, name)
     if other not in MAY_IMPORT[room]:
         return f"imports {name}: {room} may not import {other}"
     if len(parts) > 2 or any(part.startswith("_") for part in parts):
         return f"imports {name}: import the room sparsejax.{other} or a name of it"
     return None
+
+
+def check_package(path: str, name: str) -> str | None:
+    """What is wrong with importing `name` from the room of `path`; or None."""
+    _, room, *parts = name.split(".")
+    if len(parts) < 2 or parts[0].startswith("_"):
+        return None  # of the room itself
+    at_home = pathlib.PurePosixPath(path).parts[:2] == (room, parts[0])
+    if at_home or not any(part.startswith("_") for part in parts):
+        return None
+    return (
+        f"imports {name}: private to {room}.{parts[0]}; share it in a module of {room}"
+    )
 
 
 def check_third_party(room: str, name: str, at_top: bool) -> str | None:
@@ -146,7 +162,7 @@ def violations(path: str, source: str) -> list[str]:
         elif names := imported(node):
             for name in names:
                 if name.split(".")[0] == "sparsejax":
-                    problems.append(check_own(room, name))
+                    problems.append(check_own(path, name))
                 else:
                     at_top = node not in in_functions
                     problems.append(check_third_party(room, name, at_top))
@@ -262,6 +278,10 @@ class CheckerTest(parameterized.TestCase):
         ("transforms/_a.py", "import sparsejax.masks._topk", "import the room"),
         ("nn/_a.py", "from sparsejax.ops.block_matmul import x", "import the room"),
         ("__init__.py", "from sparsejax.masks._topk import x", "import the room"),
+        ("ops/a/_b.py", "from sparsejax.ops.c._d import e", "private to ops.c"),
+        ("ops/a/_b.py", "from sparsejax.ops.c import _d", "private to ops.c"),
+        ("ops/a/_b.py", "import sparsejax.ops.c._d", "private to ops.c"),
+        ("ops/_b.py", "def f():\n  from sparsejax.ops.c import _d", "private to ops.c"),
         ("masks/_a.py", "import sparsejax as sj", "neither a room"),
         ("masks/_a.py", "from sparsejax import nm_mask", "neither a room"),
         ("masks/_a.py", "from ._topk import topk_mask", "relative"),
@@ -294,6 +314,8 @@ class CheckerTest(parameterized.TestCase):
         ("masks/_a.py", "import functools\nimport jax.numpy as jnp\nimport numpy"),
         ("transforms/_a.py", "import optax\nfrom sparsejax.masks import topk_mask"),
         ("ops/block_matmul/_a.py", "from sparsejax.ops.block_matmul import _reference"),
+        ("ops/a/_b.py", "from sparsejax.ops.c import c\nfrom sparsejax.ops import _d"),
+        ("ops/a/_b.py", "from sparsejax.ops._d import e"),
         ("ops/block_matmul/_a.py", "from jax.experimental import pallas as pl"),
         ("models/_a.py", "def f():\n  import safetensors.numpy"),
         ("training/_a.py", "import flax\nimport optax\nimport sparsejax as sj"),

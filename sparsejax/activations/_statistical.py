@@ -109,7 +109,7 @@ def statistical_glu(
       k: expected number of survivors of a row of `x`, as in `statistical_topk`; from
         the number of entries on, all survive unchanged.
       activation: elementwise; GELU in its tanh form, as in Gemma. Which ones kernels
-        take is in `sj.ops.gaussian_topk`.
+        take is in `sj.ops.Activation`.
       axis: the axis that a row lies along.
       where: True = counts, broadcastable to `x`; False entries give 0, are never
         read and get no gradient.

@@ -1,5 +1,6 @@
 """Operations that have kernels: for each a plain reference, and one function."""
 
+from sparsejax.ops._activations import Activation as Activation
 from sparsejax.ops._platform import Implementation as Implementation
 from sparsejax.ops._shapes import broadcasts as broadcasts
 from sparsejax.ops.active_ffn import active_ffn as active_ffn

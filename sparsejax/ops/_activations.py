@@ -1,9 +1,15 @@
-"""Which activations kernels can hold."""
+"""The activations of operations, and which of them kernels can hold."""
 
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+Activation: TypeAlias = Callable[[jax.Array], jax.Array]
+"""An elementwise function. Kernels take one that closes over no array, of the
+operations that they have: GELU in its tanh form, SiLU and ReLU, but neither GELU in its
+erf form nor softplus."""
 
 # by their names in a jaxpr; `add_any` and `one_minus_square` come from derivatives
 _OPERATIONS = frozenset(
@@ -15,7 +21,7 @@ _CALLS = ("jit", "custom_jvp_call", "custom_vjp_call")
 
 
 def unsupported_activation(
-    activation: Callable[[jax.Array], jax.Array] | None,
+    activation: Activation | None,
     *,
     with_derivative: bool = True,
 ) -> str | None:

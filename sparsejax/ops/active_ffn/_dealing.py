@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
+from sparsejax.ops._activations import Activation
 from sparsejax.ops.active_ffn._values import gate_values
-from sparsejax.ops.gaussian_topk._reference import Activation
 
 _PIECE = 128  # neurons that one copy of gates brings, one for each thread
 _ALIGNED = 8  # neurons: a copy begins at a multiple of 16 bytes

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsejax.ops import _platform
+from sparsejax.ops._activations import Activation
 from sparsejax.ops._platform import Implementation
 from sparsejax.ops.active_ffn import _checks
 from sparsejax.ops.active_ffn._values import gate_values
-from sparsejax.ops.gaussian_topk._reference import Activation
 
 
 def gated_ffn(
@@ -48,7 +48,7 @@ def gated_ffn(
       threshold: one for each row of the batch, cast to `gate.dtype`; a row with -inf
         exceeds it unchanged, as in `sj.statistical_topk`. None for no threshold.
       activation: elementwise; None for none. Which ones the kernel takes is in
-        `sj.ops.gaussian_topk`.
+        `sj.ops.Activation`.
       implementation: "reference", "mosaic_gpu" (one fused kernel for Hopper, batches of
         at most 16), or None for the fastest.
 

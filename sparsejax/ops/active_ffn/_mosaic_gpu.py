@@ -19,11 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
-from sparsejax.ops._activations import unsupported_activation
+from sparsejax.ops._activations import Activation, unsupported_activation
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops.active_ffn._dealing import Dealing, Found, Listed
 from sparsejax.ops.active_ffn._tiles import COLUMNS, SHARED_BYTES, THREADS, Tiles
-from sparsejax.ops.gaussian_topk._reference import Activation
 
 _MAX_BATCH = 16
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)

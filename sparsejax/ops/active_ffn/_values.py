@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sparsejax.ops.gaussian_topk._reference import Activation
-from sparsejax.ops.gaussian_topk._slopes import survivors
+from sparsejax.ops._activations import Activation
 
 
 def gate_values(
@@ -31,7 +30,7 @@ def gate_values(
     values = scores.astype(jnp.promote_types(dtype, jnp.float32))
     if threshold is not None:
         threshold = threshold.astype(values.dtype)
-        excess = survivors(values - threshold, 0.0)
+        excess = jnp.maximum(values - threshold, 0.0)
         values = jnp.where(threshold == -jnp.inf, values, excess)
         values = values.astype(dtype).astype(values.dtype)
     if activation is not None:

@@ -10,9 +10,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax.formats import BlockMask, BlockSparse
+from sparsejax.ops._activations import Activation
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.block_matmul import _reference
-from sparsejax.ops.block_matmul._reference import Activation
 
 
 def block_matmul(
@@ -51,7 +51,7 @@ def block_matmul(
       activation: elementwise and jittable, applied to the float32 sums, for example
         `jax.nn.silu`; it may close over arrays, and they get their gradients. A kernel
         fuses it where no gradient is taken, if it closes over none and has none but
-        operations of kernels, see `sj.ops.gaussian_topk`. Else the sums are written,
+        operations of kernels, see `sj.ops.Activation`. Else the sums are written,
         4 bytes for each entry of the result, and XLA applies it; for the backward they
         are held.
       full_dw: the gradient of `w` is dense, as a growth step by gradient needs it. May

@@ -16,12 +16,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import BlockMask, block_slots
+from sparsejax.ops._activations import Activation
 from sparsejax.ops._warpgroups import COMPUTING, smem
 from sparsejax.ops.block_matmul import _mosaic_gpu_dw
 from sparsejax.ops.block_matmul._gradients import Products, differentiable
 from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
 from sparsejax.ops.block_matmul._plan import Plan
-from sparsejax.ops.block_matmul._reference import Activation, epilogue
+from sparsejax.ops.block_matmul._reference import epilogue
 from sparsejax.ops.block_matmul._tiles import Tiles
 
 _DTYPES = (jnp.bfloat16, jnp.float16)

@@ -1,13 +1,10 @@
 """The definition: a dense product with the blocks that are not kept set to zero."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from sparsejax.formats import BlockMask, BlockSparse
-
-Activation = Callable[[jax.Array], jax.Array]
+from sparsejax.ops._activations import Activation
 
 
 def block_matmul(

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.ops._activations import unsupported_activation
+from sparsejax.ops._activations import Activation, unsupported_activation
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops._shapes import broadcasts
 from sparsejax.ops.gaussian_topk import _reference
 from sparsejax.ops.gaussian_topk._moments import AxisName
-from sparsejax.ops.gaussian_topk._reference import Activation
 
 # A row is one multiprocessor's. One row of 24576 took 1 us longer on an H200 than the
 # five programs that XLA makes of the reference, one of 49152 10 us.
@@ -45,9 +44,8 @@ def gaussian_topk(
         (traced) scalar, or one value a row, broadcastable to `[*batch, 1]`. A row with
         -inf survives unchanged. A `ddof` other than 0 is a factor of z.
       up: of the shape and dtype of `x`; multiplies the result. None for no product.
-      activation: f, elementwise, of what survives; None for none. Kernels take one that
-        closes over no array, of the operations that they have: GELU in its tanh form,
-        SiLU and ReLU, but neither GELU in its erf form nor softplus.
+      activation: f, elementwise, of what survives; None for none. Which ones kernels
+        take is in `sj.ops.Activation`.
       huber_delta: 0 for `max(u, 0)` of u = x - theta; above 0 the result is
         `u**2 / (2 * huber_delta)` up to that u and `u - huber_delta / 2` beyond, which
         is continuously differentiable.

@@ -14,9 +14,10 @@ from jax.typing import ArrayLike
 
 from sparsejax import _compat
 from sparsejax.ops import _rows
+from sparsejax.ops._activations import Activation
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._rows import COLUMNS, SHARED_BYTES, Tiles
-from sparsejax.ops.gaussian_topk._reference import Activation, glu
+from sparsejax.ops.gaussian_topk._reference import glu
 from sparsejax.ops.gaussian_topk._slopes import glu_back, passed_back, survivors
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)

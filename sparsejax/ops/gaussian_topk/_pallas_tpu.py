@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import ArrayLike
 
-from sparsejax.ops.gaussian_topk._reference import Activation, glu
+from sparsejax.ops._activations import Activation
+from sparsejax.ops.gaussian_topk._reference import glu
 from sparsejax.ops.gaussian_topk._slopes import glu_back, passed_back, survivors
 
 _BLOCKS_BYTES = 3 * 2**20  # of a backward's blocks in float32; VMEM is five times that

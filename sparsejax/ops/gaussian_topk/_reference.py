@@ -4,16 +4,14 @@ Its gradients are autodiff's.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.ops._activations import Activation
 from sparsejax.ops.gaussian_topk._moments import AxisName, mean_and_std
-
-Activation = Callable[[jax.Array], jax.Array]
 
 
 def gaussian_threshold(

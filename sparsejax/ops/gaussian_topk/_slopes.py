@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sparsejax.ops.gaussian_topk._reference import Activation, glu
+from sparsejax.ops._activations import Activation
+from sparsejax.ops.gaussian_topk._reference import glu
 
 
 def survivors(excess: jax.Array, huber_delta: float) -> jax.Array:

@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import KeyLists
+from sparsejax.ops._order import ordered
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._warpgroups import smem
-from sparsejax.ops.keep_highest._mosaic_gpu import ordered
 
 _ROWS = 64  # pages of a program, or entries
 _THREADS = 128  # of a program

@@ -5,8 +5,7 @@ bit, a count over the row for each; then, in the same way, the index that splits
 that are equal to it. What is kept follows from the two, wherever it is used. Counts
 compare floats, for which the device has one instruction where integers take two.
 
-Where integers are chosen, a constant comes second: Mosaic GPU takes what
-`jnp.where(which, constant, integers)` gives for unsigned, and compares it so.
+Where integers are chosen, a constant comes second, as in `_order`.
 """
 
 import functools
@@ -17,12 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
+from sparsejax.ops._order import BELOW, mirrored, ordered
 from sparsejax.ops._platform import jit_kernel
 
 _ROWS = 64  # of a program
 _COLUMNS = 64  # rows are padded to a multiple
 _MOST_COLUMNS = 256  # more would not fit into the registers
-_BELOW = -(2**31)  # all keys
 _TINY = 2**23  # the key of the least normal number
 
 
@@ -53,17 +52,6 @@ def keep_highest(x: jax.Array, num_kept: int | jax.Array) -> jax.Array:
     keys, split, last = ordered(values), split[:rows, None], last[:rows, None]
     kept = (keys > split) | ((keys == split) & (jnp.arange(columns) <= last))
     return kept.reshape(x.shape)
-
-
-def ordered(x: jax.Array) -> jax.Array:
-    """Integers that compare as the numbers do; equal zeros, one for NaN below all."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(x == x, _mirrored(bits), _BELOW + 1)
-
-
-def _mirrored(keys_or_bits: jax.Array) -> jax.Array:
-    """Bits of floats as integers of their order, and back: negative ones count down."""
-    return jnp.where(keys_or_bits < 0, _BELOW - keys_or_bits, keys_or_bits)
 
 
 @jit_kernel
@@ -101,13 +89,13 @@ def _search(x: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
 
         def enough(key):  # a key beyond the infinities is a NaN, and nothing reaches it
             key = jnp.where((key <= 0) | (key >= _TINY), key, _TINY)
-            bound = jax.lax.bitcast_convert_type(_mirrored(key), jnp.float32)
+            bound = jax.lax.bitcast_convert_type(mirrored(key), jnp.float32)
             return count(x >= spread(bound)) >= wanted
 
         zero = constant(0)
-        split = bisect(jnp.where(enough(zero), zero, constant(_BELOW)), 2**30, enough)
+        split = bisect(jnp.where(enough(zero), zero, constant(BELOW)), 2**30, enough)
         # too few numbers: NaN are kept too
-        split = jnp.where(split != _BELOW, split, _BELOW + 1)
+        split = jnp.where(split != BELOW, split, BELOW + 1)
         keys = ordered(x)
         left = wanted - count(keys > spread(split))
         column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
