@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
-from sparsejax.ops._activations import Activation
+from sparsejax.ops._activations import Activation, without_custom_rules
 from sparsejax.ops.active_ffn._values import gate_values
 
 _PIECE = 128  # neurons that one copy of gates brings, one for each thread
@@ -260,7 +260,7 @@ class Found:
 
     def _activate(self, gates_smem, thresholds) -> None:
         """Writes gates in the place of scores."""
-        activation = self.activation and _compat.without_custom_rules(self.activation)
+        activation = self.activation and without_custom_rules(self.activation)
         for piece in range(self.pieces):
             for b in range(self.batch):
                 gates_smem[piece, b] = gate_values(

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import BlockMask, block_slots
-from sparsejax.ops._activations import Activation
+from sparsejax.ops._activations import Activation, without_custom_rules
 from sparsejax.ops._warpgroups import COMPUTING, smem
 from sparsejax.ops.block_matmul import _mosaic_gpu_dw
 from sparsejax.ops.block_matmul._gradients import Products, differentiable
@@ -127,7 +127,7 @@ def _listed(x, w, lists, bias, activation, dtype, tiles, *, w_by_list):
     )
     part_rows, room = tiles.rows // tiles.parts, min(tiles.parts, tiles.room)
     assert tiles.parts % room == 0, tiles
-    fused = activation and _compat.without_custom_rules(activation)
+    fused = activation and without_custom_rules(activation)
 
     def make_task(refs):
         x_ring, w_ring, staging = refs["x_ring"], refs["w_ring"], refs["staging"]

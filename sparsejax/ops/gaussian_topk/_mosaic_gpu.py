@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
-from sparsejax import _compat
 from sparsejax.ops import _rows
-from sparsejax.ops._activations import Activation
+from sparsejax.ops._activations import Activation, without_custom_rules
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._rows import COLUMNS, SHARED_BYTES, Tiles
 from sparsejax.ops.gaussian_topk._reference import glu
@@ -135,7 +134,7 @@ def _forward(x, z, up, elementwise, tiles, *, with_statistics):
     d = length * COLUMNS
     chunks = _rows.chunks(length, tiles.chunk)
     sources = (x,) if up is None else (x, up)
-    activated = _compat.without_custom_rules(
+    activated = without_custom_rules(
         functools.partial(glu, activation=elementwise.activation)
     )
 
@@ -186,7 +185,7 @@ def _backward(grad, x, z, up, mean, std, elementwise, tiles):
     chunks = _rows.chunks(length, tiles.chunk)
     sources = (x, grad) if up is None else (x, grad, up)
     huber_delta = elementwise.huber_delta
-    activated_back = _compat.without_custom_rules(
+    activated_back = without_custom_rules(
         functools.partial(glu_back, activation=elementwise.activation)
     )
 
