@@ -98,6 +98,9 @@ def has_gated_ffn_kernel(
       down: `[d_ff, d_model]`.
       activation: of the gate, if the kernel is to apply it.
 
+    Returns:
+      For a gate of the dtype of `x`, as in `gated_ffn`: True if None takes the kernel.
+
     Example:
       >>> has_gated_ffn_kernel(jnp.ones((1, 8)), jnp.ones((9, 8)), jnp.ones((9, 8)))
       False

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from sparsejax.ops._platform import sees_gpu
 
 AxisName = Hashable | tuple[Hashable, ...] | None
+"""Mesh axis or axes over which rows are sharded, in `shard_map`; None for none."""
 
 _FEW_ROWS = 1024  # the heads of some sequences, of one query each
 _LONGEST = 2**24  # up to here float32 counts exactly
@@ -59,7 +60,25 @@ def num_entries(
     where: Bool[Array, "..."] | None = None,
     axis_name: AxisName = None,
 ) -> int | jax.Array:
-    """How many entries a row has: an int, or under `where` int32 `[*batch, 1]`."""
+    """How many entries a row has.
+
+    Args:
+      x: rows along the last axis, of any dtype; its shape is read.
+      where: True = counts, broadcastable to `x`; None counts every entry.
+      axis_name: mesh axis or axes over which the last axis is sharded, in `shard_map`;
+        the entries of all shards are counted.
+
+    Returns:
+      An int, the same for all rows; under `where` int32 `[*batch, 1]`.
+
+    Example:
+      >>> x = jnp.ones((2, 3))
+      >>> num_entries(x)
+      3
+      >>> print(num_entries(x, where=jnp.array([[True], [False]])))
+      [[3]
+       [0]]
+    """
     if where is None:
         shards = 1 if axis_name is None else jax.lax.psum(1, axis_name)
         return x.shape[-1] * shards

@@ -32,6 +32,14 @@ def page_scores(
 
     Returns:
       float32 `[batch, heads|kv_heads, pages]`; -inf for a page without keys.
+
+    Example:
+      >>> query, low = jnp.array([[[1.0, -1.0]]]), jnp.zeros((1, 3, 1, 2))
+      >>> scores = page_scores(
+      ...     query, low, low + 2, jnp.array([3]), page_size=2, per_head=False
+      ... )
+      >>> print(scores)  # the third page has no key
+      [[[  2.   2. -inf]]]
     """
     query = query.astype(jnp.float32)
     batch, heads, dim = query.shape

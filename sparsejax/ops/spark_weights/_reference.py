@@ -42,6 +42,9 @@ def spark_kept(
     Returns:
       True where kept. No gradient.
 
+    Raises:
+      TypeError: if `predicted` is not floating.
+
     Example:
       >>> scores = jnp.array([0.0, 0.1, 5.0, 0.2, 9.0])
       >>> print(spark_kept(scores, 1.5, where=scores < 9))
@@ -87,8 +90,8 @@ def kept_weights(
     """Softmax over the kept of `predicted`, times the softplus of `rest`.
 
     Args:
-      predicted: scores.
-      rest: scores.
+      predicted: scores, floating.
+      rest: likewise.
       kept: False entries are never read, and give 0.
       top: the highest kept of each row of `predicted`: -inf where none is, which gives
         zeros; a row where it is NaN is NaN.
