@@ -147,7 +147,6 @@ def _run(dealing: Dealing, x, gates, up, down, tiles: Tiles) -> jax.Array:
     return jnp.sum(sums, axis=0).reshape(len(x), -1).astype(x.dtype)
 
 
-# jitted: layers of equal shapes share the lowered kernel
 @functools.partial(jit_kernel, static_argnames=("dealing", "tiles"))
 def _sums_of_blocks(x, gates, up, down, dealing: Dealing, tiles: Tiles):
     """`[num_blocks, batch, d_model]`, rows cut into pieces of `COLUMNS`.

@@ -141,7 +141,6 @@ def listed_attention(
     return out.reshape(rows.shape).swapaxes(1, 2).reshape(q.shape)
 
 
-# jitted: layers of equal shapes share the lowered kernel
 @functools.partial(jit_kernel, static_argnames=("scale", "tiles"))
 def _of_rows(q, k, v, key_lists, length, scale, tiles):
     """Attention of `[batch * groups, rows, dim]`: the rows of each list."""

@@ -48,7 +48,6 @@ def unsupported_reason(q: jax.Array, k: jax.Array, *, block: int) -> str | None:
     return _mosaic_gpu.unsupported_operands(q, k)
 
 
-# jitted: layers of equal shapes share the lowered kernel
 @functools.partial(jit_kernel, static_argnames=("block", "scale"))
 def attention_peaks(
     q: jax.Array, k: jax.Array, *, block: int, scale: float

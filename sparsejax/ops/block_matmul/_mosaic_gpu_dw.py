@@ -211,7 +211,7 @@ def _tiles(work: Work, dtype) -> Task:
         kept = jnp.minimum(add_up(work.length, block_rows), grid.num_places)
 
     def write_zeros(i):
-        """Where the i-th place that this program looks at is to be 0."""
+        """Writes zeros to the i-th place of this program, if no kept block is there."""
         number = work.program + i * work.programs
         row = jax.lax.div(number, block_columns)
         column = jax.lax.rem(number, block_columns)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsejax.ops._warpgroups import COMPUTING, SWIZZLED, launch
 
 DEPTH = SWIZZLED  # of a step
-# With fewer, walks over short lists spill, which the compiler unrolls.
+# With fewer, walks over short lists, which the compiler unrolls, spill.
 _COPYING_REGISTERS = 56
 
 Tile = tuple[jax.Array, ...]  # int32, the first at least 0

@@ -57,7 +57,7 @@ class Split:
 
     @property
     def _runs(self) -> jax.Array:
-        """Of how many programs there is a run: one is not too short, nor of 3 tiles."""
+        """How many programs have a run; none is too short, nor lies in three tiles."""
         long_enough = jax.lax.div(self._total, _SHORTEST)
         most = jnp.clip(long_enough, 1, self.programs)
         left = jnp.maximum(self.left, 1)

@@ -31,7 +31,7 @@ class Window(NamedTuple):
     Attributes:
       rows: the window that its units are of, mostly the same.
       start: the first of its places.
-      stop: the last one and 1.
+      stop: one past the last.
       unit: takes a place and gives the unit.
     """
 

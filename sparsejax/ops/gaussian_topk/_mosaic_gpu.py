@@ -127,7 +127,6 @@ def _on_rows_bwd(elementwise, tiles, grad_tiles, residuals, grad):
 _on_rows.defvjp(_on_rows_fwd, _on_rows_bwd)
 
 
-# jitted, as is the backward: layers of equal shapes share the lowered kernel
 @functools.partial(jit_kernel, static_argnums=(3, 4), static_argnames="with_statistics")
 def _forward(x, z, up, elementwise, tiles, *, with_statistics):
     num_rows, length, _ = x.shape

@@ -64,7 +64,6 @@ def unsupported_reason(query, low, high, lengths) -> str | None:
     return None
 
 
-# jitted: layers of equal shapes share the lowered kernel
 @functools.partial(jit_kernel, static_argnames=("page_size", "num_kept", "per_head"))
 def highest_pages(
     query: jax.Array,

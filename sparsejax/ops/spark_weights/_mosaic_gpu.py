@@ -131,7 +131,6 @@ def _on_rows_bwd(plan, residuals, grad):
 _on_rows.defvjp(_on_rows_fwd, _on_rows_bwd)
 
 
-# jitted, as is the backward: layers of equal shapes share the lowered kernel
 @functools.partial(jit_kernel, static_argnums=0, static_argnames="with_statistics")
 def _forward(plan, scores, z, count, where, *, with_statistics):
     tiles, (num_rows, _, *row_shape) = plan.tiles, scores.shape
