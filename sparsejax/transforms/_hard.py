@@ -122,10 +122,12 @@ def hard_method(
 
         due = is_due(state)
 
-        def step(old):
+        def fresh(old):
             # before the first update pruned weights are not 0 yet
-            fresh = inner.init(masks.apply_masks(params, old))
-            before = fresh_where_pruned(state.inner_state, fresh, params, old)
+            return inner.init(masks.apply_masks(params, old))
+
+        def step(old):
+            before = fresh_where_pruned(state.inner_state, fresh(old), params, old)
             masked = masks.apply_masks(grads, old)
 
             def update():
@@ -140,7 +142,7 @@ def hard_method(
 
         if topology.refresh is None:
             stored, old = state.masks, loaded_masks(state)
-            stayed = old
+            stayed = not_grown = old
         else:
             flipped = jax.lax.cond(
                 due,
@@ -150,12 +152,19 @@ def hard_method(
             # The stored masks are read once, here, and flipped in place: between
             # refreshes a copy of them would cost more than all else.
             stored = _with_flips(jnp.bitwise_xor, state.masks, flipped)
-            old, stayed = (
+            old, stayed, not_grown = (
                 loaded_masks(state._replace(masks=_with_flips(fn, stored, flipped)))
-                # regrown weights start from 0: only those kept before and after move
-                for fn in (jnp.bitwise_xor, lambda new, flips: new & ~flips)
+                for fn in (
+                    jnp.bitwise_xor,
+                    # regrown weights start from 0: only those kept both times move
+                    lambda new, flips: new & ~flips,
+                    lambda new, flips: ~(new & flips),
+                )
             )
         updates, inner_state = step(old)
+        if topology.steps_first:
+            # what is regrown after a step begins as if it had not been taken
+            inner_state = fresh_where_pruned(inner_state, fresh(old), params, not_grown)
         return _prune(updates, params, stayed), state._replace(
             step=optax.safe_increment(state.step),
             masks=stored,

@@ -18,7 +18,8 @@ def fresh_where_pruned(
     """Gives the moments of pruned weights their first values.
 
     Done before each step, this makes a pruned weight one that has had no gradient yet,
-    and so a regrown one begins, without anything to be reset when masks change.
+    and so a regrown one begins, without anything to be reset when masks change; where
+    they change after the step, it is done again then.
 
     A leaf of the inner state belongs to a parameter if its path ends with the param's
     and its shape is the param's (of several such params, the one with the longest

@@ -397,11 +397,31 @@ class OneUpdateTest(parameterized.TestCase):
         steps = 1 if method == "rigl" else 2
         assert float(state.inner_state.total) == steps
         np.testing.assert_array_equal(state.inner_state.grid, steps)
+        # pruned ones began the last step, if one was taken, at 1; regrown ones begin now
+        want = np.where(self.MASK, 1 + steps, 1 if method == "rigl" else 2)
+        grown = np.asarray(sj.masks_of(state)["kernel"]) & ~self.MASK
+        assert grown.any()
         np.testing.assert_array_equal(
-            state.inner_state.ones["kernel"],
-            # pruned ones began the last step, if one was taken, at 1
-            np.where(self.MASK, 1 + steps, 1 if method == "rigl" else 2),
+            state.inner_state.ones["kernel"], np.where(grown, 1, want)
         )
+
+    @parameterized.product(
+        method=list(METHODS), inner=[optax.adagrad, optax.rmsprop, optax.yogi]
+    )
+    def test_what_is_regrown_has_had_no_step(self, method, inner):
+        inner = inner(0.1, **({"initial_scale": 1.0} if inner == optax.rmsprop else {}))
+        grads = np.array([[9.0, 1.0], [5.0, 1.0], [2.0, 2.0]], np.float32)
+        _, _, state = one_update(
+            method, inner, self.WEIGHTS, self.MASK, grads, 1.0, [grads]
+        )
+        grown = np.asarray(sj.masks_of(state)["kernel"]) & ~self.MASK
+        assert grown.any()
+        first = inner.init({"kernel": jnp.zeros((3, 2))})
+        for got, want in zip(
+            jax.tree.leaves(state.inner_state), jax.tree.leaves(first), strict=True
+        ):
+            if got.ndim == 2:
+                np.testing.assert_array_equal(got[grown], want[grown])
 
     def test_adagrad_accumulators_restart_at_their_initial_value(self):
         grads = np.array([[9.0, 1.0], [5.0, 1.0], [2.0, 2.0]], np.float32)
