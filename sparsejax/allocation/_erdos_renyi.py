@@ -24,7 +24,9 @@ def erdos_renyi(
     """Density proportional to `(d_in + d_out) / (d_in * d_out)`.
 
     The last two axes of a leaf are `d_in` and `d_out`; the other axes of a convolution
-    are ignored, so that every kernel position gets the same density.
+    are ignored, so that every kernel position gets the same density. Of an attention
+    kernel `[d_in, heads, head_dim]` or `[heads, head_dim, d_out]` the axes do not say
+    which are which, so it raises.
 
     Args:
       params: arrays or `ShapeDtypeStruct`s; only paths and shapes are read.
@@ -38,7 +40,8 @@ def erdos_renyi(
       exactly; a leaf whose density would pass 1 is dense and the others make up.
 
     Raises:
-      ValueError: if the sparsity is out of range or no leaf is governed.
+      ValueError: if the sparsity is out of range, no leaf is governed, or a leaf has
+        more axes than a matrix and is no convolution.
       TypeError: if it is no number.
 
     Example:
@@ -50,6 +53,14 @@ def erdos_renyi(
     References:
       Mocanu et al., 2018, https://arxiv.org/abs/1707.04780, equation 3.
     """
+    for leaf in governed(params, where=where, stacked=stacked):
+        if leaf is not None and leaf.own_axes > 2 and not leaf.is_convolution:
+            raise ValueError(
+                "`erdos_renyi` needs matrices and convolutions; got shape "
+                f"{leaf.shape} with {leaf.own_axes} axes beyond the {leaf.stacked} "
+                f"stacked ones at {leaf.name}. Merge its heads, exclude it by `where`, "
+                "or take `erdos_renyi_kernel` or `uniform`."
+            )
     return _allocate(
         params, sparsity, where, stacked, lambda shape: _sum_over_product(shape[-2:])
     )
@@ -65,7 +76,8 @@ def erdos_renyi_kernel(
     """Density proportional to `sum(shape) / prod(shape)` over all axes (ERK).
 
     For matrices it equals `erdos_renyi`. An attention kernel `[d_in, heads, head_dim]`
-    counts as three axes and gets denser than its merged form `[d_in, heads*head_dim]`.
+    counts as three axes and gets sparser than its merged form `[d_in, heads*head_dim]`,
+    at head_dim 64 and eight heads half as dense; to avoid it, merge them.
 
     Args:
       params: arrays or `ShapeDtypeStruct`s; only paths and shapes are read.

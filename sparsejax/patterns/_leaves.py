@@ -43,6 +43,22 @@ class Leaf:
     stacked: int
 
     @property
+    def own_axes(self) -> int:
+        """How many axes are not stacked ones."""
+        return len(self.shape) - self.stacked
+
+    @property
+    def is_convolution(self) -> bool:
+        """Kernels of 2-D and 3-D convolutions by their axes, of 1-D ones by their name.
+
+        A 3-axis leaf may as well be a DenseGeneral's `[d_in, heads, head_dim]`, whose
+        axis -2 is no contraction axis: it needs a name that says `conv`.
+        """
+        return self.own_axes >= 4 or (
+            self.own_axes == 3 and "conv" in self.name.lower()
+        )
+
+    @property
     def unit_shape(self) -> tuple[int, ...]:
         """Shape of the array of units, stacked axes included."""
         return self.pattern.unit_shape(self.shape, self.stacked)
@@ -262,18 +278,19 @@ def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
             f"`stacked` must count leading axes of the leaf; got {stacked} for shape "
             f"{shape} at {name}."
         )
-    own_axes = len(shape) - stacked
+    found = Leaf(name, shape, pattern, stacked)
     if (
         isinstance(pattern, NM)
         and pattern.axis == NM(1, 1).axis
-        and own_axes > 2
-        and not _is_convolution(path, own_axes)
+        and found.own_axes > 2
+        and not found.is_convolution
     ):
         raise ValueError(
             f"the default N:M axis {pattern.axis} is the contraction axis of a matrix "
-            f"or a convolution only; got shape {shape} with {own_axes} axes beyond the "
-            f"{stacked} stacked ones at {name}. Pass a per-leaf `pattern` that names "
-            "the axis, counted from the first, or say which axes are `stacked`."
+            f"or a convolution only; got shape {shape} with {found.own_axes} axes "
+            f"beyond the {stacked} stacked ones at {name}. Pass a per-leaf `pattern` "
+            "that names the axis, counted from the first, or say which axes are "
+            "`stacked`."
         )
     try:
         pattern.unit_shape(shape, stacked)
@@ -287,7 +304,7 @@ def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
             f"of shape {shape}, sharded in parts of {part}, at {name}. Shard another "
             "axis, or over fewer devices."
         )
-    return Leaf(name, shape, pattern, stacked)
+    return found
 
 
 def shape_on_a_device(leaf: Any) -> tuple[int, ...]:
@@ -310,12 +327,3 @@ def shape_on_a_device(leaf: Any) -> tuple[int, ...]:
         leaf = jax.typeof(leaf)
     sharding = getattr(leaf, "sharding", None)
     return jnp.shape(leaf) if sharding is None else sharding.shard_shape(leaf.shape)
-
-
-def _is_convolution(path: KeyPath, own_axes: int) -> bool:
-    """Kernels of 2-D and 3-D convolutions by their axes, of 1-D ones by their name.
-
-    A 3-axis leaf may as well be a DenseGeneral's `[d_in, heads, head_dim]`, whose axis
-    -2 is no contraction axis: it needs a name that says `conv`.
-    """
-    return own_axes >= 4 or any("conv" in name.lower() for name in plain_path(path))

@@ -21,7 +21,8 @@ def as_params(shapes):
 
 
 def densities(allocate, shapes, sparsity, **kwargs):
-    tree = allocate(as_params(shapes), sparsity, **kwargs)
+    # by that name three axes are a convolution too
+    tree = allocate({"conv": as_params(shapes)}, sparsity, **kwargs)["conv"]
     return np.array([1 - s for s in tree], np.float64)
 
 
@@ -177,3 +178,22 @@ class LeavesTest(parameterized.TestCase):
             allocate({"a": jnp.ones((2, 2))}, 1.0)
         with self.assertRaisesRegex(ValueError, "at least one leaf"):
             allocate({"a": jnp.ones(2)}, 0.5)
+
+
+class AttentionKernelTest(parameterized.TestCase):
+    @parameterized.parameters(((64, 4, 16), 0), ((2, 64, 4, 16), 1))
+    def test_erdos_renyi_does_not_guess_which_axes_are_heads(self, shape, stacked):
+        params = {
+            "query": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)},
+            "conv1d": {"kernel": jax.ShapeDtypeStruct((5, 64, 16), jnp.float32)},
+        }
+        stacks = {"query": stacked, "conv1d": 0}
+        with self.assertRaisesRegex(
+            ValueError, r"3 axes .* at \['query'\]\['kernel'\]"
+        ):
+            allocation.erdos_renyi(params, 0.5, stacked=stacks)
+        of_kernel = allocation.erdos_renyi_kernel(params, 0.5, stacked=stacks)
+        assert 0 < of_kernel["query"]["kernel"] < 1
+        del params["query"], stacks["query"]
+        alone = allocation.erdos_renyi(params, 0.5, stacked=stacks)
+        np.testing.assert_allclose(alone["conv1d"]["kernel"], 0.5)
