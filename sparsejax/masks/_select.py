@@ -22,7 +22,8 @@ def num_kept(sparsity: ArrayLike, size: int) -> int | jax.Array:
     """How many of `size` units stay at a sparsity: `size - round(sparsity * size)`.
 
     The one place where a fraction becomes a count. At least one unit stays. A Python
-    float counts in double precision; a traced one in float32, exact to 2**24 units.
+    float counts in double precision. A traced one is float32, whose rounding may make
+    it one unit more or less from about 2**20 units on, and some above 2**24.
 
     Args:
       sparsity: share of zeros, clipped to [0, 1].

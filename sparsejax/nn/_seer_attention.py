@@ -181,7 +181,10 @@ def pop_gate_losses(model: nnx.Module) -> Float[Array, " layers"]:
       model: with `SeerAttention` layers that `distill`.
 
     Returns:
-      float32, a loss in nats for each such layer; their sum is the paper's loss.
+      float32, for each such layer `sj.attention.seer_loss` by rows, in nats. The
+      paper's loss is the sum of 10 times the mean over all blocks: this sum times 10
+      over the number of blocks of the keys, which matters where other losses are beside
+      it or gradients are clipped together.
 
     Raises:
       ValueError: if no layer left one.

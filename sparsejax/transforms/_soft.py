@@ -31,7 +31,7 @@ from sparsejax.transforms._state import (
 from sparsejax.typing import Params, is_none
 
 Pull = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(step, mask, gradient, weight) -> gradient of one governed leaf."""
+"""(step, mask, gradient or update, weight) -> the same of one governed leaf."""
 
 
 def soft_method(
@@ -42,6 +42,7 @@ def soft_method(
     *,
     arrays_at: Callable[[jax.Array], dict[str, jax.Array]] = lambda step: {},
     pull: Pull | None = None,
+    pull_after: Pull | None = None,
     pack_masks: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation of a soft method.
@@ -53,6 +54,7 @@ def soft_method(
       forward: params -> the kind of forward.
       arrays_at: step -> what the forward before update `step` needs.
       pull: adds to the gradient of a governed leaf.
+      pull_after: adds to its update, after the inner optimizer.
       pack_masks: store 1 bit a weight.
     """
     inner = optimizer(inner)
@@ -101,6 +103,9 @@ def soft_method(
             add = functools.partial(pull, state.step)
             grads = masks.map_masked(add, found, grads, params)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
+        if pull_after is not None:
+            add = functools.partial(pull_after, state.step)
+            updates = masks.map_masked(add, found, updates, params)
         step = jnp.asarray(optax.safe_increment(state.step))
         return updates, SparseState(
             step,

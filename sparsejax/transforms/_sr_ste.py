@@ -19,6 +19,7 @@ def sr_ste(
     *,
     pattern: PatternTree,
     decay: ScalarOrSchedule = 2e-4,
+    decoupled: bool = False,
     sparsity: float | SparsityTree | None = None,
     where: Where = None,
     stacked: StackedTree = 0,
@@ -32,6 +33,8 @@ def sr_ste(
     `decay * weight` is added for the pruned ones *before* the inner optimizer, as in
     the paper. Under Adam the optimizer rescales that term, so its strength is then no
     longer `decay`; it adds to any weight decay of `inner`. `decay=0` is plain STE.
+    `decoupled=True` subtracts `decay * weight` *after* the inner optimizer instead, as
+    AdamW does its own.
 
     A non-finite gradient reaches the weights as under `inner` alone; masks are chosen
     from the weights, where NaN ranks lowest and the count stays exact.
@@ -39,7 +42,9 @@ def sr_ste(
     Args:
       inner: any optax optimizer; the paper uses SGD with momentum.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
-      decay: strength of the pull, at least 0, or a schedule of the step.
+      decay: strength of the pull, at least 0, or a schedule of the step. If decoupled,
+        the learning rate is part of it, as in `lambda step: rate(step) * 0.1`.
+      decoupled: whether the pull bypasses the inner optimizer; not in the paper.
       sparsity: constant share of zeros for patterns other than N:M.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
         bools, or None for matrices and kernels that are no embeddings.
@@ -73,7 +78,8 @@ def sr_ste(
 
     def pull(step, mask, grad, weight):
         strength = decay(step) if callable(decay) else decay
-        return grad + (strength * jnp.where(mask, 0, weight)).astype(grad.dtype)
+        sign = -1 if decoupled else 1
+        return grad + (sign * strength * jnp.where(mask, 0, weight)).astype(grad.dtype)
 
     return soft_method(
         inner,
@@ -82,6 +88,6 @@ def sr_ste(
             sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
         ),
         lambda params: Projected(straight_through=True),
-        pull=pull,
+        **{"pull_after" if decoupled else "pull": pull},
         pack_masks=pack_masks,
     )

@@ -127,6 +127,27 @@ class SrSteTest(parameterized.TestCase):
         want = (weight * mask - target) + decay * (1 - mask) * weight
         np.testing.assert_allclose(got["kernel"], want, rtol=1e-6, atol=1e-6)
 
+    @parameterized.parameters(0.02, lambda step: 0.01 * (step + 1))
+    def test_the_decoupled_pull_bypasses_the_inner_optimizer(self, decay):
+        rng = np.random.default_rng(3)
+        weight, grad = rng.standard_normal((2, 8, 3)).astype(np.float32)
+        inner = optax.adam(0.1)
+        tx = sj.sr_ste(inner, pattern=sj.NM(2, 4), decay=decay, decoupled=True)
+        params = alone = {"kernel": jnp.asarray(weight)}
+        state, inner_state = tx.init(params), inner.init(params)
+        update = oracle.jit(tx.update)
+        for step in range(2):
+            grads = {"kernel": jnp.asarray(grad)}
+            alone, inner_state = inner.update(grads, inner_state, alone)
+            now = np.asarray(params["kernel"])
+            pruned = ~oracle.select(abs(now), oracle.Spec(sj.NM(2, 4)))
+            strength = decay(step) if callable(decay) else decay
+            updates, state = update(grads, state, params)
+            want = np.asarray(alone["kernel"]) - strength * pruned * now
+            np.testing.assert_allclose(updates["kernel"], want, rtol=1e-5, atol=1e-7)
+            params = optax.apply_updates(params, updates)
+            alone = params
+
     def test_n_of_n_is_the_inner_optimizer(self):
         problem, inner = oracle.Problem(), optax.adamw(0.02)
         tx = sj.sr_ste(inner, pattern=sj.NM(4, 4), stacked=STACKED)
