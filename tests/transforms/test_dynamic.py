@@ -397,7 +397,7 @@ class OneUpdateTest(parameterized.TestCase):
         steps = 1 if method == "rigl" else 2
         assert float(state.inner_state.total) == steps
         np.testing.assert_array_equal(state.inner_state.grid, steps)
-        # pruned ones began the last step, if one was taken, at 1; regrown ones begin now
+        # pruned ones began the last step, if one was taken, at 1; regrown ones now
         want = np.where(self.MASK, 1 + steps, 1 if method == "rigl" else 2)
         grown = np.asarray(sj.masks_of(state)["kernel"]) & ~self.MASK
         assert grown.any()
