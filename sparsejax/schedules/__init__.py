@@ -1,10 +1,11 @@
 """From the step to a sparsity, a drop fraction or a decay factor.
 
-Each function but `frame_boundaries`, which returns steps, returns a schedule: a pure
-function from the step (int32[], traced or not) to a float32 scalar, as optax schedules
-are. Optax schedules work too.
+Each function returns a schedule: a pure function from the step (int32[], traced or not)
+to a float32 scalar, as optax schedules are. But `frame_boundaries` returns steps, and
+`decay_budget` adds up what a schedule comes to. Optax schedules work too.
 """
 
+from sparsejax.schedules._budget import decay_budget as decay_budget
 from sparsejax.schedules._decay import exponential_decay as exponential_decay
 from sparsejax.schedules._decay import linear_decay as linear_decay
 from sparsejax.schedules._drop import cosine_drop as cosine_drop

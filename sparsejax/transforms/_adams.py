@@ -53,7 +53,8 @@ def adams(
 
     The forward stays dense for the whole run; train on `params` as they are (or on
     `sj.weight_scaling.apply`), finish with `sj.sparse_params`. Let the learning rate
-    decay: losing weights end up oscillating at about its last value.
+    decay: losing weights end up oscillating at about its last value. How large a weight
+    can come to zero in a run says `sj.schedules.decay_budget`.
 
     Args:
       learning_rate: a number or an optax schedule.

@@ -88,6 +88,7 @@ def sr_ste(
             sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
         ),
         lambda params: Projected(straight_through=True),
-        **{"pull_after" if decoupled else "pull": pull},
+        pull=None if decoupled else pull,
+        pull_after=pull if decoupled else None,
         pack_masks=pack_masks,
     )

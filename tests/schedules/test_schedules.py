@@ -6,8 +6,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl.testing import parameterized
 
+import sparsejax as sj
 from sparsejax import schedules
 
 
@@ -174,3 +176,34 @@ class TracingTest(parameterized.TestCase):
             got = traced(jnp.int32(step))
             self.assertEqual((got.shape, got.dtype), ((), jnp.float32))
             np.testing.assert_allclose(got, schedule(step), rtol=1e-6, atol=1e-7)
+
+
+class DecayBudgetTest(parameterized.TestCase):
+    def test_golden(self):  # card cast, section 5, item 7
+        cosine = optax.warmup_cosine_decay_schedule(0, 2e-5, 375, 7500, 2e-6)
+        self.assertAlmostEqual(schedules.decay_budget(cosine, 7500), 0.0289, delta=5e-5)
+        self.assertAlmostEqual(schedules.decay_budget(2e-5, 7500), 0.0750, delta=5e-5)
+
+    def test_adams_brings_weights_of_that_size_to_zero(self):
+        steps, rate = 400, optax.cosine_decay_schedule(1e-3, 400, 0.1)
+        reach = schedules.decay_budget(rate, steps)
+        tx = sj.adams(rate, steps, 1e-2, pattern=sj.NM(2, 4))
+        start = jnp.array([[9.0], [9.0], [0.9 * reach], [9 * reach]])
+
+        @jax.jit
+        def run(params):
+            def step(carry, _):
+                params, state = carry
+                grads = jax.tree.map(jnp.zeros_like, params)
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0][0]
+
+        left = np.abs(run({"kernel": start})["kernel"][:, 0])
+        self.assertLess(left[2], 2e-3)
+        self.assertGreater(left[3], reach)
+
+    def test_no_steps_raise(self):
+        with self.assertRaisesRegex(ValueError, "at least 1; got 0"):
+            schedules.decay_budget(1.0, 0)
