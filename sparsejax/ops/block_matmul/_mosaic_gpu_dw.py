@@ -118,7 +118,8 @@ def _pieces(work: Work) -> Task:
         first, last = jax.lax.div(begin, steps), jax.lax.div(end - 1, steps)
         state, found = work.start, []
         for n in (first, last):
-            number = jnp.minimum(split.whole + n, num_tiles - 1)  # also without a run
+            # also without a run, and where there is no tile at all
+            number = jnp.clip(split.whole + n, 0, jnp.maximum(num_tiles - 1, 0))
             state, tile = work.find(state, number)
             found.append(tile)
 

@@ -94,7 +94,8 @@ def nth_kept(
 
     Args:
       state: `(region, its first n, how many it has)`, to begin with `(-1, 0, 0)`.
-      n: no smaller than in the call before.
+      n: at least 0, and no smaller than in the call before. Where there are not as many
+        blocks, what is found is no block, and not to be read.
       length: takes a row and gives the length of its list, int32.
       rows: of blocks.
       columns: likewise.
@@ -126,7 +127,13 @@ def nth_kept(
         cut = num_in(region)
         return region, first, add_up(lambda row: cut(row)[1], _REGION)
 
-    state = jax.lax.while_loop(lambda s: n >= s[1] + s[2], advance, state)
+    last = -(-rows // _REGION) * strips - 1
+
+    def is_later(state):
+        region, first, num = state
+        return (n >= first + num) & (region < last)
+
+    state = jax.lax.while_loop(is_later, advance, state)
     cut, within = num_in(state[0]), n - state[1]
 
     def step(found, row, of_row):

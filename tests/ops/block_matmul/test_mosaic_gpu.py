@@ -119,6 +119,9 @@ class InterpretTest(parameterized.TestCase):
         ([[1, 1, 0], [0, 0, 1], [1, 1, 1], [1, 0, 0]], (128, 128), jnp.bfloat16, 4),
         # three: both tiles are cut, the piece of one program lies in both
         ([[1, 1], [0, 1]], (64, 64), jnp.float16, 3, True),
+        # nothing is kept: no tile to look for, in blocks of one tile and of four
+        ([[0]], (128, 128), jnp.bfloat16, 2),
+        ([[0]], (256, 256), jnp.bfloat16, 2),
     )
     def test_dw_of_pieces(self, kept, block_shape, dtype, programs, compact=False):
         x, w, dy, mask = operands(kept, block_shape, 192, dtype, compact)

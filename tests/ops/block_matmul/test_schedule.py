@@ -92,6 +92,18 @@ def test_blocks_found_together_lie_together():
 
 
 @functools.partial(jax.jit, static_argnums=1)
+def _find(num, rows):
+    start = jnp.int32(-1), jnp.int32(0), jnp.int32(0)
+    return _schedule.nth_kept(start, jnp.int32(7), lambda r: num[r], rows, 35)
+
+
+def test_ends_where_there_are_not_as_many():
+    for kept in (0, 6):
+        (region, *_), _, _ = _find(jnp.zeros(20, jnp.int32).at[3].set(kept), 20)
+        assert region == 2 * 3 - 1  # the last: two times 16 rows, three strips
+
+
+@functools.partial(jax.jit, static_argnums=1)
 def _scan(num, most):
     def step(state, n):
         state, row, entry = _schedule.nth_kept(state, n, lambda r: num[r], *_sizes(num))
