@@ -158,4 +158,7 @@ class Plan:
         share = add_up(cost, self.lists).astype(jnp.float32) / self.order.across
         targets = [share * (number + i).astype(jnp.float32) for i in range(2)]
         first, last = cuts(cost, self.lists, targets)
+        # a product that is rounded may be below the sum: no list is left over
+        is_last = number == self.order.across - 1
+        last = jnp.where(is_last, float(self.lists), last)
         return first * self.units_of_list, last * self.units_of_list

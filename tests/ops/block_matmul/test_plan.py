@@ -55,6 +55,19 @@ def test_each_tile_once(num, together, units_of_list, **sizes):
     np.testing.assert_array_equal(times, 1)
 
 
+def test_the_last_program_ends_with_the_last_list():
+    """Also where its end, 44 shares of a 44th of 101084, is rounded to less."""
+    num = np.full(416, 121)
+    num[:119], num[-1] = 122, 0
+    assert (2 * num + 1).sum() == 101084
+    plan = make(416, 1, 24, window=3, num_sms=132, together=False, longest=128)
+    assert plan.order.across == 44
+    operands = plan.operands(jnp.array(num, jnp.int32))
+    # not jitted: XLA may round a product of constants otherwise
+    _, last = plan._share(operands, jnp.int32(43))
+    assert last == 416
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def turns(num, plan):
     """Of which window, how many units and which, `[programs, windows, 2 + units]`."""
