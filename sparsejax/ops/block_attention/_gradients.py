@@ -90,7 +90,9 @@ def _bwd(kernels, scale, residuals, gradients):
     do, dlse = gradients
     product = out.astype(jnp.float32) * do.astype(jnp.float32)
     delta = jnp.sum(product, axis=-1).swapaxes(1, 2) - dlse
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    sees_none = lse == -jnp.inf
+    delta = jnp.where(sees_none, 0, delta)  # of an lse that is constant; 0 * NaN
+    lse = jnp.where(sees_none, jnp.inf, lse)
     dq, dk, dv = kernels.backward(q, k, v, do, lse, delta, lists, scale)
     return dq, dk, dv, None
 

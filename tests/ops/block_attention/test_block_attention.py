@@ -340,6 +340,34 @@ class SharedByKernelsTest(parameterized.TestCase):
         got = run_kernel(as_a_kernel, *args, **rules)
         assert_close(got, oracle(*args, **options))
 
+    @parameterized.parameters(block_attention, as_a_kernel)
+    def test_where_no_key_is_seen_lse_has_no_gradient(self, operation):
+        """Of a loss that leaves it out, which is NaN there: 0 * 2 * -inf."""
+        q, k, v, do, dlse = operands()
+        ids = segments(QUERIES), segments(KEYS, 1)
+        ids[0][0, 5:] = -1  # no key has it
+        rules = {"segment_ids": ids}
+        if operation is as_a_kernel:
+            rules = {"query_segments": ids[0], "key_segments": ids[1]}
+        kept = np.ones((1, 1, *BLOCKS), bool)
+        lse = oracle(q, k, v, do, dlse, kept, segment_ids=ids)[1]
+        seen = np.isfinite(lse)
+        self.assertFalse(seen[:, 5:].all())
+        self.assertTrue(seen[:, :5].any())
+
+        @jax.jit
+        def grads(q, k, v):
+            def z_loss(q, k, v):
+                mask = sj.BlockMask.from_blocks(kept, BLOCK)
+                _, lse = operation(q, k, v, mask, with_lse=True, **rules)
+                return jnp.where(jnp.isfinite(lse), lse**2, 0).sum()
+
+            return jax.grad(z_loss, (0, 1, 2))(q, k, v)
+
+        dlse = np.where(seen, 2 * lse, 0)
+        want = oracle(q, k, v, 0 * do, dlse, kept, segment_ids=ids)[2:]
+        assert_close(grads(q, k, v), want)
+
     def test_a_policy_of_checkpoint_keeps_the_results(self):
         q, k, v, *_ = operands()
         mask = mask_of(blocks())
