@@ -48,6 +48,8 @@ def unsupported_reason(query, low, high, lengths) -> str | None:
             "`query`, `low` and `high` must be bfloat16 or float16, all of them; got "
             f"{query.dtype}, {low.dtype} and {high.dtype}"
         )
+    if not query.size:
+        return f"there must be a query; got shape {query.shape}"
     if query.shape[-1] not in _HEAD_DIMS:
         return f"`head_dim` must be one of {_HEAD_DIMS}; got {query.shape[-1]}"
     pages, kv_heads = low.shape[1:3]

@@ -58,7 +58,7 @@ def page_scores(
             bound,
             precision="highest",  # rounded operands would bound nothing
         )
-    scores = scores.reshape(batch, -1, pages)
+    scores = scores.reshape(batch, heads if per_head else kv_heads, pages)
     return jnp.where(empty[:, None], -jnp.inf, scores)
 
 

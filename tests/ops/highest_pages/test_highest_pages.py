@@ -75,6 +75,14 @@ class HighestPagesTest(parameterized.TestCase):
         for leaf, other in zip(*map(jax.tree.leaves, (got, want)), strict=True):
             np.testing.assert_array_equal(leaf, other)
 
+    def test_no_sequence_for_cuda(self):
+        """None takes the reference: a kernel has no program to start."""
+        given = (*operands(0, 4, 2, 64, 64), jnp.zeros(0, jnp.int32))
+        call = jax.jit(lambda *a: jax.tree.leaves(jitted(None, num_kept=4)(*a)))
+        exported = jax.export.export(call, platforms=["cuda"])(*given)
+        self.assertNotIn("@mosaic_gpu", exported.mlir_module())
+        self.assertEqual([a.shape[0] for a in call(*given)], [0, 0, 0])
+
     def test_lowers_for_cuda(self):
         given = (*operands(1, 8, 2, 512, 128), jnp.array([1500]))
         call = jitted("mosaic_gpu", num_kept=32)
@@ -85,6 +93,7 @@ class HighestPagesTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ({"dtype": jnp.float32}, "must be bfloat16 or float16, all"),
+        ({"batch": 0}, r"there must be a query; got shape \(0, 4, 64\)"),
         ({"dim": 32}, "`head_dim` must be one of"),
         ({"pages": 100}, "multiple of 64, and at most 1024; got 100"),
         ({"pages": 2048}, "at most 1024; got 2048"),
@@ -92,7 +101,8 @@ class HighestPagesTest(parameterized.TestCase):
     )
     def test_kernel_says_why(self, change, reason):
         sizes = {"batch": 1, "heads": 4, "kv_heads": 2, "pages": 64, "dim": 64}
-        given = (*operands(**sizes | change), jnp.array([9]))
+        sizes |= change
+        given = (*operands(**sizes), jnp.full(sizes["batch"], 9))
         with self.assertRaisesRegex(NotImplementedError, reason):
             jitted("mosaic_gpu", num_kept=4)(*given)
 
