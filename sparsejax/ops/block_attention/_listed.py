@@ -91,7 +91,7 @@ def _gathered(q, k, v, key_lists, length, *, scale):
         return row.at[positions, key_head].get(mode="clip")
 
     keys, values = (map_rows(listed, a, positions) for a in (k, v))
-    q = q.reshape(batch, num_queries, groups, -1, dim)
+    q = q.reshape(batch, num_queries, groups, heads // groups, dim)
     scores = jnp.einsum(
         "bqhgd,bhpd->bhgqp", q, keys, preferred_element_type=jnp.float32
     )

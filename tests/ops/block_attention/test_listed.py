@@ -75,6 +75,11 @@ class ListedAttentionTest(parameterized.TestCase):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
         self.assertTrue((want != 0).any())
 
+    def test_no_sequence(self):
+        q, k, v = operands(0, 1, 8, 4, 2, 8)
+        got = jax.jit(listed_attention)(q, k, v, make_lists((1, 2), 2, 4), 5)
+        self.assertEqual(got.shape, (0, 1, 4, 8))
+
     @parameterized.parameters(
         ({"lists": "x"}, TypeError, "must be KeyLists; got str"),
         ({"k": jnp.zeros((1, 8, 1, 8), jnp.bfloat16)}, TypeError, "for `k`. Cast it"),
