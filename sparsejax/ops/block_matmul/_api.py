@@ -31,6 +31,10 @@ def block_matmul(
     or transposed. The gradient of `w` is computed at kept blocks and 0 elsewhere. Sums
     are float32. The mask is an operand: another topology needs no new trace.
 
+    What no kept block meets, in `x` or in the gradient of the result, is not read
+    either, unless `full_dw`, and may be NaN. What some blocks meet must be finite: the
+    reference multiplies it by zeros for the others, which a kernel skips.
+
     Several devices: XLA cannot cut a kernel, so on sharded arrays under a plain `jit`
     None takes the reference and a named kernel does not lower ("Mosaic kernels cannot
     be automatically partitioned"). Call it inside of `jax.shard_map` over all axes of

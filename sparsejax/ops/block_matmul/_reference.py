@@ -18,6 +18,11 @@ def block_matmul(
 ) -> jax.Array:
     """As the public function, on rows; its autodiff is the oracle of the kernels.
 
+    Of `x` nothing is read at a block row of which no block is kept, nor of the gradient
+    of y at such a block column, unless `full_dw`: the values there may be NaN, as with
+    a kernel. Where a block row keeps some blocks, the others multiply `x` by 0, which a
+    kernel does not.
+
     Args:
       x: `[num_rows, d_in]`.
       w: `[d_in, d_out]`, or the values of a `BlockSparse`, `[capacity, height, width]`.
@@ -34,7 +39,13 @@ def block_matmul(
     else:
         kept = block_mask.to_dense()
         w = _select(w, kept, kept | full_dw)
+    of_row, of_column = (
+        jnp.repeat(block_mask.to_blocks().any(axis=1 - axis), side) | full_dw
+        for axis, side in enumerate(block_mask.block_shape)
+    )
+    x = jnp.where(of_row, x, 0)  # 0 * NaN
     y = jnp.dot(x, w, preferred_element_type=jnp.float32)
+    y = jnp.where(of_column, y, 0)  # as the sums are, and in the backward dy
     return epilogue(y, bias, activation).astype(x.dtype)
 
 

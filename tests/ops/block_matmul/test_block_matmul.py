@@ -128,6 +128,26 @@ class BlockMatmulTest(parameterized.TestCase):
             chex.assert_trees_all_equal(got, want)
             chex.assert_tree_all_finite(got)
 
+    @parameterized.parameters(False, True)
+    def test_what_no_kept_block_meets_is_not_read(self, compact_w):
+        x, w, bias, dy = operands()
+        kept = np.random.default_rng(3).random((ROWS, COLUMNS)) < 0.6
+        kept[1], kept[:, 3] = False, False
+        mask = from_blocks(kept)
+        if compact_w:
+            w = compact(w, mask)
+        rows, columns = (
+            np.repeat(kept.any(axis=1 - axis), side) for axis, side in enumerate(BLOCK)
+        )
+        for nothing in (jnp.nan, jnp.inf):
+            poisoned = jnp.where(rows, x, nothing), w, bias, dy
+            got = run(mask, *poisoned)
+            chex.assert_trees_all_equal(got, run(mask, x, w, bias, dy))
+            poisoned = x, w, bias, jnp.where(columns, dy, nothing)
+            *got, db = run(mask, *poisoned)
+            chex.assert_trees_all_equal(got, list(run(mask, x, w, bias, dy)[:3]))
+            np.testing.assert_array_equal(np.isfinite(db), columns)
+
     def test_block_sparse_is_the_dense_product_of_its_blocks(self):
         x, w, *rest = operands()
         for kept in block_masks():

@@ -31,7 +31,7 @@ def integers(rng, shape, dtype):
 
 
 def operands(kept, block_shape, num_rows, dtype, compact=False):
-    """x, w, dy and the mask; blocks of w that are not kept are NaN."""
+    """x, w, dy and the mask; NaN in all that no kept block has or meets."""
     rng = np.random.default_rng([num_rows, *block_shape])
     d_in, d_out = np.multiply(np.shape(kept), block_shape)
     x, dy = (
@@ -39,6 +39,11 @@ def operands(kept, block_shape, num_rows, dtype, compact=False):
         integers(rng, (num_rows, d_out), dtype),
     )
     w = integers(rng, (d_in, d_out), dtype)
+    met = (
+        np.repeat(np.any(kept, axis=1 - axis), side)
+        for axis, side in enumerate(block_shape)
+    )
+    x, dy = (jnp.where(m, a, jnp.nan) for m, a in zip(met, (x, dy), strict=True))
 
     @jax.jit
     def stored(kept_blocks, w):
