@@ -57,7 +57,8 @@ def block_matmul(
         fuses it where no gradient is taken, if it closes over none and has none but
         operations of kernels, see `sj.ops.Activation`. Else the sums are written,
         4 bytes for each entry of the result, and XLA applies it; for the backward they
-        are held.
+        are held. A kernel multiplies their gradient in `x.dtype`: in float16 it must
+        not exceed 65504, as a loss scale may make it.
       full_dw: the gradient of `w` is dense, as a growth step by gradient needs it. May
         be traced, for example `sj.is_mask_update(opt_state)`: the dense product is then
         computed on these steps only.

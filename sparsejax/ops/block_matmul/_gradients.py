@@ -107,7 +107,10 @@ def _fwd(products, dtype, known_full, x, w, block_mask, bias, full_dw):
 def _bwd(products, dtype, known_full, residuals, dy):
     del dtype
     x, w, block_mask, bias, full_dw = residuals
-    dy = dy.astype(x.dtype)
+    db = None
+    if bias is not None:
+        db = jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
+    dy = dy.astype(x.dtype)  # from float32 where XLA applies an activation
     dx = products.grad_x(dy, w, block_mask)
 
     def kept_dw():
@@ -121,9 +124,6 @@ def _bwd(products, dtype, known_full, residuals, dy):
         dw = jax.lax.cond(full_dw, all_dw, kept_dw)
     else:
         dw = all_dw() if known_full else kept_dw()
-    db = None
-    if bias is not None:
-        db = jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
     return dx, dw, None, db, None
 
 

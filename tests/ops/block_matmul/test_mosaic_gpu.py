@@ -162,6 +162,26 @@ class InterpretTest(parameterized.TestCase):
             got = jax.jit(functools.partial(both, "mosaic_gpu"))()
         assert_equal(got, both("reference"))
 
+    def test_the_gradient_of_the_bias_is_not_rounded(self):
+        """It adds up float32, as the reference, also beyond what float16 holds."""
+        x, w, dy, mask = operands([[1]], (64, 64), 8, jnp.float16)
+        bias = jnp.linspace(-3, 3, 64)
+
+        def of_bias(implementation):
+            def fn(bias):
+                return block_matmul(
+                    x, w, mask, bias=bias, implementation=implementation,
+                    activation=lambda z: 3e5 * jnp.tanh(z / 1e5),
+                )  # fmt: skip
+
+            return jax.vjp(fn, bias)[1](1e4 * dy)[0]
+
+        with gpu_interpreted():
+            got = jax.jit(functools.partial(of_bias, "mosaic_gpu"))()
+        want = jax.jit(functools.partial(of_bias, "reference"))()
+        self.assertGreater(jnp.abs(want).max(), 2**16)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1)
+
     def test_a_value_does_not_depend_on_its_gradient(self):
         """Sums beyond what float16 holds, and how fast SiLU ends."""
         x, w = jnp.full((8, 64), 40, jnp.float16), jnp.full((64, 64), -40, jnp.float16)
