@@ -44,6 +44,10 @@ def block_attention(
     Scores and softmax are float32. Query head `i` uses key head `i // (heads /
     kv_heads)`. The mask is an operand: another one of its shape needs no new trace.
 
+    Blocks that are not kept may hold NaN, and so may those of which a rule hides all
+    pairs. In the others all queries, keys and values must be finite, and the gradient
+    of the outputs: what a rule hides there is multiplied by 0.
+
     Args:
       q: queries; bfloat16, float16 or float32.
       k: keys, of the dtype of `q`; `kv_heads` divides `heads`.

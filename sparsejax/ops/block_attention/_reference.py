@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.formats import BlockMask
-from sparsejax.ops.block_attention._rules import Rules, elementwise
+from sparsejax.ops.block_attention._rules import Rules, blocks_read, elementwise
 
 
 def block_attention(
@@ -42,13 +42,14 @@ def block_attention(
         return of_heads(by_pair, heads)
 
     kept = cut(block_mask.to_dense()) & elementwise(rules, num_queries, num_keys)
-    q = _used(q, kept.any(axis=-1))
-    k, v = (_used(a, kept.any(axis=-2)) for a in (k, v))
+    height, width = block_mask.block_shape
+    read = of_heads(blocks_read(block_mask, rules), heads)
+    q = _used(q, read.any(axis=-1), height)
+    k, v = (_used(a, read.any(axis=-2), width) for a in (k, v))
     q = q.reshape(batch, num_queries, kv_heads, group, q.shape[-1])
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, heads, num_queries, num_keys) * scale
     if bias is not None:
-        height, width = block_mask.block_shape
         spread = jnp.repeat(jnp.repeat(bias, height, axis=-2), width, axis=-1)
         scores += cut(spread)
     weights, lse = softmax_of_kept(scores, kept)
@@ -77,16 +78,20 @@ def softmax_of_kept(scores: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.
     return powers / total, lse
 
 
-def _used(array: jax.Array, used: jax.Array) -> jax.Array:
-    """0 for the tokens of no kept pair, which a kernel does not read: 0 * NaN is NaN.
+def _used(array: jax.Array, used: jax.Array, size: int) -> jax.Array:
+    """0 for the tokens of no block that a kernel reads: 0 * NaN is NaN.
+
+    Not for others that a rule hides: they poison what a kernel makes of their block.
 
     Args:
       array: `[batch, tokens, heads|kv_heads, head_dim]`.
-      used: bool `[batch|1, heads|1, tokens]`.
+      used: bool `[batch|1, heads|1, blocks]`.
+      size: tokens of a block.
     """
-    batch, given, tokens = used.shape
+    batch, given, blocks = used.shape
     own = min(given, array.shape[2])  # a key head is used by all that share it
-    used = used.reshape(batch, own, given // own, tokens).any(axis=2)
+    used = used.reshape(batch, own, given // own, blocks).any(axis=2)
+    used = jnp.repeat(used, size, axis=-1)[..., : array.shape[1]]
     return jnp.where(used.swapaxes(1, 2)[..., None], array, 0)
 
 

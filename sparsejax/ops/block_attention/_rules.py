@@ -136,6 +136,20 @@ def split(block_mask: BlockMask, rules: Rules) -> tuple[BlockMask, BlockMask | N
     return masked(whole), masked(some & ~whole)
 
 
+def blocks_read(block_mask: BlockMask, rules: Rules) -> jax.Array:
+    """Which blocks a kernel reads, those of both masks that `split` gives.
+
+    Args:
+      block_mask: as of `split`.
+      rules: of the same attention.
+
+    Returns:
+      One bool a block, `[batch|1, heads, rows, columns]`.
+    """
+    some, _ = _of_blocks(block_mask, lengthened(rules, block_mask))
+    return jnp.logical_and(block_mask.to_blocks(), some)
+
+
 def _cuts_nothing(rules: Rules, num_keys: int) -> bool:
     bounds = (rules.lowest, rules.highest, rules.query_segments)
     return all(bound is None for bound in bounds) and rules.num_keys >= num_keys

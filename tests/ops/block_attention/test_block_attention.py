@@ -270,6 +270,22 @@ class BlockAttentionTest(parameterized.TestCase):
         got = run(block_attention, *poisoned, *rest, kept)
         assert_close(got, oracle(q, k, v, *rest, kept))
 
+    def test_what_a_rule_hides_is_read_with_its_block(self):
+        """A kernel reads whole blocks, those of which a rule hides some pairs too."""
+        q, k, v, *rest = operands()
+        ids = np.zeros((BATCH, QUERIES), np.int32), np.zeros((BATCH, KEYS), np.int32)
+        ids[1][:, 8:] = 1  # no query has it: a part of a block of three, and two blocks
+        args = *rest, np.ones(BLOCKS, bool)
+        hidden = jnp.arange(KEYS)[:, None, None] >= 9
+        poisoned = (jnp.where(hidden, jnp.nan, a) for a in (k, v))
+        got = run(block_attention, q, *poisoned, *args, segment_ids=ids)
+        assert_close(got, oracle(q, k, v, *args, segment_ids=ids))
+        out, *_ = run(
+            block_attention, q, k, v.at[0, 8].set(jnp.inf), *args, segment_ids=ids
+        )
+        np.testing.assert_array_equal(np.isnan(out[0]), True)
+        self.assertTrue(np.isfinite(out[1]).all())
+
     def test_is_dot_product_attention(self):
         q, _, _, *_ = operands()
         k, v = q[:, :, :2] + 1, q[:, ::-1, 2:]  # as many keys as queries

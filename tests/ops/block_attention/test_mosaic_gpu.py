@@ -127,6 +127,36 @@ class InterpretTest(parameterized.TestCase):
         for got, want_grad in zip(grads, want_grads, strict=True):
             assert_close(got, want_grad)
 
+    def test_what_no_pair_needs(self):
+        """Keys of a block that segments hide are NaN; queries that see no key."""
+        sizes = 1, 128, 256, 1, 1, 64, (1, 1, 1, 2)
+        q, k, v, do, _ = operands(*sizes)
+        mask = BlockMask.from_blocks(jnp.ones(sizes[-1], bool), BLOCK)
+        k, v = (poisoned(a, [False, True]) for a in (k, v))
+        ids = [jnp.arange(128)[None] // 100, jnp.arange(256)[None] // 128 * 2]
+        rules = _rules.Rules(None, *ids, None, None, 256)
+        tiles = _walk.Tiles(64, stages=2, in_registers=False)
+        kernels = _gradients.Kernels(
+            functools.partial(_mosaic_gpu.forward, tiles=tiles),
+            functools.partial(_backward.backward, tiles=tiles),
+        )
+
+        def grads(attention, *qkv):
+            def loss(*qkv):
+                out, lse = attention(*qkv, mask, rules, None, scale=SCALE)
+                z = jnp.where(jnp.isfinite(lse), lse**2, 0)  # its gradient is 0 * inf
+                return jnp.vdot(out, do.astype(out.dtype)).astype(jnp.float32) + z.sum()
+
+            return jax.grad(loss, (0, 1, 2))(*qkv)
+
+        with gpu_interpreted():
+            call = functools.partial(grads, _gradients.differentiable(kernels))
+            got = jax.jit(call)(q, k, v)
+        wide = (a.astype(jnp.float32) for a in (q, k, v))
+        call = functools.partial(grads, _reference.block_attention)
+        for a, b in zip(got, jax.jit(call)(*wide), strict=True):
+            assert_close(a, b, tolerance=1e-2)
+
 
 class LoweringTest(parameterized.TestCase):
     @parameterized.parameters(
