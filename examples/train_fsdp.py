@@ -79,7 +79,7 @@ def main(argv=None) -> training.TrainState:
         loss, grads = jax.value_and_grad(loss_fn)(params, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        sparsity = training.mask_sparsity(sj.masks_of(opt_state))
+        sparsity = sj.metrics.mask_sparsity(sj.masks_of(opt_state))
         metrics = {"bits_per_byte": loss, "sparsity": sparsity}
         return training.TrainState(step + 1, params, opt_state), metrics
 

@@ -80,7 +80,7 @@ def train_step(method, apply, state, batch, teacher):
     metrics = {
         "loss": loss,
         "bits_per_byte": nats / math.log(2),
-        "sparsity": training.mask_sparsity(after),
+        "sparsity": sj.metrics.mask_sparsity(after),
         "mask_changes": sj.sad(before, after),
     }
     return training.TrainState(state.step + 1, params, opt_state), metrics
@@ -153,7 +153,8 @@ def main(argv=None) -> list[dict]:
         def evaluate(state):
             weights = method.forward(state.opt_state, state.params)
             loss = bits_per_byte(weights, validation[::8])
-            leaves = training.leaf_metrics(method.masks(state.opt_state), weights)
+            masks = method.masks(state.opt_state)
+            leaves = sj.metrics.leaf_metrics(masks, weights)
             metrics = {"validation_bits_per_byte": loss, **leaves}
             if sparse_layers(args):
                 density = densities(weights, validation[0])

@@ -1,10 +1,9 @@
-"""In-time over-parameterization: how many weights were ever kept."""
+"""In-time over-parameterization: which weights were ever kept."""
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from sparsejax import masks as masks_lib
+from sparsejax.metrics._shares import kept_share
 from sparsejax.typing import MaskTree
 
 
@@ -46,10 +45,8 @@ def exploration_rate(explored: MaskTree) -> Float32[Array, ""]:
       explored: bool arrays from `update_explored`; None leaves are skipped.
 
     Returns:
-      A fraction of all governed weights, not a mean over leaves.
-
-    Raises:
-      ValueError: if there is no weight to count.
+      A fraction of all governed weights, not a mean over leaves; 1 where there is no
+      mask, as everything is dense.
 
     Example:
       >>> float(exploration_rate({"a": jnp.array([True, False, True, True])}))
@@ -58,10 +55,4 @@ def exploration_rate(explored: MaskTree) -> Float32[Array, ""]:
     References:
       Liu et al., 2021, https://arxiv.org/abs/2102.02887, the rate R_s.
     """
-    leaves = jax.tree.leaves(explored)
-    size = sum(leaf.size for leaf in leaves)
-    if not size:
-        raise ValueError("`explored` must hold at least one mask with entries.")
-    # integers within a leaf, floats across leaves: these may pass 2**31
-    counts = [jnp.sum(leaf, dtype=jnp.int32).astype(jnp.float32) for leaf in leaves]
-    return sum(counts, jnp.zeros([], jnp.float32)) / jnp.float32(size)
+    return kept_share(explored)

@@ -14,8 +14,6 @@ from sparsejax.training._files import write_atomic as write_atomic
 from sparsejax.training._loop import Stopped as Stopped
 from sparsejax.training._loop import TrainState as TrainState
 from sparsejax.training._loop import fit as fit
-from sparsejax.training._masks import leaf_metrics as leaf_metrics
-from sparsejax.training._masks import mask_sparsity as mask_sparsity
 from sparsejax.training._report import draw_report as draw_report
 from sparsejax.training._report import markdown_table as markdown_table
 from sparsejax.training._runs import Run as Run

@@ -67,7 +67,7 @@ def draw_report(
       path: of the PNG; replaced as a whole.
       rows: what `Run.rows` returns. Used are `bits_per_byte`, `mask_changes`,
         `validation_bits_per_byte`, and the dicts by leaf `leaf_sparsity` and
-        `leaf_pruned_magnitude`.
+        `leaf_pruned_magnitude` of `metrics.leaf_metrics`.
       title: stands above.
       mask: True = kept.
       mask_name: stands above the mask.

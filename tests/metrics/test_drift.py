@@ -128,8 +128,9 @@ class ExplorationTest(parameterized.TestCase):
         rate = jax.eval_shape(metrics.exploration_rate, {"a": leaf, "b": leaf})
         self.assertEqual(rate.dtype, jnp.float32)
 
+    def test_nothing_governed_is_dense(self):
+        self.assertEqual(float(metrics.exploration_rate({"a": None})), 1)
+
     def test_errors(self):
-        with self.assertRaisesRegex(ValueError, "at least one mask with entries"):
-            metrics.exploration_rate({"a": None})
         with self.assertRaisesRegex(ValueError, "mirror"):
             metrics.update_explored({"a": jnp.ones(2, bool)}, {})

@@ -2,7 +2,6 @@
 
 import math
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,31 +67,3 @@ def test_picture_is_drawn(tmp_path, rows, with_mask):
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000
-
-
-def test_mask_metrics_count_by_leaf():
-    masks = {
-        "a": {"kernel": jnp.array([[True, False], [True, True]]), "bias": None},
-        "b": {"kernel": jnp.array([[False, False]])},
-    }
-    weights = {
-        "a": {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]]), "bias": jnp.ones(2)},
-        "b": {"kernel": jnp.zeros((1, 2))},
-    }
-    assert float(training.mask_sparsity(masks)) == 0.5
-    assert float(training.mask_sparsity({})) == 0.0
-    metrics = training.leaf_metrics(masks, weights)
-    assert metrics["leaf_sparsity"] == {"a.kernel": 0.25, "b.kernel": 1.0}
-    pruned = metrics["leaf_pruned_magnitude"]
-    assert pruned == {"a.kernel": pytest.approx(0.2), "b.kernel": 0.0}
-    empty = training.leaf_metrics({}, weights)
-    assert empty == {"leaf_sparsity": {}, "leaf_pruned_magnitude": {}}
-
-
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_mask_metrics_of_narrow_weights(dtype):
-    """2**16 is beyond float16, and bfloat16 has steps of 512 there."""
-    weights = {"kernel": jnp.full(2**16, 1, dtype)}
-    masks = {"kernel": jnp.arange(2**16) >= 12345}
-    pruned = training.leaf_metrics(masks, weights)["leaf_pruned_magnitude"]
-    assert pruned == {"kernel": pytest.approx(12345 / 2**16)}

@@ -1,26 +1,32 @@
-"""What a loop logs about masks, whichever method they come from."""
+"""Shares of a whole mask tree, traced or not: what a loop logs at every step."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from sparsejax.typing import MaskTree, Params, is_none, plain_path
 
 
-def mask_sparsity(masks: MaskTree) -> jax.Array:
-    """Share of zeros over all masks, traced or not; 0 where there is no mask.
+def mask_sparsity(masks: MaskTree) -> Float32[Array, ""]:
+    """The share of zeros over all masks; 0 where there is no mask.
+
+    `sparsity_report` counts without rounding, on the host; this one works under jit.
+
+    Args:
+      masks: bool arrays, True = kept; None leaves are skipped.
+
+    Returns:
+      A fraction of all governed weights, not a mean over leaves.
 
     Example:
       >>> float(mask_sparsity({"a": jnp.array([True, False]), "b": None}))
       0.5
     """
-    leaves = jax.tree.leaves(masks)
-    pruned = [jnp.sum(~mask, dtype=jnp.int32) for mask in leaves]
-    total = sum((n.astype(jnp.float32) for n in pruned), jnp.zeros([], jnp.float32))
-    return total / max(sum(mask.size for mask in leaves), 1)
+    return 1 - kept_share(masks)
 
 
 def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, dict[str, float]]:
-    """What `draw_report` shows of each governed leaf.
+    """What `training.draw_report` shows of each governed leaf.
 
     Args:
       masks: True = kept, None = not governed; or a tree without leaves.
@@ -42,8 +48,19 @@ def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, dict[str, float]
     for (path, mask), weight in zip(flat, leaves, strict=True):
         if mask is not None:
             name = ".".join(plain_path(path))
-            sparsity[name] = float(1 - jnp.mean(mask, dtype=jnp.float32))
+            sparsity[name] = float(mask_sparsity(mask))
             size = jnp.abs(weight).astype(jnp.float32)  # float16 ends at 65504
             norm, outside = jnp.sum(size), jnp.sum(size, where=~mask)
             magnitude[name] = float(jnp.where(norm > 0, outside / norm, 0))
     return {"leaf_sparsity": sparsity, "leaf_pruned_magnitude": magnitude}
+
+
+def kept_share(masks: MaskTree) -> jax.Array:
+    """The share of True over all masks, float32; 1 where there is no entry."""
+    leaves = jax.tree.leaves(masks)
+    size = sum(leaf.size for leaf in leaves)
+    if not size:
+        return jnp.ones([], jnp.float32)
+    # integers within a leaf, floats across leaves: these may pass 2**31
+    counts = [jnp.sum(leaf, dtype=jnp.int32).astype(jnp.float32) for leaf in leaves]
+    return sum(counts, jnp.zeros([], jnp.float32)) / jnp.float32(size)

@@ -1,0 +1,54 @@
+"""mask_sparsity and leaf_metrics."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+
+from sparsejax import metrics
+
+MASKS = {
+    "a": {"kernel": jnp.array([[True, False], [True, True]]), "bias": None},
+    "b": {"kernel": jnp.array([[False, False]])},
+}
+WEIGHTS = {
+    "a": {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]]), "bias": jnp.ones(2)},
+    "b": {"kernel": jnp.zeros((1, 2))},
+}
+
+
+class MaskSparsityTest(parameterized.TestCase):
+    def test_counts_weights_not_leaves(self):
+        share = jax.jit(chex.assert_max_traces(metrics.mask_sparsity, n=1))
+        self.assertEqual(float(share(MASKS)), 0.5)  # the mean over leaves is 0.625
+        self.assertEqual(float(share(jax.tree.map(jnp.logical_not, MASKS))), 0.5)
+
+    @parameterized.parameters(({},), ({"a": None},), ({"a": np.ones((0, 2), bool)},))
+    def test_nothing_governed_is_dense(self, masks):
+        self.assertEqual(float(metrics.mask_sparsity(masks)), 0)
+
+    def test_more_weights_than_int32_counts(self):
+        leaf = jax.ShapeDtypeStruct((2**30,), jnp.bool_)
+        share = jax.eval_shape(metrics.mask_sparsity, [leaf, leaf])
+        self.assertEqual(share.dtype, jnp.float32)
+
+
+class LeafMetricsTest(parameterized.TestCase):
+    def test_counts_by_leaf(self):
+        found = metrics.leaf_metrics(MASKS, WEIGHTS)
+        self.assertEqual(found["leaf_sparsity"], {"a.kernel": 0.25, "b.kernel": 1.0})
+        pruned = found["leaf_pruned_magnitude"]
+        self.assertEqual(list(pruned), ["a.kernel", "b.kernel"])
+        self.assertAlmostEqual(pruned["a.kernel"], 0.2, delta=1e-6)
+        self.assertEqual(pruned["b.kernel"], 0)
+        empty = metrics.leaf_metrics({}, WEIGHTS)
+        self.assertEqual(empty, {"leaf_sparsity": {}, "leaf_pruned_magnitude": {}})
+
+    @parameterized.parameters(jnp.float16, jnp.bfloat16)
+    def test_of_narrow_weights(self, dtype):
+        """2**16 is beyond float16, and bfloat16 has steps of 512 there."""
+        weights = {"kernel": jnp.full(2**16, 1, dtype)}
+        masks = {"kernel": jnp.arange(2**16) >= 12345}
+        pruned = metrics.leaf_metrics(masks, weights)["leaf_pruned_magnitude"]
+        self.assertAlmostEqual(pruned["kernel"], 12345 / 2**16, delta=1e-6)
