@@ -21,13 +21,11 @@ class LeafSparsity:
       name: its path in words.
       shape: of the leaf.
       num_kept: weights that the mask keeps, whatever their values.
-      positions: how often the leaf is applied to an example.
     """
 
     name: str
     shape: tuple[int, ...]
     num_kept: int
-    positions: int = 1
 
     @property
     def size(self) -> int:
@@ -43,16 +41,6 @@ class LeafSparsity:
     def sparsity(self) -> float:
         """Share of zeros; 0 for an empty leaf."""
         return (self.size - self.num_kept) / self.size if self.size else 0.0
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of the forward pass of one example: 2 a kept weight and position."""
-        return 2 * self.num_kept * self.positions
-
-    @property
-    def dense_flops(self) -> int:
-        """The FLOPs were nothing pruned."""
-        return 2 * self.size * self.positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,29 +84,16 @@ class SparsityReport:
         """The densities of the governed leaves, for `forward_flops`."""
         return tuple(leaf.density for leaf in self.leaves)
 
-    @property
-    def flops(self) -> int:
-        """Forward FLOPs of the governed leaves per example."""
-        return sum(leaf.flops for leaf in self.leaves)
-
-    @property
-    def dense_flops(self) -> int:
-        """Forward FLOPs of the governed leaves per example were nothing pruned."""
-        return sum(leaf.dense_flops for leaf in self.leaves)
-
     def __str__(self) -> str:
-        rows = [("leaf", "shape", "size", "kept", "sparsity", "FLOPs")]
-        rows += [
-            (leaf.name, str(leaf.shape), *_numbers(leaf, leaf.flops))
-            for leaf in self.leaves
-        ]
-        rows.append(("governed", "", *_numbers(self, self.flops)))
+        rows = [("leaf", "shape", "size", "kept", "sparsity")]
+        rows += [(leaf.name, str(leaf.shape), *_numbers(leaf)) for leaf in self.leaves]
+        rows.append(("governed", "", *_numbers(self)))
         if self.excluded is not None:
             size = sum(leaf.size for leaf in self.excluded)
-            rows.append(("excluded", "", f"{size:,}", f"{size:,}", f"{0:.4f}", ""))
+            rows.append(("excluded", "", f"{size:,}", f"{size:,}", f"{0:.4f}"))
             total, kept = self.size + size, self.num_kept + size
             share = f"{self.sparsity_all:.4f}"
-            rows.append(("all params", "", f"{total:,}", f"{kept:,}", share, ""))
+            rows.append(("all params", "", f"{total:,}", f"{kept:,}", share))
         return _table(rows, num_leaves=len(self.leaves))
 
 
@@ -126,7 +101,6 @@ def sparsity_report(
     params_or_masks: Params | MaskTree,
     *,
     params: Params | None = None,
-    positions: int | Any = 1,
 ) -> SparsityReport:
     """Counts what is pruned, exactly, on the host.
 
@@ -139,12 +113,9 @@ def sparsity_report(
         governed; or params.
       params: with masks, the params they belong to: adds the excluded leaves and
         `sparsity_all`. Only paths and shapes are read.
-      positions: how often a leaf is applied to an example, for the FLOPs: one number
-        or a tree prefix of numbers. 1 gives the FLOPs per token of a transformer.
 
     Returns:
-      A report of Python numbers. Its FLOPs are those of the governed leaves alone;
-      `forward_flops` takes the others and attention too.
+      A report of Python numbers; `forward_flops` makes FLOPs of its `densities`.
 
     Raises:
       ValueError: if no leaf is governed, or masks and params do not fit, naming the
@@ -155,10 +126,10 @@ def sparsity_report(
       >>> masks = {"bias": None, "kernel": jnp.arange(8).reshape(4, 2) < 2}
       >>> params = {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))}
       >>> print(sparsity_report(masks, params=params))
-      leaf        shape   size  kept  sparsity  FLOPs
-      ['kernel']  (4, 2)     8     2    0.7500      4
-      -----------------------------------------------
-      governed               8     2    0.7500      4
+      leaf        shape   size  kept  sparsity
+      ['kernel']  (4, 2)     8     2    0.7500
+      ----------------------------------------
+      governed               8     2    0.7500
       excluded               2     2    0.0000
       all params            10     4    0.6000
 
@@ -178,9 +149,8 @@ def sparsity_report(
     tree = masks if everything is None else everything
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
     per_leaf = broadcast_prefix(masks, tree, name="masks")
-    counts = broadcast_prefix(positions, tree, name="positions")
     leaves, excluded = [], []
-    for (path, leaf), mask, count in zip(flat, per_leaf, counts, strict=True):
+    for (path, leaf), mask in zip(flat, per_leaf, strict=True):
         if leaf is None:
             continue
         name, shape = jax.tree_util.keystr(path), jnp.shape(leaf)
@@ -192,7 +162,7 @@ def sparsity_report(
                 f"{jnp.shape(mask)} for shape {shape} at {name}."
             )
         else:
-            leaves.append(LeafSparsity(name, shape, _num_true(mask), count))
+            leaves.append(LeafSparsity(name, shape, _num_true(mask)))
     if not leaves:
         raise ValueError(
             "at least one leaf must have a mask, or be governed by default; none of "
@@ -220,13 +190,8 @@ def _num_true(mask: Any) -> int:
     return int(np.asarray(rows).sum(dtype=np.int64))
 
 
-def _numbers(counted: LeafSparsity | SparsityReport, flops: int) -> tuple[str, ...]:
-    return (
-        f"{counted.size:,}",
-        f"{counted.num_kept:,}",
-        f"{counted.sparsity:.4f}",
-        f"{flops:,}",
-    )
+def _numbers(counted: LeafSparsity | SparsityReport) -> tuple[str, ...]:
+    return f"{counted.size:,}", f"{counted.num_kept:,}", f"{counted.sparsity:.4f}"
 
 
 def _table(rows: Sequence[Sequence[str]], *, num_leaves: int) -> str:
