@@ -201,8 +201,8 @@ def kept_blocks(how: Sparse, decoder: ScannedDecoder) -> lm_race.Tell:
             mask = weights["masks"]["ffn"][name]["block_mask"].get_value()
             kept = mask.to_blocks()
             *_, rows, columns = kept.shape
-            tiled = kernel.reshape(len(kernel), rows, how.block, columns, how.block)
-            outside = int(jnp.sum(jnp.any(tiled != 0, axis=(2, 4)) & ~kept))
+            used = sj.BlockMask.from_dense(kernel != 0, mask.block_shape)
+            outside = int(jnp.sum(used.to_blocks() & ~kept))
             wanted = rows * columns - round(how.sparsity * rows * columns)
             counts = set(jnp.sum(kept, axis=(1, 2)).tolist())
             if outside or counts != {wanted}:

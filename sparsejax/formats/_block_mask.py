@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax._blocks import kept_blocks
 from sparsejax.formats._bits import WORD, bit_of_rank, count_bits, to_words
 from sparsejax.formats._pairs import count_if_few
 from sparsejax.formats._reshape import reshape_stepwise
@@ -151,8 +152,7 @@ class BlockMask:
                 f"{mask.shape}. Pad the mask or choose other blocks."
             )
         *lead, rows, columns = mask.shape
-        tiled = (*lead, rows // height, height, columns // width, width)
-        kept = jnp.any(reshape_stepwise(mask, tiled), axis=(-3, -1))
+        kept = kept_blocks(mask, (*lead, rows // height, columns // width))
         return cls.from_blocks(kept, block_shape, capacity=capacity)
 
     @classmethod

@@ -7,6 +7,7 @@ from sparsejax.masks._packing import is_packable as is_packable
 from sparsejax.masks._packing import pack as pack
 from sparsejax.masks._packing import unpack as unpack
 from sparsejax.masks._select import drop_and_grow as drop_and_grow
+from sparsejax.masks._select import is_made_of as is_made_of
 from sparsejax.masks._select import num_kept as num_kept
 from sparsejax.masks._select import select as select
 from sparsejax.masks._select import select_across as select_across

@@ -72,6 +72,29 @@ def select(scores: jax.Array, leaf: Leaf, sparsity: ArrayLike | None) -> jax.Arr
     return expand(_top_units(pool(scores, leaf), leaf, count), leaf, scores)
 
 
+def is_made_of(mask: jax.Array, leaf: Leaf) -> jax.Array:
+    """Whether a mask follows its leaf's pattern: units whole, groups of `n`.
+
+    Args:
+      mask: bool, of the leaf's shape.
+      leaf: its pattern and stacked axes.
+
+    Returns:
+      bool scalar.
+
+    Example:
+      >>> leaf = sj.patterns.Leaf("kernel", (1, 4), sj.Block((1, 2)), stacked=0)
+      >>> bool(is_made_of(jnp.array([[True, True, False, True]]), leaf))
+      False
+    """
+    mask = jnp.asarray(mask)
+    if isinstance(leaf.pattern, NM):
+        made = select(mask.astype(jnp.float32), leaf, None)
+    else:
+        made = expand(kept_units(mask, leaf), leaf, mask)
+    return jnp.all(made == mask)
+
+
 def select_across(
     scores: Sequence[jax.Array | None],
     leaves: Sequence[Leaf | None],

@@ -1,10 +1,11 @@
 """From weights to the units of a pattern and back."""
 
-from collections.abc import Iterator
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from sparsejax._blocks import kept_blocks, reduce_blocks
 from sparsejax.patterns import NM, Block, Channel, Leaf, Unstructured
 
 
@@ -22,17 +23,10 @@ def pool(scores: jax.Array, leaf: Leaf) -> jax.Array:
         case Unstructured() | NM():
             return scores
         case Block():
-            tiled = scores
-            for axis, (size, blocks) in enumerate(_sizes(leaf)):
-                # one axis at a time: explicit meshes refuse to split several at once
-                lead, rest = tiled.shape[: 2 * axis], tiled.shape[2 * axis + 1 :]
-                tiled = tiled.reshape(*lead, blocks, size // max(blocks, 1), *rest)
-            inner = tuple(range(1, tiled.ndim, 2))
-            return jnp.sum(tiled, axis=inner, dtype=jnp.float32)
+            total = functools.partial(jnp.sum, dtype=jnp.float32)
+            return reduce_blocks(total, scores, leaf.unit_shape)
         case Channel():
-            axes = [
-                i for i, size in enumerate(leaf.unit_shape) if size != leaf.shape[i]
-            ]
+            axes = _pooled_axes(leaf)
             return jnp.sum(scores, axis=axes, dtype=jnp.float32, keepdims=True)
 
 
@@ -52,7 +46,8 @@ def expand(units: jax.Array, leaf: Leaf, like: jax.Array) -> jax.Array:
             return units
         case Block():
             mask = units
-            for axis, (size, blocks) in enumerate(_sizes(leaf)):
+            sizes = zip(leaf.shape, leaf.unit_shape, strict=True)
+            for axis, (size, blocks) in enumerate(sizes):
                 lead, rest = mask.shape[:axis], mask.shape[axis + 1 :]
                 mask = jnp.broadcast_to(
                     jnp.expand_dims(mask, axis + 1),
@@ -66,11 +61,16 @@ def expand(units: jax.Array, leaf: Leaf, like: jax.Array) -> jax.Array:
 
 def kept_units(mask: jax.Array, leaf: Leaf) -> jax.Array:
     """Which units of an elementwise mask are kept: those with any True."""
-    if isinstance(leaf.pattern, Unstructured | NM):
-        return mask
-    return pool(mask.astype(jnp.float32), leaf) > 0
+    match leaf.pattern:
+        case Unstructured() | NM():
+            return mask
+        case Block():
+            return kept_blocks(mask, leaf.unit_shape)
+        case Channel():
+            return jnp.any(mask, axis=_pooled_axes(leaf), keepdims=True)
 
 
-def _sizes(leaf: Leaf) -> Iterator[tuple[int, int]]:
-    """The weights and the blocks along each axis."""
-    return zip(leaf.shape, leaf.unit_shape, strict=True)
+def _pooled_axes(leaf: Leaf) -> tuple[int, ...]:
+    """The axes along which a channel lies."""
+    sizes = enumerate(zip(leaf.shape, leaf.unit_shape, strict=True))
+    return tuple(i for i, (size, units) in sizes if size != units)

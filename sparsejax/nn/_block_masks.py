@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from sparsejax.formats import BlockMask, reshape_stepwise
+from sparsejax._blocks import kept_blocks
+from sparsejax.formats import BlockMask
 from sparsejax.nn._block_sparse_linear import BlockSparseLinear
 from sparsejax.typing import GovernedLeaf, MaskSource, plain_path
 
@@ -137,10 +138,7 @@ def _block_masks(
     for path, (layer, leaf) in pairs.items():
         _check(path, layer, leaf)
         old = layer.block_mask.get_value()
-        height, width = old.block_shape
-        *lead, rows, columns = old.blocks_shape
-        tiled = (*lead, rows, height, columns, width)
-        kept = reshape_stepwise(leaf.mask, tiled).any(axis=(-3, -1))
+        kept = kept_blocks(leaf.mask, old.blocks_shape)
         capacity = (old.indices.shape[-1], old.indices_t.shape[-1])
         alike[old.block_shape, old.blocks_shape, capacity][path] = kept
     found = {}

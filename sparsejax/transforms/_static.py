@@ -10,9 +10,8 @@ from jax.core import Tracer
 
 from sparsejax import allocation as allocations
 from sparsejax import scores
-from sparsejax.masks import select
+from sparsejax.masks import is_made_of
 from sparsejax.patterns import (
-    NM,
     Leaf,
     PatternTree,
     StackedTree,
@@ -159,10 +158,4 @@ def _is_made_of(mask: jax.Array, leaf: Leaf) -> bool:
     if isinstance(mask, Tracer):
         return True
     with jax.ensure_compile_time_eval():  # concrete arrays that a jit closes over
-        if isinstance(leaf.pattern, NM):
-            return bool(jnp.all(select(jnp.asarray(mask, float), leaf, None) == mask))
-        sizes = zip(leaf.shape, leaf.unit_shape, strict=True)
-        tiled = [n for size, units in sizes for n in (units, size // max(units, 1))]
-        inner = tuple(range(1, len(tiled), 2))
-        tiles = jnp.reshape(mask, tiled)
-        return bool(jnp.all(tiles.any(inner) == tiles.all(inner)))
+        return bool(is_made_of(mask, leaf))

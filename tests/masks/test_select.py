@@ -107,6 +107,22 @@ def nm_drop_and_grow_oracle(mask, stacked, pattern, drop, grow, fraction):
     return oracle.per_layer(one_layer, stacked, mask, drop, grow)
 
 
+class IsMadeOfTest(parameterized.TestCase):
+    @parameterized.product(case=[*CASES, *NM_CASES])
+    def test_tells_what_select_made_from_all_else(self, case):
+        pattern, shape, stacked = (CASES | NM_CASES)[case][:3]
+        leaf = leaf_of(pattern, shape, stacked)
+        made = np.array(masks.select(jnp.asarray(scores_of(shape, 0)), leaf, 0.5))
+        is_made_of = jax.jit(lambda mask: masks.is_made_of(mask, leaf))
+        self.assertTrue(is_made_of(made))
+        for index in [(0,) * len(shape), (-1,) * len(shape)]:
+            other = made.copy()
+            other[index] ^= True
+            self.assertEqual(bool(is_made_of(other)), pattern == Unstructured(), index)
+        nothing = np.zeros(shape, bool)
+        self.assertEqual(bool(is_made_of(nothing)), not isinstance(pattern, NM))
+
+
 class NumKeptTest(parameterized.TestCase):
     @parameterized.parameters(
         (0.9, 7, 1), (0.9, 100, 10), (0.0, 7, 7), (0.999, 7, 1), (0.5, 0, 0), (1, 5, 1)
