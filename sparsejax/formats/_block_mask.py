@@ -7,7 +7,6 @@ block column, and never meets the blocks that are not in it.
 import dataclasses
 import functools
 import math
-import numbers
 from collections.abc import Iterable
 from typing import Self, TypeAlias
 
@@ -20,6 +19,7 @@ from sparsejax.formats._bits import WORD, bit_of_rank, count_bits, to_words
 from sparsejax.formats._pairs import count_if_few
 from sparsejax.formats._reshape import reshape_stepwise
 from sparsejax.formats._rows import put_in_rows
+from sparsejax.patterns import check_whole
 
 Capacity: TypeAlias = int | tuple[int | None, int | None] | None
 """Room for kept blocks: `(in a block row, in a block column)`, one number for a block
@@ -193,7 +193,7 @@ class BlockMask:
         scores = jax.lax.stop_gradient(jnp.asarray(scores))
         if not jnp.issubdtype(scores.dtype, jnp.floating):
             raise TypeError(f"`scores` must be floating; got {jax.typeof(scores)}.")
-        _check_whole("num_kept", num_kept)
+        check_whole("num_kept", num_kept)
         columns = scores.shape[-1] if scores.ndim else 0
         if not 1 <= num_kept <= columns:
             raise ValueError(
@@ -310,15 +310,10 @@ def check_block_shape(block_shape: tuple[int, int]) -> tuple[int, int]:
             f"{block_shape!r}."
         )
     for size in sizes:
-        _check_whole("block_shape", size)
+        check_whole("block_shape", size)
     if min(sizes) < 1:
         raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
     return int(sizes[0]), int(sizes[1])
-
-
-def _check_whole(name: str, value: object) -> None:
-    if not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` must hold whole numbers; got {value!r}.")
 
 
 def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
@@ -328,7 +323,7 @@ def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
     for room in asked:
         if room is None:
             continue
-        _check_whole("capacity", room)
+        check_whole("capacity", room)
         if room < 1:
             raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
     row_room, column_room = (math.inf if room is None else room for room in asked)

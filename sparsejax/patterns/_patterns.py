@@ -62,9 +62,9 @@ class NM:
     axis: int = -2
 
     def __post_init__(self):
-        _check_whole("n", self.n)
-        _check_whole("m", self.m)
-        _check_whole("axis", self.axis)
+        check_whole("n", self.n)
+        check_whole("m", self.m)
+        check_whole("axis", self.axis)
         if not 0 < self.n <= self.m:
             raise ValueError(f"N:M needs 0 < n <= m; got n={self.n}, m={self.m}.")
 
@@ -120,7 +120,7 @@ class Block:
             )
         object.__setattr__(self, "shape", tuple(self.shape))
         for size in self.shape:
-            _check_whole("shape", size)
+            check_whole("shape", size)
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"`shape` must hold positive sizes; got {self.shape}.")
 
@@ -172,7 +172,7 @@ class Channel:
     axis: int = -1
 
     def __post_init__(self):
-        _check_whole("axis", self.axis)
+        check_whole("axis", self.axis)
 
     def unit_shape(self, shape: tuple[int, ...], stacked: int) -> tuple[int, ...]:
         """The shape of the array of channels: size 1 on every pooled axis.
@@ -193,7 +193,19 @@ class Channel:
 Pattern: TypeAlias = Unstructured | NM | Block | Channel
 
 
-def _check_whole(name: str, value: object) -> None:
+def check_whole(name: str, value: object) -> None:
+    """Raises unless a value is a whole Python or NumPy number.
+
+    Args:
+      name: of the argument, for the message.
+      value: anything.
+
+    Raises:
+      TypeError: if it is no whole number.
+
+    Example:
+      >>> check_whole("axis", -1)
+    """
     if not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must hold whole numbers; got {value!r}.")
 
