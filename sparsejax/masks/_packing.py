@@ -1,11 +1,14 @@
 """Masks stored as bits: one bit a weight along the last axis."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, UInt8
+
+from sparsejax.patterns import shape_on_a_device
 
 
 def pack(mask: Bool[Array, "*lead d"]) -> UInt8[Array, "*lead bytes"]:
@@ -23,9 +26,7 @@ def pack(mask: Bool[Array, "*lead d"]) -> UInt8[Array, "*lead bytes"]:
     """
     mask = jnp.asarray(mask)
     sharding = None if isinstance(mask, Tracer) else mask.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding) and _whole_bytes(
-        mask.shape, sharding
-    ):
+    if isinstance(sharding, jax.sharding.NamedSharding) and is_packable(mask):
         return jax.jit(_pack, out_shardings=sharding)(mask)
     return _pack(mask)
 
@@ -40,14 +41,15 @@ def _pack(mask: jax.Array) -> jax.Array:
     return functools.reduce(jnp.bitwise_or, bits)
 
 
-def is_packable(mask: Bool[Array, "*lead d"]) -> bool:
+def is_packable(mask: Any) -> bool:
     """Whether there is an axis to pack, of which each device packs its own part.
 
-    Under an explicit mesh that shards the last axis, each part must hold whole bytes;
-    of other shardings the types do not tell.
+    Where the last axis is sharded, each part must hold whole bytes. Traced arrays tell
+    the shardings of explicit meshes alone.
 
     Args:
-      mask: any shape; only its type is read.
+      mask: an array of any shape and dtype, such as the weights that it is for; only
+        shape and sharding are read.
 
     Returns:
       False for a scalar, and where `pack` would cut a byte between two devices.
@@ -56,12 +58,8 @@ def is_packable(mask: Bool[Array, "*lead d"]) -> bool:
       >>> is_packable(jnp.ones((4, 20), jnp.bool_))
       True
     """
-    return mask.ndim > 0 and _whole_bytes(mask.shape, jax.typeof(mask).sharding)
-
-
-def _whole_bytes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> bool:
-    part = sharding.shard_shape(shape)[-1]
-    return part == shape[-1] or part % 8 == 0
+    shape, part = jnp.shape(mask), shape_on_a_device(mask)
+    return shape != () and (part[-1] == shape[-1] or part[-1] % 8 == 0)
 
 
 def unpack(packed: UInt8[Array, "*lead bytes"], size: int) -> Bool[Array, "*lead d"]:

@@ -106,13 +106,12 @@ def check_params(
                 "`pack_masks` needs leaves with an axis to pack; got shape () at "
                 f"{leaf.name}. Exclude the leaf by `where`, or pass pack_masks=False."
             )
-        part = shape_on_a_device(weight)
-        if part[-1] != leaf.shape[-1] and part[-1] % 8:
+        if not masks.is_packable(weight):
             raise ValueError(
                 "`pack_masks` needs whole bytes on a device, multiples of 8 weights "
                 f"along the last axis; got shape {leaf.shape}, sharded in parts of "
-                f"{part}, at {leaf.name}. Shard another axis, or pass "
-                "pack_masks=False."
+                f"{shape_on_a_device(weight)}, at {leaf.name}. Shard another axis, or "
+                "pass pack_masks=False."
             )
 
 

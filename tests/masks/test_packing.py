@@ -7,6 +7,8 @@ import numpy as np
 from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sparsejax import masks
 
@@ -52,3 +54,20 @@ class PackingTest(parameterized.TestCase):
         got = jax.jit(jax.vmap(lambda p: masks.unpack(p, 21)))(packed)
         self.assertEqual(got.dtype, jnp.bool_)
         np.testing.assert_array_equal(got, mask)
+
+    @parameterized.parameters(
+        ((), P(), False),
+        ((8, 20), P(), True),
+        ((8, 20), P("x"), True),
+        ((8, 32), P(None, "x"), False),  # four weights a device: half a byte
+        ((8, 64), P(None, "x"), True),
+    )
+    def test_is_packable_where_no_byte_is_cut(self, shape, spec, want):
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+        sharding = NamedSharding(mesh, spec)
+        mask = jax.device_put(jnp.ones(shape, jnp.bool_), sharding)
+        self.assertEqual(masks.is_packable(mask), want)
+        if want:
+            packed = masks.pack(mask)
+            self.assertEqual(packed.sharding, sharding)
+            np.testing.assert_array_equal(masks.unpack(packed, shape[-1]), mask)
