@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32
 
-from sparsejax.metrics._tokens import token_mask
+from sparsejax._tokens import token_mask
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32
 
-from sparsejax.metrics._tokens import token_mask
+from sparsejax._tokens import token_mask
 
 # An output below this share of the sum of its terms' norms is rounding error.
 _CANCELLED = 1e-6

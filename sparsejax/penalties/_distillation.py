@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from sparsejax._tokens import token_mask
+
 
 def distillation_loss(
     student_logits: Float[Array, "*batch classes"],
@@ -63,7 +65,7 @@ def distillation_loss(
             f"`labels` must be class indices, integers; got {labels.dtype}."
         )
     if where is not None:
-        where = _token_mask(where, labels.shape)
+        where = token_mask(where, labels.shape)
     if isinstance(eta, int | float) and not 0 <= eta <= 1:
         raise ValueError(f"`eta` must be in [0, 1]; got {eta}.")
     if not temperature > 0:
@@ -81,21 +83,6 @@ def distillation_loss(
         return jnp.mean(loss)
     total = jnp.sum(jnp.where(where, loss, 0))
     return total / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
-
-
-def _token_mask(where: ArrayLike, tokens: tuple[int, ...]) -> jax.Array:
-    """`where`, broadcast so that each token is counted."""
-    if jnp.result_type(where) != jnp.bool_:
-        raise TypeError(
-            "`where` must be bool, True = the token counts; got "
-            f"{jnp.result_type(where)}. Pass `where != 0`."
-        )
-    try:
-        return jnp.broadcast_to(where, tokens)
-    except ValueError:
-        raise ValueError(
-            f"`where` must broadcast to the tokens, {tokens}; got {jnp.shape(where)}."
-        ) from None
 
 
 def _log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:

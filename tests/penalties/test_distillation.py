@@ -147,7 +147,7 @@ class DistillationTest(parameterized.TestCase):
         (dict(temperature=0.0), "`temperature` must be positive; got 0.0"),
         (
             dict(where=jnp.ones((2, 1), bool)),
-            r"must broadcast to the tokens, \(2,\); got \(2, 1\)",
+            r"must broadcast to \(2,\); got bool\[2,1\]",
         ),
         (dict(where=jnp.ones(2)), "`where` must be bool.* got float32", TypeError),
         (dict(labels=jnp.zeros(2)), "`labels` must be .* got float32", TypeError),
