@@ -70,6 +70,24 @@ class MaskSource(Protocol):
         ...
 
 
+def no_state(opt_state: Any) -> ValueError:
+    """What to raise where an optimizer's state holds that of no method."""
+    return ValueError(
+        "the optimizer state must hold the state of a sparsejax method; found none in "
+        f"{type(opt_state).__name__}. Wrap the optimizer, as in "
+        "`sj.rigl(optax.adamw(...), ...)`, and pass the state it returns."
+    )
+
+
+def governed_twice(name: str, *methods: str) -> ValueError:
+    """What to raise where two methods govern the leaf `name`; they may be unknown."""
+    got = " and ".join(f"`{method}`" for method in methods) or "two"
+    return ValueError(
+        f"a leaf must be governed by one method; got {got} at {name}. Restrict one by "
+        "`where`."
+    )
+
+
 def is_none(leaf: object) -> bool:
     """Makes `None` a leaf when a tree is flattened."""
     return leaf is None

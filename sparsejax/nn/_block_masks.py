@@ -12,7 +12,13 @@ from jax.core import Tracer
 from sparsejax._blocks import kept_blocks
 from sparsejax.formats import BlockMask
 from sparsejax.nn._block_sparse_linear import BlockSparseLinear
-from sparsejax.typing import GovernedLeaf, MaskSource, plain_path
+from sparsejax.typing import (
+    GovernedLeaf,
+    MaskSource,
+    governed_twice,
+    no_state,
+    plain_path,
+)
 
 Path: TypeAlias = tuple[str, ...]
 
@@ -115,18 +121,11 @@ def _governed(opt_state: Any) -> dict[Path, GovernedLeaf]:
     for source in jax.tree.leaves(opt_state, is_leaf=is_source):
         for leaf in source.governed_leaves() if is_source(source) else ():
             if leaf.path in found:
-                raise ValueError(
-                    "a leaf must be governed by one method; got "
-                    f"`{found[leaf.path].method}` and `{leaf.method}` at "
-                    f"{_listed([leaf.path])}. Restrict one by `where`."
-                )
+                methods = (found[leaf.path].method, leaf.method)
+                raise governed_twice(_listed([leaf.path]), *methods)
             found[leaf.path] = leaf
     if not found:
-        raise ValueError(
-            "`opt_state` must hold the state of a sparsejax method; found none in "
-            f"{type(opt_state).__name__}. Wrap the optimizer, as in "
-            "`sj.rigl(optax.adamw(...), ...)`, and pass the state it returns."
-        )
+        raise no_state(opt_state)
     return found
 
 

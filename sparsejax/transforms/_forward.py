@@ -23,7 +23,7 @@ from sparsejax.transforms._state import (
     is_hole,
     leaf_mask,
 )
-from sparsejax.typing import MaskTree, Params
+from sparsejax.typing import MaskTree, Params, governed_twice
 
 
 def forward_params(opt_state: optax.OptState, params: Params) -> Params:
@@ -266,10 +266,7 @@ def _merge(a: Any, b: Any, path: tuple) -> Any:
     )
     children_b = jax.tree.leaves(b, is_leaf=lambda node: node is not b)
     if jax.tree_util.treedef_is_leaf(treedef):
-        raise ValueError(
-            "a leaf must be governed by one method; two govern "
-            f"{jax.tree_util.keystr(path)}. Restrict one by `where`."
-        )
+        raise governed_twice(jax.tree_util.keystr(path))
     return treedef.unflatten(
         [
             _merge(child, other, path + key)

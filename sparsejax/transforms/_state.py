@@ -16,7 +16,15 @@ import optax
 
 from sparsejax import masks
 from sparsejax.patterns import Leaf
-from sparsejax.typing import GovernedLeaf, MaskTree, Params, is_none, plain_path
+from sparsejax.typing import (
+    GovernedLeaf,
+    MaskTree,
+    Params,
+    governed_twice,
+    is_none,
+    no_state,
+    plain_path,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +138,7 @@ def find_states(opt_state: optax.OptState) -> list[SparseState]:
     """
     states = _states_in(opt_state)
     if not states:
-        raise ValueError(
-            "the optimizer state must hold the state of a sparsejax method; found none "
-            f"in {type(opt_state).__name__}. Wrap the optimizer, as in "
-            "`sj.rigl(optax.adamw(...), ...)`, and pass the state it returns."
-        )
+        raise no_state(opt_state)
     return states
 
 
@@ -228,13 +232,9 @@ def align(
         for position, entry in list(_positions(state, names)):
             owner = owners[position]
             if owner is not None:
-                raise ValueError(
-                    "a leaf must be governed by one method; got "
-                    f"`{owner.state.settings.method}` and "
-                    f"`{state.settings.method}` at "
-                    f"{jax.tree_util.keystr(flat[position][0])}. Restrict one by "
-                    "`where`."
-                )
+                name = jax.tree_util.keystr(flat[position][0])
+                methods = (s.settings.method for s in (owner.state, state))
+                raise governed_twice(name, *methods)
             owners[position] = entry
     return [leaf for _, leaf in flat], owners, treedef
 
