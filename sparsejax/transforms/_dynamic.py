@@ -11,7 +11,7 @@ from sparsejax import allocation as allocations
 from sparsejax import masks, schedules, scores
 from sparsejax.patterns import Leaf, PatternTree, StackedTree, Unstructured
 from sparsejax.transforms._arguments import check_count, check_key, check_number
-from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
+from sparsejax.transforms._hard import FlatMasks, MaskChoice, Refresh, hard_method
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
 from sparsejax.typing import Params, ScalarOrSchedule, SparsityTree, Where, is_none
 
@@ -232,7 +232,7 @@ def _dynamic(
             for i, (leaf, mask) in enumerate(zip(leaves, read.masks, strict=True))
         ]
 
-    topology = Topology(
+    choice = MaskChoice(
         method,
         rule.leaves,
         first,
@@ -244,7 +244,7 @@ def _dynamic(
         grows_by_gradient=grows_by_gradient,
         key=key,
     )
-    return hard_method(inner, topology, pack_masks=pack_masks)
+    return hard_method(inner, choice, pack_masks=pack_masks)
 
 
 def _check_shapes(grads: Params, params: Params) -> None:

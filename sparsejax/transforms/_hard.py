@@ -54,7 +54,7 @@ class Refresh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
+class MaskChoice:
     """How a hard method chooses its masks.
 
     Attributes:
@@ -83,29 +83,29 @@ class Topology:
 
 
 def hard_method(
-    inner: optax.GradientTransformation, topology: Topology, *, pack_masks: bool
+    inner: optax.GradientTransformation, choice: MaskChoice, *, pack_masks: bool
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation of a hard method."""
     inner = optimizer(inner)
 
     def init_fn(params: Params) -> Any:
-        leaves = topology.leaves(params)
+        leaves = choice.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
-        found = topology.first(params, leaves)
+        found = choice.first(params, leaves)
         settings = Settings(
-            topology.method,
+            choice.method,
             Masked(),
             leaves,
             sparsities=(None,) * len(leaves),
-            update_every=topology.update_every,
-            stop_step=topology.stop_step,
-            grows_by_gradient=topology.grows_by_gradient,
+            update_every=choice.update_every,
+            stop_step=choice.stop_step,
+            grows_by_gradient=choice.grows_by_gradient,
         )
         arrays = {}
-        if topology.key is not None:
+        if choice.key is not None:
             # raw key data passes through every checkpoint and wrapper; a copy, since
             # the state may be donated and the user's key must outlive it
-            arrays["key"] = jnp.copy(jax.random.key_data(topology.key))
+            arrays["key"] = jnp.copy(jax.random.key_data(choice.key))
         return SparseState(
             jnp.zeros([], jnp.int32),
             store_masks(found, params, pack_masks),
@@ -118,7 +118,7 @@ def hard_method(
         updates: Any, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
-        params = check_update(topology.method, grads, state, params)
+        params = check_update(choice.method, grads, state, params)
 
         due = is_due(state)
 
@@ -134,19 +134,19 @@ def hard_method(
                 updates, after = inner.update(masked, before, params, **extra)
                 return updates, settled(after, before)
 
-            if not topology.skips_step:
+            if not choice.skips_step:
                 return update()
             skips = [_unless(due, leaf) for leaf in jax.tree.leaves(before)]
             updates, inner_state = update_from_edited_state(update, skips)
             return jax.tree.map(lambda u: jnp.where(due, 0, u), updates), inner_state
 
-        if topology.refresh is None:
+        if choice.refresh is None:
             stored, old = state.masks, loaded_masks(state)
             stayed = not_grown = old
         else:
             flipped = jax.lax.cond(
                 due,
-                lambda: _flips_of_refresh(topology, state, grads, params, step),
+                lambda: _flips_of_refresh(choice, state, grads, params, step),
                 lambda: _no_flips(state),
             )
             # The stored masks are read once, here, and flipped in place: between
@@ -175,7 +175,7 @@ def hard_method(
 
 
 def _flips_of_refresh(
-    topology: Topology,
+    choice: MaskChoice,
     state: SparseState,
     grads: Any,
     params: Params,
@@ -184,14 +184,14 @@ def _flips_of_refresh(
     """Which bits of the masks a refresh changes, packed."""
     old = loaded_masks(state)
     weights = params
-    if topology.steps_first:
+    if choice.steps_first:
         # taken again inside the branch: between refreshes the step then stays one
         # fused pass over memory
         weights = masks.apply_masks(optax.apply_updates(params, step(old)[0]), old)
-    key = _step_key(topology.key, state)
-    assert topology.refresh is not None
+    key = _step_key(choice.key, state)
+    assert choice.refresh is not None
     read = Refresh(weights, grads, old, state.step, key)
-    new = topology.refresh(read, state.settings.leaves)
+    new = choice.refresh(read, state.settings.leaves)
     return [
         None if bits is None else _pack_flips(bits)
         for bits in _zip_masks(lambda a, b: a ^ b, old, new)

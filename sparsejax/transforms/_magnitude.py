@@ -8,7 +8,7 @@ from sparsejax import allocation as allocations
 from sparsejax import scores
 from sparsejax.patterns import Leaf, PatternTree, StackedTree, Unstructured
 from sparsejax.transforms._arguments import check_count
-from sparsejax.transforms._hard import FlatMasks, Refresh, Topology, hard_method
+from sparsejax.transforms._hard import FlatMasks, MaskChoice, Refresh, hard_method
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
 from sparsejax.typing import Params, ScalarOrSchedule, SparsityTree, Where
 
@@ -80,7 +80,7 @@ def magnitude_prune(
             rule, scores.magnitude, read.params, leaves, across_leaves, read.step
         )
 
-    topology = Topology(
+    choice = MaskChoice(
         "magnitude_prune", rule.leaves, first, refresh, update_every=update_every
     )
-    return hard_method(inner, topology, pack_masks=pack_masks)
+    return hard_method(inner, choice, pack_masks=pack_masks)

@@ -20,7 +20,7 @@ from sparsejax.patterns import (
     governed,
 )
 from sparsejax.transforms._arguments import check_key
-from sparsejax.transforms._hard import FlatMasks, Topology, hard_method
+from sparsejax.transforms._hard import FlatMasks, MaskChoice, hard_method
 from sparsejax.transforms._sparsity import Sparsity, by_path, choose_masks
 from sparsejax.typing import MaskTree, Params, SparsityTree, Where, is_none
 
@@ -99,7 +99,7 @@ def static_sparse(
                 f"{', '.join(name for name, given in unread.items() if given)}. Leave "
                 "it out; None in `masks` leaves a leaf dense."
             )
-        topology = _brought(masks, pattern, stacked)
+        choice = _brought(masks, pattern, stacked)
     else:
         check_key(key)
         rule = Sparsity.constant(
@@ -111,11 +111,11 @@ def static_sparse(
             draw = functools.partial(scores.random, key=key)
             return choose_masks(rule, draw, params, leaves, across_leaves)
 
-        topology = Topology("static_sparse", rule.leaves, first)
-    return hard_method(inner, topology, pack_masks=pack_masks)
+        choice = MaskChoice("static_sparse", rule.leaves, first)
+    return hard_method(inner, choice, pack_masks=pack_masks)
 
 
-def _brought(masks: MaskTree, pattern, stacked) -> Topology:
+def _brought(masks: MaskTree, pattern, stacked) -> MaskChoice:
     """Masks that the user made."""
 
     def spread(params: Params) -> list:
@@ -150,7 +150,7 @@ def _brought(masks: MaskTree, pattern, stacked) -> Topology:
             for mask, weight, leaf in zip(found, weights, leaves, strict=True)
         ]
 
-    return Topology("static_sparse", leaves_of, first)
+    return MaskChoice("static_sparse", leaves_of, first)
 
 
 def _is_made_of(mask: jax.Array, leaf: Leaf) -> bool:
