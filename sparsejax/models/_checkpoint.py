@@ -63,7 +63,7 @@ def stored_name(leaf: str, names: Mapping[str, str]) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class FileSettings:
     """Values by key, read from a file, with errors that name both.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparsejax._extras import Extra
-from sparsejax.models._checkpoint import Checkpoint, Settings, StoredTensor
+from sparsejax.models._checkpoint import Checkpoint, FileSettings, StoredTensor
 from sparsejax.models._config import DecoderConfig
 
 NAMES = {
@@ -42,7 +42,7 @@ def open_gguf(file: Path) -> Checkpoint:
     shapes = {
         tensor.name: tuple(map(int, tensor.shape[::-1])) for tensor in reader.tensors
     }
-    config = _config(Settings(file, values), shapes)
+    config = _config(FileSettings(file, values), shapes)
     tensors = {}
     for tensor in reader.tensors:
         _require_readable(file, tensor)
@@ -56,7 +56,9 @@ def open_gguf(file: Path) -> Checkpoint:
     return Checkpoint(file, config, NAMES, tensors)
 
 
-def _config(settings: Settings, shapes: dict[str, tuple[int, ...]]) -> DecoderConfig:
+def _config(
+    settings: FileSettings, shapes: dict[str, tuple[int, ...]]
+) -> DecoderConfig:
     only = "Only Llama-type models are supported."
     settings.get("general.architecture", str)
     settings.require("general.architecture", "llama", because=only)

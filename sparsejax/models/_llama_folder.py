@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax._extras import Extra
-from sparsejax.models._checkpoint import Checkpoint, Settings, StoredTensor
+from sparsejax.models._checkpoint import Checkpoint, FileSettings, StoredTensor
 from sparsejax.models._config import DecoderConfig
 
 NAMES = {
@@ -47,7 +47,7 @@ def read_config(folder: Path) -> DecoderConfig:
     """Reads config.json."""
     file = folder / _CONFIG
     values = _read_object(file)
-    settings = Settings(file, values)
+    settings = FileSettings(file, values)
     only = "Only Llama-type models are supported."
     settings.get("model_type", str)
     settings.require("model_type", "llama", because=only)
@@ -63,7 +63,7 @@ def read_config(folder: Path) -> DecoderConfig:
     rotary = values
     for key in ("rope_scaling", "rope_parameters"):
         rotary = rotary | settings.get(key, dict, {})
-    rope = Settings(file, rotary)
+    rope = FileSettings(file, rotary)
     for key, unscaled in {
         "type": "default",
         "rope_type": "default",
@@ -72,7 +72,9 @@ def read_config(folder: Path) -> DecoderConfig:
         rope.require(key, unscaled, because=_SCALING)
     rope.require("partial_rotary_factor", 1.0, because="All of a head is rotated.")
     # Likewise old ones say `torch_dtype`; where both are there, the new name counts.
-    named = Settings(file, {"dtype": values.get("dtype") or values.get("torch_dtype")})
+    named = FileSettings(
+        file, {"dtype": values.get("dtype") or values.get("torch_dtype")}
+    )
     named.require("dtype", *DTYPES, because="Save the model in one of these.")
     dtype = jnp.dtype(named.get("dtype", str, "float32"))
     d_model = settings.get("hidden_size", int)
