@@ -162,7 +162,7 @@ def hard_method(
                 )
             )
         updates, inner_state = step(old)
-        if topology.steps_first:
+        if choice.steps_first:
             # what is regrown after a step begins as if it had not been taken
             inner_state = fresh_where_pruned(inner_state, fresh(old), params, not_grown)
         return _prune(updates, params, stayed), state._replace(
