@@ -206,14 +206,12 @@ def double_sparsity(cached: Cached, density: float) -> KeyLists:
 
 def seer_decode(cached: Cached, density: float) -> KeyLists:
     blocks = cached.gate.shape[-1]
-    side = -(-cached.key.shape[1] // blocks)
-    mask = attention.seer_decode_topk(
+    return attention.seer_decode_topk(
         cached.gate,
         num_kept=max(round(density * blocks), 1),
-        block=side,
+        block=-(-cached.key.shape[1] // blocks),
         positions=cached.length[None, None] - 1,
     )
-    return KeyLists(mask.num[..., 0], mask.indices[..., 0, :], mask.overflowed, side)
 
 
 def evicted(

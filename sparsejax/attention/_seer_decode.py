@@ -17,7 +17,7 @@ from sparsejax.attention._seer import (
 )
 from sparsejax.attention._seer_select import room, threshold_kept, topk_kept
 from sparsejax.attention._slots import change_slots, check_next, lengths_of
-from sparsejax.formats import BlockMask
+from sparsejax.formats import KeyLists
 
 
 class SeerDecodeGate(NamedTuple):
@@ -126,7 +126,7 @@ def seer_decode_scores(
     gated_query = _gated_query(gate, query, jnp.arange(length)[None], rotate)
     starts = jnp.arange(0, length, block)[None]
     gated_key = _gated_key(gate, key_features(key, block), starts, rotate)
-    return _scores(gated_query, gated_key, _own(length, block, None))
+    return _scores(gated_query, gated_key, _own(block, jnp.arange(length)[None]))
 
 
 def init_seer_cache(
@@ -285,75 +285,88 @@ def seer_cached_scores(
     _check_gate(gate, query.shape[2:], cache.tail.shape[2])
     positions = cache.lengths[:, None] - 1
     gated_query = _gated_query(gate, query, positions, rotate)
-    own = _own(1, cache.tail.shape[1], positions)
+    own = _own(cache.tail.shape[1], positions)
     return _scores(gated_query, cache.gated_keys, own)
 
 
 def seer_decode_topk(
-    scores: Float[Array, "batch kv_heads queries blocks"],
+    scores: Float[Array, "batch kv_heads 1 blocks"],
     *,
     num_kept: ArrayLike,
     block: int,
-    positions: Int[Array, "#batch queries"] | None = None,
-) -> BlockMask:
-    """Keeps the blocks of highest score for each token, and its own.
+    positions: Int[Array, "#batch 1"],
+) -> KeyLists:
+    """Keeps the blocks of highest score for a token, and its own.
 
     Args:
-      scores: of `seer_decode_scores` or `seer_cached_scores`.
+      scores: of `seer_cached_scores`, or those of `seer_decode_scores` for one token.
       num_kept: blocks of a token, its own among them: a budget in tokens over `block`.
         One number, or one for each key head; may be traced.
       block: tokens of a block.
-      positions: of the queries of each sequence, or of all; 0, 1, 2, ... by default.
+      positions: of the token of each sequence, or of all.
 
     Returns:
-      A mask of blocks `(1, block)`, which `sj.ops.block_attention` reads. The token's
-      own block is kept whole: keys after the token are cut by `causal`, or in a cache
-      by `segment_ids`. No gradient.
+      Lists of blocks, `[batch, kv_heads, num_kept]`; the most of them where heads
+      differ, and room for all where it is traced. The token's own block is kept whole:
+      `sj.ops.listed_attention` leaves out what lies behind the token. No gradient.
 
     Raises:
-      ValueError: as `seer_topk`.
+      ValueError: as `seer_topk`, or if `scores` are not of one token.
 
     Example:
       >>> scores = jnp.array([3.0, 1.0, 2.0, -jnp.inf, -jnp.inf])[None, None, None]
-      >>> mask = seer_decode_topk(
+      >>> lists = seer_decode_topk(
       ...     scores, num_kept=3, block=64, positions=jnp.array([[200]])
       ... )
-      >>> print(mask.indices[0, 0, 0])
-      [0 2 3]
+      >>> print(lists.indices[0, 0], lists.page_size)
+      [0 2 3] 64
     """
-    own = _own(scores.shape[-2], block, positions)
-    kept = topk_kept(scores, own, num_kept)
-    return BlockMask.from_blocks(kept, (1, block), capacity=room(num_kept))
+    _check_one_token(scores)
+    kept = topk_kept(scores, _own(block, positions), num_kept)
+    return _listed(kept, block, capacity=room(num_kept))
 
 
 def seer_decode_threshold(
-    scores: Float[Array, "batch kv_heads queries blocks"],
+    scores: Float[Array, "batch kv_heads 1 blocks"],
     *,
     threshold: ArrayLike,
     block: int,
-    positions: Int[Array, "#batch queries"] | None = None,
-) -> BlockMask:
+    positions: Int[Array, "#batch 1"],
+) -> KeyLists:
     """Keeps the blocks whose softmax of scores is above a threshold, and its own.
 
     Args:
-      scores: of `seer_decode_scores` or `seer_cached_scores`.
+      scores: see `seer_decode_topk`.
       threshold: of a row's softmax; may be traced.
       block: tokens of a block.
-      positions: of the queries of each sequence, or of all; 0, 1, 2, ... by default.
+      positions: of the token of each sequence, or of all.
 
     Returns:
-      As `seer_decode_topk`.
+      As `seer_decode_topk`, with room for all blocks.
+
+    Raises:
+      ValueError: if `scores` are not of one token.
     """
-    own = _own(scores.shape[-2], block, positions)
-    kept = threshold_kept(scores, own, threshold)
-    return BlockMask.from_blocks(kept, (1, block))
+    _check_one_token(scores)
+    return _listed(threshold_kept(scores, _own(block, positions), threshold), block)
 
 
-def _own(num_queries: int, block: int, positions: jax.Array | None) -> jax.Array:
+def _listed(kept: jax.Array, block: int, capacity: int | None = None) -> KeyLists:
+    """The blocks of the one token, `[batch, kv_heads, 1, blocks]`, as lists."""
+    return KeyLists.from_mask(kept[:, :, 0], page_size=block, capacity=capacity)
+
+
+def _own(block: int, positions: jax.Array) -> jax.Array:
     """The block of each query, `[1 | batch, 1, queries]`."""
-    if positions is None:
-        positions = jnp.arange(num_queries)[None]
     return (positions // block)[:, None]
+
+
+def _check_one_token(scores: jax.Array) -> None:
+    if scores.ndim != 4 or scores.shape[2] != 1:
+        raise ValueError(
+            "`scores` must be of one token, [batch, kv_heads, 1, blocks]; got shape "
+            f"{scores.shape}."
+        )
 
 
 def _check_gate(gate: SeerDecodeGate, of_query: tuple[int, ...], kv_heads: int) -> None:

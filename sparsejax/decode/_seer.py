@@ -84,20 +84,16 @@ class Seer:
             self.gate, known, tokens.unrotated_query, rotate=tokens.rotate
         )
         if self.num_kept is not None:
-            mask = attention.seer_decode_topk(
+            return attention.seer_decode_topk(
                 scores,
                 num_kept=min(self.num_kept, scores.shape[-1]),
                 block=self.block,
                 positions=tokens.positions,
             )
-        else:
-            assert self.threshold is not None  # by `start`
-            mask = attention.seer_decode_threshold(
-                scores,
-                threshold=self.threshold,
-                block=self.block,
-                positions=tokens.positions,
-            )
-        # of one row of blocks
-        num, indices = mask.num[..., 0], mask.indices[..., 0, :]
-        return KeyLists(num, indices, mask.overflowed, self.block)
+        assert self.threshold is not None  # by `start`
+        return attention.seer_decode_threshold(
+            scores,
+            threshold=self.threshold,
+            block=self.block,
+            positions=tokens.positions,
+        )

@@ -450,7 +450,6 @@ class DecodeTest(parameterized.TestCase):
     def test_cache_repeats_the_training_form(self):
         gate, (query, key) = decode_gate(), operands(seq=15)
         want = decode_scores_of(gate, query, key)
-        select = functools.partial(attention.seer_decode_topk, num_kept=2, block=4)
 
         @jax.jit
         def walk(query, key):
@@ -458,39 +457,48 @@ class DecodeTest(parameterized.TestCase):
                 q, k = (x[:, None] for x in token)
                 cache = attention.append_to_seer_cache(gate, cache, k, rotate=rotate)
                 scores = attention.seer_cached_scores(gate, cache, q, rotate=rotate)
-                mask = select(scores, positions=cache.lengths[:, None] - 1)
-                return cache, (scores[:, :, 0], blocks_of(mask)[:, :, 0])
+                return cache, scores[:, :, 0]
 
             cache = attention.init_seer_cache(gate, 2, 15, block=4)
             tokens = [jnp.moveaxis(x, 1, 0) for x in (query, key)]
             fill = functools.partial(attention.fill_seer_cache, gate, cache)
             filled = [fill(key[:, :num], rotate=rotate) for num in (3, 10)]
-            _, (later, _) = step(filled[1], [x[10] for x in tokens])
-            cache, outputs = jax.lax.scan(step, cache, tokens)
-            outputs = [jnp.moveaxis(x, 0, 2) for x in outputs]
-            return cache.lengths, *outputs, filled, later
+            _, later = step(filled[1], [x[10] for x in tokens])
+            cache, scores = jax.lax.scan(step, cache, tokens)
+            return cache.lengths, jnp.moveaxis(scores, 0, 2), filled, later
 
-        lengths, scores, kept, filled, later = walk(query, key)
+        lengths, scores, filled, later = walk(query, key)
         np.testing.assert_array_equal(lengths, [15, 15])
         for cache, length in zip(filled, (3, 10), strict=True):  # of no block, of more
             np.testing.assert_array_equal(cache.lengths, [length, length])
         np.testing.assert_array_equal(filled[0].tail[:, :3], key[:, :3])
         np.testing.assert_allclose(later, want[:, :, 10], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-5)
-        mask = jax.jit(select)(want)
-        np.testing.assert_array_equal(kept, blocks_of(mask))
-        assert mask.block_shape == (1, 4)
-        for t in range(15):
-            np.testing.assert_array_equal(kept[:, :, t, t // 4], True)
-            np.testing.assert_array_equal(kept[:, :, t].sum(-1), min(2, t // 4 + 1))
 
     def test_threshold(self):
         scores = jnp.log(jnp.array([0.6, 0.3, 0.1, 0.0]))[None, None, None]
-        mask = attention.seer_decode_threshold(
+        lists = attention.seer_decode_threshold(
             scores, threshold=0.2, block=4, positions=jnp.array([[13]])
         )
-        np.testing.assert_array_equal(mask.indices[0, 0, 0, :3], [0, 1, 3])
-        assert mask.num == 3
+        np.testing.assert_array_equal(lists.indices[0, 0], [0, 1, 3, 3])
+        assert lists.num == 3 and lists.page_size == 4
+
+    def test_one_number_for_each_key_head(self):
+        """Known numbers bound the lists; where they are traced, there is room for all.
+
+        Of 4 blocks the last is the token's own.
+        """
+        scores = jnp.array([2.0, 3.0, 1.0, -jnp.inf]) * jnp.ones((1, KV_HEADS, 1, 1))
+        select = functools.partial(
+            attention.seer_decode_topk, block=4, positions=jnp.array([[15]])
+        )
+        lists = jax.jit(lambda scores: select(scores, num_kept=[1, 3]))(scores)
+        np.testing.assert_array_equal(lists.num, [[1, 3]])
+        np.testing.assert_array_equal(lists.indices, [[[3, 3, 3], [0, 1, 3]]])
+        traced = jax.jit(lambda num_kept: select(scores, num_kept=num_kept))
+        lists = traced(jnp.array([1, 3]))
+        np.testing.assert_array_equal(lists.num, [[1, 3]])
+        np.testing.assert_array_equal(lists.indices, [[[3, 3, 3, 3], [0, 1, 3, 3]]])
 
     def test_sequences_of_unlike_lengths(self):
         """Each at its own position: scores and choice are those of the whole form."""
@@ -503,11 +511,11 @@ class DecodeTest(parameterized.TestCase):
 
         def choose(scores, positions):
             options = dict(block=4, positions=positions)
-            masks = (
+            chosen = (
                 attention.seer_decode_topk(scores, num_kept=2, **options),
                 attention.seer_decode_threshold(scores, threshold=0.3, **options),
             )
-            return [mask.to_blocks()[:, :, 0] for mask in masks]
+            return [lists.to_mask(16)[..., ::4] for lists in chosen]
 
         @jax.jit
         def walk(query, key, filled):
@@ -541,23 +549,33 @@ class DecodeTest(parameterized.TestCase):
                     wanted[own] = True
                     np.testing.assert_array_equal(above[row, head], wanted)
 
-    def test_masks_are_read_by_the_kernel(self):
+    def test_lists_are_read_by_the_kernel(self):
         """A token attends to the kept blocks, its own up to itself."""
+        at = np.array([13, 6])  # of the last block and of the second
 
         @jax.jit
-        def both(gate, query, key):
+        def run(gate, query, key):
             scores = attention.seer_decode_scores(
                 gate, query, key, block=4, rotate=rotate
             )
-            mask = attention.seer_decode_topk(scores, num_kept=2, block=4)
-            seen = mask.to_dense() & np.tri(16, dtype=bool)
-            want = jax.nn.dot_product_attention(
-                query, key, key, mask=jnp.repeat(seen, GROUP, axis=1)
+            rows = at[:, None, None, None]
+            scores = jnp.take_along_axis(scores, rows, axis=2)
+            lists = attention.seer_decode_topk(
+                scores, num_kept=2, block=4, positions=at[:, None]
             )
-            return ops.block_attention(query, key, key, mask, causal=True), want
+            query = jnp.take_along_axis(query, rows, axis=1)
+            out = ops.listed_attention(query, key, key, lists, at + 1)
+            return out, scores, query
 
-        got, want = both(decode_gate(), *operands(seq=16))
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+        query, key = operands(seq=16)
+        got, scores, query = run(decode_gate(), query, key)
+        for b, h in np.ndindex(2, HEADS):
+            best = int(np.argmax(scores[b, h // GROUP, 0]))
+            seen = [t for t in range(at[b] + 1) if t // 4 in (best, at[b] // 4)]
+            keys = np.float64(key[b, seen, h // GROUP])
+            powers = np.exp(keys @ np.float64(query[b, 0, h]) / np.sqrt(DIM))
+            want = powers @ keys / powers.sum()
+            np.testing.assert_allclose(got[b, 0, h], want, rtol=1e-4, atol=1e-5)
 
     def test_group_draw(self):
         """Xavier of a key head: its query heads are projected together."""
@@ -621,6 +639,18 @@ def test_bad_input_is_named():
         (top(np.array([1, 2])), r"one for each of 4 heads; got shape \(2,\)"),
         (top(1, dense_last_rows=-1), "`dense_last_rows` must .*got -1"),
         (top(1, lengths=jnp.ones(3, int)), r"each of 2 sequences; got int32\[3\]"),
+        (
+            lambda: attention.seer_decode_topk(
+                scores, num_kept=1, block=4, positions=jnp.zeros((1, 4), int)
+            ),
+            r"of one token, .*; got shape \(2, 4, 4, 4\)",
+        ),
+        (
+            lambda: attention.seer_decode_threshold(
+                scores[0], threshold=0.5, block=4, positions=jnp.zeros((1, 1), int)
+            ),
+            r"of one token, .*; got shape \(4, 4, 4\)",
+        ),
         (lambda: attention.seer_num_kept(1.5, 4), r"\(0, 1\].*density=1.5"),
         (lambda: attention.init_seer_cache(decoding, 2, 8, block=9), "got 9"),
         (
