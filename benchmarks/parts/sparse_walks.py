@@ -142,14 +142,14 @@ def decode(model: models.Decoder, tokens, select, density, channels):
         normed = block.attention_norm(x)
         pairs, rotated, value = project(layer, normed, positions)
         asked = gated = None
+        later = ((0, 0), (0, tasks.ANSWER), (0, 0), (0, 0))
         if isinstance(layer, long_context_model.Gated):
             asked = rotated[0][:, -sparse_selectors.WINDOW :]
-            gated = gate_cache(layer, pairs[1], tokens.shape[1])
+            gated = gate_cache(layer, jnp.pad(pairs[1], later), prompt)
             y = ops.block_attention(*rotated, value, causal=True)
         else:
             y, _ = layer.mix(normed, positions)
-        room = ((0, 0), (0, tasks.ANSWER), (0, 0), (0, 0))
-        caches.append((asked, jnp.pad(rotated[1], room), jnp.pad(value, room), gated))
+        caches.append((asked, jnp.pad(rotated[1], later), jnp.pad(value, later), gated))
         x = x + layer.combine(y)
         x = x + block.ffn(block.ffn_norm(x))
 
@@ -190,13 +190,12 @@ def decode(model: models.Decoder, tokens, select, density, channels):
     return predicted, *found.mean(0)
 
 
-def gate_cache(layer: long_context_model.Gated, key, room: int) -> attention.SeerCache:
-    """What the gate keeps of the keys of a prompt, before their rotation."""
+def gate_cache(layer: long_context_model.Gated, key, length) -> attention.SeerCache:
+    """What the gate keeps of a cache of keys before their rotation."""
     gate = layer.decode_gate.get_value()
-    empty = attention.init_seer_cache(
-        gate, len(key), room, block=layer.block, dtype=key.dtype
+    return attention.seer_cache(
+        gate, key, length, block=layer.block, rotate=layer.rotate
     )
-    return attention.fill_seer_cache(gate, empty, key, rotate=layer.rotate)
 
 
 def gate_scores(layer: long_context_model.Gated, cache, query) -> jax.Array:

@@ -54,11 +54,10 @@ from sparsejax.attention._seer_decode import SeerDecodeGate as SeerDecodeGate
 from sparsejax.attention._seer_decode import (
     append_to_seer_cache as append_to_seer_cache,
 )
-from sparsejax.attention._seer_decode import fill_seer_cache as fill_seer_cache
-from sparsejax.attention._seer_decode import init_seer_cache as init_seer_cache
 from sparsejax.attention._seer_decode import (
     init_seer_decode_gate as init_seer_decode_gate,
 )
+from sparsejax.attention._seer_decode import seer_cache as seer_cache
 from sparsejax.attention._seer_decode import seer_cached_scores as seer_cached_scores
 from sparsejax.attention._seer_decode import seer_decode_scores as seer_decode_scores
 from sparsejax.attention._seer_decode import (

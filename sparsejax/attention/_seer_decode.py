@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from sparsejax.attention._arguments import check_tokens
 from sparsejax.attention._seer import (
     KEY_POOLS,
     Rotate,
@@ -39,6 +40,8 @@ class SeerDecodeGate(NamedTuple):
 
 class SeerCache(NamedTuple):
     """What the gate keeps of the keys so far; a pytree of constant shapes.
+
+    Built by `seer_cache`, kept up by `append_to_seer_cache`.
 
     Attributes:
       gated_keys: `[batch, blocks, kv_heads, d_gate]`, of each finished block, rotated.
@@ -129,90 +132,56 @@ def seer_decode_scores(
     return _scores(gated_query, gated_key, _own(block, jnp.arange(length)[None]))
 
 
-def init_seer_cache(
+def seer_cache(
     gate: SeerDecodeGate,
-    batch: int,
-    max_length: int,
-    *,
-    block: int,
-    dtype: DTypeLike = jnp.float32,
-) -> SeerCache:
-    """Makes an empty cache.
-
-    Args:
-      gate: weights.
-      batch: sequences.
-      max_length: most tokens; what is appended beyond is not scored.
-      block: tokens of a block, in `[1, max_length]`.
-      dtype: of the keys of the unfinished block.
-
-    Raises:
-      ValueError: if `block` is out of range.
-    """
-    if not 1 <= block <= max_length:
-        raise ValueError(
-            f"`block` must be in [1, {max_length}], `max_length`; got {block}. Choose "
-            "smaller blocks or a longer cache."
-        )
-    kv_heads, width, d_gate = gate.key.shape
-    blocks = -(-max_length // block)
-    return SeerCache(
-        jnp.zeros((batch, blocks, kv_heads, d_gate), jnp.float32),
-        jnp.zeros((batch, block, kv_heads, width // len(KEY_POOLS)), dtype),
-        jnp.zeros(batch, jnp.int32),
-    )
-
-
-def fill_seer_cache(
-    gate: SeerDecodeGate,
-    cache: SeerCache,
-    key: Float[Array, "batch seq kv_heads head_dim"],
+    key: Float[Array, "batch slots kv_heads head_dim"],
     lengths: ArrayLike | None = None,
     *,
+    block: int,
     rotate: Rotate,
 ) -> SeerCache:
-    """Takes in prompts at once: scores are as if their keys were appended one by one.
+    """Pools and projects the finished blocks of a cache of keys.
+
+    Scores are as if the keys were appended one by one.
 
     Args:
       gate: weights.
-      cache: empty; its contents are not read.
-      key: before rotation; at most as many as the cache has room for.
-      lengths: int32 `[batch]` or one integer, tokens of each prompt; what lies behind
-        them is not read. All by default.
+      key: keys before rotation, or a cache of them with slots for more; what is
+        appended beyond its slots is not scored.
+      lengths: int32 `[batch]` or one integer, keys that are there, 0 for an empty
+        cache; what lies in the slots behind them is not read. All by default.
+      block: tokens of a block, in `[1, slots]`.
       rotate: see `Rotate`.
 
     Raises:
-      ValueError: if `key` does not fit the cache, or `lengths` do not fit `key`.
+      ValueError: if `key` has other axes or does not fit `gate`, `lengths` are not
+        integers that fit it, or `block` is out of range.
     """
-    batch, block, kv_heads, head_dim = cache.tail.shape
-    most = block * cache.gated_keys.shape[1]
-    length = key.shape[1]
-    if key.shape[2:] != (kv_heads, head_dim):
+    check_tokens("key", key)
+    num_slots = key.shape[1]
+    want = gate.key.shape[0], gate.key.shape[1] // len(KEY_POOLS)
+    if key.shape[2:] != want:
         raise ValueError(
-            f"`key` must be {(batch, 'seq', kv_heads, head_dim)}, by `gate`; got "
+            f"`key` must be [batch, slots, {want[0]}, {want[1]}], by `gate`; got shape "
             f"{key.shape}. Is it the gate of another model?"
         )
-    if key.shape != (batch, length, kv_heads, head_dim) or length > most:
+    if not 1 <= block <= num_slots:
         raise ValueError(
-            f"`key` must be {(batch, 'seq', kv_heads, head_dim)} of at most {most} "
-            f"tokens, the room of the cache; got {key.shape}."
+            f"`block` must be in [1, {num_slots}], the slots of the cache; got "
+            f"{block}. Choose smaller blocks or a longer cache."
         )
-    key, lengths = key.astype(cache.tail.dtype), lengths_of(key, lengths)
-    blocks, finished = length // block, (lengths // block)[:, None]
-    gated_keys = jnp.zeros_like(cache.gated_keys)
-    if blocks:
-        starts = block * jnp.arange(blocks)[None]
-        features = key_features(key[:, : blocks * block], block)
-        gated = _gated_key(gate, features, starts, rotate)
-        whole = (jnp.arange(blocks) < finished)[..., None, None]
-        room = gated_keys.shape[1] - blocks
-        padding = [(0, 0), (0, room), (0, 0), (0, 0)]
-        gated_keys = jnp.pad(jnp.where(whole, gated, 0), padding)
+    lengths = lengths_of(key, lengths)
+    whole, finished = num_slots // block, (lengths // block)[:, None]
+    features = key_features(key[:, : whole * block], block)
+    gated = _gated_key(gate, features, block * jnp.arange(whole)[None], rotate)
+    gated = jnp.where((jnp.arange(whole) < finished)[..., None, None], gated, 0)
+    rest = -(-num_slots // block) - whole
+    gated = jnp.pad(gated, [(0, 0), (0, rest), (0, 0), (0, 0)])
     at = block * finished + jnp.arange(block)
-    in_key = jnp.minimum(at, length - 1)[..., None, None]
+    in_key = jnp.minimum(at, num_slots - 1)[..., None, None]
     tail = jnp.take_along_axis(key, in_key, axis=1)
     tail = jnp.where((at < lengths[:, None])[..., None, None], tail, 0)
-    return SeerCache(gated_keys, tail, lengths)
+    return SeerCache(gated, tail, lengths)
 
 
 def append_to_seer_cache(
@@ -273,8 +242,8 @@ def seer_cached_scores(
       >>> rotate = functools.partial(sj.nn.apply_rope, base=1e4)
       >>> gate = init_seer_decode_gate(2, 2, 8, d_gate=8, key=jax.random.key(0))
       >>> x = jax.random.normal(jax.random.key(1), (1, 10, 2, 8))
-      >>> cache = init_seer_cache(gate, 1, 16, block=4)
-      >>> cache = fill_seer_cache(gate, cache, x[:, :9], rotate=rotate)
+      >>> slots = jnp.pad(x, [(0, 0), (0, 6), (0, 0), (0, 0)])
+      >>> cache = seer_cache(gate, slots, 9, block=4, rotate=rotate)
       >>> cache = append_to_seer_cache(gate, cache, x[:, 9:], rotate=rotate)
       >>> scores = seer_cached_scores(gate, cache, x[:, 9:], rotate=rotate)
       >>> print(jnp.isfinite(scores[0, 0]))  # the token is in the third block

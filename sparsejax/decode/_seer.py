@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from sparsejax import attention
-from sparsejax.decode._selector import LayerTokens
+from sparsejax.decode._selector import LayerTokens, in_slots
 from sparsejax.formats import KeyLists
 
 
@@ -62,12 +62,9 @@ class Seer:
                 "one of `num_kept` and `threshold` must be set; got "
                 f"num_kept={self.num_kept} and threshold={self.threshold}."
             )
-        key = tokens.unrotated_key
-        cache = attention.init_seer_cache(
-            self.gate, len(key), num_slots, block=self.block, dtype=key.dtype
-        )
-        return attention.fill_seer_cache(
-            self.gate, cache, key, lengths, rotate=tokens.rotate
+        key = in_slots(tokens.unrotated_key, num_slots)
+        return attention.seer_cache(
+            self.gate, key, lengths, block=self.block, rotate=tokens.rotate
         )
 
     def append(

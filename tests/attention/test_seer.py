@@ -203,7 +203,7 @@ class GateTest(parameterized.TestCase):
             x, options = operands(), {"block": 13, "rotate": rotate}
             scores = attention.seer_scores(gate, *x, **options)
             decode_scores = attention.seer_decode_scores(decode, *x, **options)
-            cache = attention.init_seer_cache(decode, 1, 26, block=13)
+            cache = attention.seer_cache(decode, x[1], **options)
         for leaf in jax.tree.leaves((gate, decode, scores, decode_scores, cache[:2])):
             self.assertEqual(leaf.dtype, jnp.float32)
 
@@ -459,10 +459,11 @@ class DecodeTest(parameterized.TestCase):
                 scores = attention.seer_cached_scores(gate, cache, q, rotate=rotate)
                 return cache, scores[:, :, 0]
 
-            cache = attention.init_seer_cache(gate, 2, 15, block=4)
+            fill = functools.partial(
+                attention.seer_cache, gate, key, block=4, rotate=rotate
+            )
             tokens = [jnp.moveaxis(x, 1, 0) for x in (query, key)]
-            fill = functools.partial(attention.fill_seer_cache, gate, cache)
-            filled = [fill(key[:, :num], rotate=rotate) for num in (3, 10)]
+            cache, *filled = (fill(num) for num in (0, 3, 10))
             _, later = step(filled[1], [x[10] for x in tokens])
             cache, scores = jax.lax.scan(step, cache, tokens)
             return cache.lengths, jnp.moveaxis(scores, 0, 2), filled, later
@@ -506,8 +507,8 @@ class DecodeTest(parameterized.TestCase):
         gate = decode_gate()
         query, key = (jnp.concatenate([x, x + 0.5]) for x in operands(seq=15))
         want = np.asarray(decode_scores_of(gate, query, key))
-        filled = jnp.arange(14)[:, None, None] >= lengths[:, None, None, None]
-        filled = jnp.where(filled, jnp.nan, key[:, :14])  # behind a prompt: anything
+        filled = jnp.arange(15)[:, None, None] >= lengths[:, None, None, None]
+        filled = jnp.where(filled, jnp.nan, key)  # behind a prompt: anything
 
         def choose(scores, positions):
             options = dict(block=4, positions=positions)
@@ -527,10 +528,7 @@ class DecodeTest(parameterized.TestCase):
                 kept = choose(scores, cache.lengths[:, None] - 1)
                 return cache, (scores[:, :, 0], *kept)
 
-            cache = attention.init_seer_cache(gate, 4, 15, block=4)
-            cache = attention.fill_seer_cache(
-                gate, cache, filled, lengths, rotate=rotate
-            )
+            cache = attention.seer_cache(gate, filled, lengths, block=4, rotate=rotate)
             return jax.lax.scan(step, cache, length=3)
 
         cache, found = walk(query, key, filled)
@@ -594,7 +592,7 @@ def test_bad_input_is_named():
     of_others = attention.init_seer_gate(4, 2, 16, d_gate=16, key=jax.random.key(0))
     projected = attention.init_seer_gate(4, 4, 8, d_gate=6, key=jax.random.key(0))
     decoding, scores = decode_gate(), causal_scores(4)
-    cache = attention.init_seer_cache(decoding, 2, 8, block=4)
+    cache = attention.seer_cache(decoding, key, block=4, rotate=rotate)
 
     def gated(gate=gate, query=query, key=key, block=4, positions=None):
         return lambda: attention.seer_scores(
@@ -604,6 +602,11 @@ def test_bad_input_is_named():
     def made(heads=4, kv_heads=2, **options):
         return lambda: attention.init_seer_gate(
             heads, kv_heads, 8, key=jax.random.key(0), **options
+        )
+
+    def cached(key=key, lengths=None, block=4):
+        return lambda: attention.seer_cache(
+            decoding, key, lengths, block=block, rotate=rotate
         )
 
     def top(num_kept, **options):
@@ -652,17 +655,15 @@ def test_bad_input_is_named():
             r"of one token, .*; got shape \(4, 4, 4\)",
         ),
         (lambda: attention.seer_num_kept(1.5, 4), r"\(0, 1\].*density=1.5"),
-        (lambda: attention.init_seer_cache(decoding, 2, 8, block=9), "got 9"),
+        (cached(block=9), r"`block` must be in \[1, 8\], the slots .*; got 9. Choose"),
+        (cached(block=0), "got 0"),
+        (cached(key=key[0]), r"`key` must be \[batch, .*; got shape \(8, 2, 8\)"),
         (
-            lambda: attention.fill_seer_cache(
-                decoding, cache, jnp.zeros((2, 9, 2, 8)), rotate=rotate
-            ),
-            r"at most 8 tokens, the room of the cache; got \(2, 9, 2, 8\)",
+            cached(key=query),
+            r"\[batch, slots, 2, 8\], by `gate`; got shape \(2, 8, 4, 8\).*model",
         ),
         (
-            lambda: attention.fill_seer_cache(
-                decoding, cache, key, jnp.array([1, 2, 3]), rotate=rotate
-            ),
+            cached(lengths=jnp.array([1, 2, 3])),
             r"one for each of 2 sequences; got int32\[3\]",
         ),
         (

@@ -83,8 +83,8 @@ def double_sparsity(q, k, bits=4):
 def seer_decode(q, k):
     key = jax.random.key(0)
     gate = attention.init_seer_decode_gate(HEADS, KV_HEADS, DIM, d_gate=DIM, key=key)
-    cache = attention.init_seer_cache(gate, 2, 64, block=8)
-    cache = attention.fill_seer_cache(gate, cache, k[:, :48], [40, 13], rotate=rotate)
+    lengths = jnp.array([40, 13])
+    cache = attention.seer_cache(gate, k, lengths, block=8, rotate=rotate)
     cache = attention.append_to_seer_cache(gate, cache, k[:, :1], rotate=rotate)
     return attention.seer_cached_scores(gate, cache, q[:, :1], rotate=rotate)
 

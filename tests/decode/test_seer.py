@@ -169,7 +169,7 @@ def test_bad_settings_raise():
         (
             make_gate(0, 4, 4),
             dict(num_kept=2),
-            r"'seq', 4, 8\), by `gate`; got .*model",
+            r"slots, 4, 8\], by `gate`; got .*model",
         ),
         (make_gate(0, 8), dict(num_kept=2), r"`gate.query` must .*of another model"),
     ):
