@@ -41,7 +41,7 @@ def configs(case: Case, length: int) -> dict[str, models.DecoderConfig]:
     dense = spark_models.dense(case.size, dtype=jnp.bfloat16, param_dtype=jnp.float32)
     found = {"dense": dense}
     for kept in case.kept:
-        num_kept = attention.seer_num_kept(kept, length // case.block)
+        num_kept = attention.blocks_for_density(kept, length // case.block)
         select = functools.partial(
             attention.topk_blocks,
             num_kept=num_kept,

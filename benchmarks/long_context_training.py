@@ -84,7 +84,7 @@ def arms(size: Size, seq_len: int, block: int) -> dict[str, Arm]:
         return arm(functools.partial(nn.BlockAttention, select=select), **options)
 
     few, more = (
-        attention.seer_num_kept(share, seq_len // block) for share in (0.1, 0.25)
+        attention.blocks_for_density(share, seq_len // block) for share in (0.1, 0.25)
     )
 
     def statistical(num_kept: int) -> Arm:

@@ -164,7 +164,7 @@ def recalled(graph, weights, gates, tokens, *, key):
         attend = functools.partial(ops.block_attention, causal=True, with_lse=True)
         _, every = attend(query, key_, value)
         for density, found in masses.items():
-            num_kept = attention.seer_num_kept(density, target.shape[-1])
+            num_kept = attention.blocks_for_density(density, target.shape[-1])
             of_layer = {}
             for name, of_blocks in scores.items():
                 mask = attention.seer_topk(

@@ -7,13 +7,13 @@ and `KeyLists.density`.
 """
 
 from sparsejax.attention._block_sparse import block_sparse as block_sparse
-from sparsejax.attention._block_sparse import blocks_for_density as blocks_for_density
 from sparsejax.attention._blocks import block_scores as block_scores
-from sparsejax.attention._blocks import causal_density as causal_density
 from sparsejax.attention._blocks import (
     statistical_topk_blocks as statistical_topk_blocks,
 )
 from sparsejax.attention._blocks import topk_blocks as topk_blocks
+from sparsejax.attention._density import blocks_for_density as blocks_for_density
+from sparsejax.attention._density import causal_density as causal_density
 from sparsejax.attention._density import pair_density as pair_density
 from sparsejax.attention._double_sparsity import KeyLabels as KeyLabels
 from sparsejax.attention._double_sparsity import append_label as append_label
@@ -64,7 +64,6 @@ from sparsejax.attention._seer_decode import (
     seer_decode_threshold as seer_decode_threshold,
 )
 from sparsejax.attention._seer_decode import seer_decode_topk as seer_decode_topk
-from sparsejax.attention._seer_select import seer_num_kept as seer_num_kept
 from sparsejax.attention._seer_select import seer_threshold as seer_threshold
 from sparsejax.attention._seer_select import seer_topk as seer_topk
 from sparsejax.attention._seer_target import seer_decode_target as seer_decode_target

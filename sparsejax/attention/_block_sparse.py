@@ -1,6 +1,5 @@
 """Block-sparse: the blocks of highest mean score, with the first and the nearest."""
 
-import bisect
 from typing import Literal
 
 import jax.numpy as jnp
@@ -70,36 +69,3 @@ def block_sparse(
     first = jnp.arange(columns) == 0
     ranked = _blocks.ranked(scores, visible, own | before | first)
     return _blocks.highest_blocks(ranked, block_shape, num_kept)
-
-
-def blocks_for_density(density: float, num_blocks: int) -> int:
-    """Gives the most blocks in a row that keep at most a share of a causal map.
-
-    Of `n` rows of square blocks the first rows have fewer in sight than `t`, so that
-    `t (t + 1) / 2 + (n - t) t` blocks are kept of `n (n + 1) / 2`.
-
-    Args:
-      density: share of the blocks in sight, in (0, 1].
-      num_blocks: `n`, blocks of the sequence.
-
-    Returns:
-      `t`, at least 1.
-
-    Raises:
-      ValueError: if an argument is out of range.
-
-    Example:
-      >>> sj.attention.blocks_for_density(0.1, 1024)
-      52
-    """
-    if not 0 < density <= 1 or num_blocks < 1:
-        raise ValueError(
-            "`density` must be in (0, 1] and `num_blocks` at least 1; got "
-            f"{density} and {num_blocks}."
-        )
-
-    def kept(t):
-        return t * (t + 1) // 2 + (num_blocks - t) * t
-
-    room = density * kept(num_blocks)
-    return max(1, bisect.bisect_right(range(1, num_blocks + 1), room, key=kept))

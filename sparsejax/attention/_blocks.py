@@ -218,62 +218,6 @@ def statistical_topk_blocks(
     return dataclasses.replace(mask, overflowed=overflowed)
 
 
-def causal_density(
-    block_mask: BlockMask, num_queries: int
-) -> Float[Array, "batch queries"]:
-    """Computes the share of the keys in sight that causal attention attends to.
-
-    Args:
-      block_mask: `[batch | 1, heads, queries, keys]`, for as many keys as queries.
-      num_queries: without the padding to whole blocks.
-
-    Returns:
-      float32, a mean over the heads of the mask; query i has `i + 1` keys in sight.
-
-    Raises:
-      ValueError: if `block_mask` has other axes, or fewer queries than `num_queries`.
-
-    Example:
-      >>> kept = jnp.array([[[[True, False], [False, True]]]])
-      >>> mask = sj.BlockMask.from_blocks(kept, (2, 2))
-      >>> print(12 * sj.attention.causal_density(mask, 4))
-      [[12. 12.  4.  6.]]
-    """
-    check_covers(block_mask, num_queries)
-    share = jnp.mean(block_mask.to_blocks(), axis=1, dtype=jnp.float32)
-    return share_in_sight(share, block_mask.block_shape, num_queries)
-
-
-def share_in_sight(
-    share: Float[Array, "batch block_rows block_columns"],
-    block_shape: tuple[int, int],
-    num_queries: int,
-) -> Float[Array, "batch queries"]:
-    """The mean of `share` over the keys in sight of each query, causal."""
-    (height, width), (rows, columns) = block_shape, share.shape[1:]
-    in_sight = 1 + jnp.arange(rows * height)
-    in_block = jnp.clip(in_sight[:, None] - width * jnp.arange(columns), 0, width)
-    attended = jnp.einsum(
-        "brc,rhc->brh",
-        share,
-        in_block.reshape(rows, height, columns).astype(jnp.float32),
-        precision="highest",  # counts
-    )
-    density = attended.reshape(len(share), -1) / in_sight
-    return density[:, :num_queries]
-
-
-def check_covers(block_mask: BlockMask, num_queries: int) -> None:
-    """Raises unless a mask has all four axes and so many queries."""
-    shape = block_mask.shape
-    if len(shape) != 4 or not 1 <= num_queries <= shape[2]:
-        raise ValueError(
-            "`block_mask` must be [batch, heads, queries, keys], with at least "
-            f"`num_queries`, which is 1 or more; got shape {shape} and "
-            f"num_queries={num_queries}."
-        )
-
-
 def check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
     """Raises unless queries, keys and the shape of a block fit."""
     check_heads(query, key)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
 from sparsejax.attention._arguments import check_tokens
-from sparsejax.attention._blocks import in_sight, share_in_sight
+from sparsejax.attention._blocks import in_sight
+from sparsejax.attention._density import share_in_sight
 from sparsejax.attention._psa_importance import check
 from sparsejax.formats import BlockMask
 

@@ -1,7 +1,5 @@
 """SeerAttention: which blocks are kept of the gate's scores."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,31 +10,6 @@ from jaxtyping import Array, Float
 from sparsejax import ops
 from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import BlockMask
-
-
-def seer_num_kept(density: float, num_blocks: int) -> int:
-    """Computes how many blocks a row keeps, so that of the causal half `density` stay.
-
-    Early rows have fewer blocks than that: `k n - k**2 / 2` of `n**2 / 2` are kept.
-
-    Args:
-      density: share of the causal blocks, in (0, 1].
-      num_blocks: of the sequence.
-
-    Raises:
-      ValueError: if an argument is out of range.
-
-    Example:
-      >>> [seer_num_kept(density, 64) for density in (0.1, 0.5, 0.75, 1)]
-      [3, 18, 32, 64]
-    """
-    if not 0 < density <= 1 or num_blocks < 1:
-        raise ValueError(
-            "`density` must be in (0, 1] and `num_blocks` at least 1; got "
-            f"density={density} and num_blocks={num_blocks}."
-        )
-    exact = (1 - math.sqrt(1 - density)) * num_blocks
-    return max(1, int(exact + 1e-9))  # 1 - sqrt(0.81) is just below 0.1
 
 
 def seer_topk(
@@ -53,7 +26,9 @@ def seer_topk(
       scores: of `seer_scores`; -inf and NaN are never kept.
       num_kept: blocks of a row, or one number for each head; may be traced. The block
         of the queries themselves is always kept and counts: the released code may drop
-        it. Of equal scores the one further left wins.
+        it. Of equal scores the one further left wins. `blocks_for_density` gives it for
+        a density; the released code's `(1 - sqrt(1 - density)) n` is as much or one
+        block less.
       block: tokens of a block.
       dense_last_rows: so many block rows at the end keep all blocks, as in the paper's
         prefill, where they hold the question; 0 for training.

@@ -1,4 +1,4 @@
-"""Block-sparse against loops over blocks, and the density of a count of blocks."""
+"""Block-sparse against loops over blocks."""
 
 import functools
 
@@ -73,32 +73,6 @@ class BlockSparseTest(parameterized.TestCase):
     def test_filler_has_no_part(self, *block_shape):
         select = functools.partial(block_sparse, num_kept=4, block_shape=block_shape)
         prompts.assert_filler_has_no_part(select, (25, 46), 46)
-
-
-class BlocksForDensityTest(parameterized.TestCase):
-    @parameterized.product(num_blocks=[1, 7, 40], density=[0.01, 0.3, 0.51, 1.0])
-    def test_is_the_most_within_the_density(self, num_blocks, density):
-        def share(num_kept):
-            rows = [min(i + 1, num_kept) for i in range(num_blocks)]
-            return sum(rows) / (num_blocks * (num_blocks + 1) / 2)
-
-        got = attention.blocks_for_density(density, num_blocks)
-        within = [t for t in range(1, num_blocks + 1) if share(t) <= density]
-        self.assertEqual(got, max(within, default=1))
-
-    def test_is_what_a_mask_keeps(self):
-        num_kept = attention.blocks_for_density(0.5, 16)
-        x = prompts.prompt(64, batch=1)
-        num = np.asarray(block_sparse(*x, num_kept=num_kept, block_shape=(4, 4)).num)
-        kept = num_kept * (num_kept + 1) // 2 + (16 - num_kept) * num_kept
-        np.testing.assert_array_equal(num.sum(axis=-1), kept)
-        self.assertLessEqual(kept / 136, 0.5)
-
-    @parameterized.parameters((0.0, 4), (1.5, 4), (0.5, 0))
-    def test_bad_arguments_raise(self, density, num_blocks):
-        message = f"`density` must be .*; got {density} and {num_blocks}"
-        with self.assertRaisesRegex(ValueError, message):
-            attention.blocks_for_density(density, num_blocks)
 
 
 @pytest.mark.parametrize(

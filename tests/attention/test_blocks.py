@@ -270,21 +270,6 @@ class SelectorsTest(parameterized.TestCase):
         self.assertAlmostEqual(float(mask.num.mean()), 13, delta=0.4)
 
 
-class DensityTest(parameterized.TestCase):
-    @parameterized.parameters((4, 4), (4, 3), (2, 5))
-    def test_equals_a_count(self, *block_shape):
-        length = 14
-        rows, columns = (-(-length // side) for side in block_shape)
-        kept = np.random.default_rng(0).random((2, 2, rows, columns)) < 0.5
-        mask = sj.BlockMask.from_blocks(jnp.asarray(kept), block_shape)
-        got = jax.jit(attention.causal_density, static_argnums=1)(mask, length)
-        want = np.zeros((2, length))
-        for b, h, i in np.ndindex(2, 2, length):
-            own = kept[b, h, i // block_shape[0]]
-            want[b, i] += sum(own[j // block_shape[1]] for j in range(i + 1)) / (i + 1)
-        np.testing.assert_allclose(got, want / 2, rtol=1e-5)
-
-
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("changed", "message"),

@@ -390,7 +390,7 @@ class SelectionTest(parameterized.TestCase):
     @parameterized.parameters(0.1, 0.25, 0.5, 0.9, 1.0)
     def test_density(self, density):
         """Within a block in a row of what was asked for."""
-        num_kept = attention.seer_num_kept(density, 32)
+        num_kept = attention.blocks_for_density(density, 32)
         mask = topk(
             causal_scores(32, heads=1), num_kept=num_kept, block=2, dense_last_rows=0
         )
@@ -398,14 +398,6 @@ class SelectionTest(parameterized.TestCase):
         np.testing.assert_allclose(realised, density, atol=2 / 32)
         if density == 1:
             np.testing.assert_array_equal(mask.num[0, 0], np.arange(32) + 1)
-
-    def test_card_numbers(self):
-        """k = max(1, int((1 - sqrt(1 - rho)) n)): 2 k n - k**2 of n**2 are rho."""
-        assert attention.seer_num_kept(0.1, 512) == 26
-        assert attention.seer_num_kept(0.5, 512) == 149
-        assert attention.seer_num_kept(0.19, 10) == 1  # 1 - sqrt(0.81) in floats
-        assert attention.seer_num_kept(0.36, 10) == 2
-        assert attention.seer_num_kept(1e-6, 512) == 1
 
 
 def decode_gate(norm=True):
@@ -654,7 +646,6 @@ def test_bad_input_is_named():
             ),
             r"of one token, .*; got shape \(4, 4, 4\)",
         ),
-        (lambda: attention.seer_num_kept(1.5, 4), r"\(0, 1\].*density=1.5"),
         (cached(block=9), r"`block` must be in \[1, 8\], the slots .*; got 9. Choose"),
         (cached(block=0), "got 0"),
         (cached(key=key[0]), r"`key` must be \[batch, .*; got shape \(8, 2, 8\)"),
