@@ -43,16 +43,15 @@ def density(
 ) -> jax.Array:
     """The share of the pairs in sight that is read; of pooled keys one is one."""
     if isinstance(selection, formats.BlockMask):
-        cost = {1: selection}
-    else:
-        cost = {
-            h: formats.BlockMask.from_blocks(selection == h, block_shape)
-            for h in sparse_selectors.PSA_LEVELS
-        }
-    shares = (
-        attention.pair_density(mask, num_queries).mean() / h for h, mask in cost.items()
+        return attention.pair_density(selection, num_queries).mean()
+    of_query = attention.pyramid_density(
+        selection,
+        num_queries,
+        block_shape=block_shape,
+        levels=sparse_selectors.PSA_LEVELS,
     )
-    return sum(shares, jnp.zeros(()))
+    in_sight = 1 + jnp.arange(num_queries, dtype=jnp.float32)
+    return jnp.average(of_query.mean(axis=0), weights=in_sight)
 
 
 def shape_of_blocks(selection: Selection, length: int) -> tuple[int, int]:

@@ -36,7 +36,6 @@ from sparsejax.attention._psa_importance import (
     antidiagonal_importance as antidiagonal_importance,
 )
 from sparsejax.attention._psa_importance import sampled_importance as sampled_importance
-from sparsejax.attention._psa_levels import level_density as level_density
 from sparsejax.attention._psa_levels import mass_levels as mass_levels
 from sparsejax.attention._psa_levels import pyramid_full_blocks as pyramid_full_blocks
 from sparsejax.attention._psa_levels import quota_levels as quota_levels

@@ -164,8 +164,8 @@ def pyramid_density(
 ) -> Float[Array, "batch queries"]:
     """Computes the share of the keys in sight that causal pyramid attention reads.
 
-    A key of a block that is read at level `h` counts `1 / h`, as in `level_density`; so
-    that is a share of the work, and pooled keys stand for more of what is in sight.
+    A key of a block that is read at level `h` counts `1 / h`; so that is a share of the
+    work, and pooled keys stand for more of what is in sight.
     Blocks that are cut through are read at level 1. With levels 0 and 1 alone it is
     `causal_density` of the blocks that are kept.
 

@@ -129,28 +129,6 @@ def pyramid_full_blocks(
     return diagonal | (jnp.arange(diagonal.shape[1]) == 0)
 
 
-def level_density(
-    level_map: Int[Array, "*batch block_rows block_columns"],
-) -> Float[Array, "*batch"]:
-    """Computes the share of the products of dense attention that are computed.
-
-    A block of level `h` counts as `1 / h`. Of all blocks, in sight or not: causal maps
-    have at most about 1/2.
-
-    Args:
-      level_map: levels, 0 where a block is dropped.
-
-    Returns:
-      float32 in [0, 1].
-
-    Example:
-      >>> print(level_density(jnp.array([[1, 2, 4, 0]])))
-      0.4375
-    """
-    shares = jnp.where(level_map > 0, 1 / jnp.maximum(level_map, 1), 0)
-    return jnp.mean(shares, axis=(-2, -1), dtype=jnp.float32)
-
-
 def _check_bounds(name: str, bounds: Bounds) -> None:
     levels, shares = [level for level, _ in bounds], [share for _, share in bounds]
     if (
