@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax.attention import _blocks, _window
+from sparsejax.attention import _arguments, _blocks
+from sparsejax.attention._ranking import ranked
 from sparsejax.formats import BlockMask
 
 
@@ -54,12 +55,12 @@ def block_sparse(
       Jiang et al., 2024, https://arxiv.org/abs/2407.02490 (MInference), as in Nawrot et
       al., 2025, https://arxiv.org/abs/2504.17768 (The Sparse Frontier).
     """
-    _window.check_causal(causal)
-    _window.check_square(query, key, block_shape)
+    _arguments.check_causal(causal)
+    _arguments.check_square(query, key, block_shape)
     length = key.shape[1]
     columns = -(-length // block_shape[1])
     least = min(_blocks.most_diagonal(block_shape) + 2, columns)
-    _window.check_count("num_kept", num_kept, least, columns, "blocks")
+    _arguments.check_count("num_kept", num_kept, least, columns, "blocks")
     scores = _blocks.block_scores(
         query, key, block_shape=block_shape, per_head=per_head, lengths=lengths
     )
@@ -67,5 +68,5 @@ def block_sparse(
     after = jnp.pad(own[..., 1:], [*[(0, 0)] * (own.ndim - 1), (0, 1)])
     before = after & ~own  # ends where its own begin
     first = jnp.arange(columns) == 0
-    ranked = _blocks.ranked(scores, visible, own | before | first)
-    return _blocks.highest_blocks(ranked, block_shape, num_kept)
+    ranks = ranked(scores, visible, own | before | first)
+    return _blocks.highest_blocks(ranks, block_shape, num_kept)

@@ -8,15 +8,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax import activations, ops
-from sparsejax.attention._arguments import check_heads
+from sparsejax import activations
+from sparsejax.attention._arguments import check_blocks
+from sparsejax.attention._ranking import keep_allowed, ranked
 from sparsejax.attention._slots import lengths_of
 from sparsejax.attention._spark import spark_selection
 from sparsejax.formats import BlockMask, reshape_stepwise
@@ -73,7 +74,7 @@ def block_scores(
       Gao et al., 2024, https://arxiv.org/abs/2410.13276 (SeerAttention), section 3,
       which pools likewise, by several functions, and learns projections of the pooled.
     """
-    check(query, key, block_shape)
+    check_blocks(query, key, block_shape)
     query, key = jax.lax.stop_gradient((query, key))
     query = pooled(query, block_shape[0], pool, lengths)
     key = pooled(key, block_shape[1], pool, lengths)
@@ -135,7 +136,7 @@ def topk_blocks(
       >>> print(mask.num[0, 0], mask.density()[0])
       [1 2 2 2] [0.4375 0.4375]
     """
-    check(query, key, block_shape)
+    check_blocks(query, key, block_shape)
     columns = -(-key.shape[1] // block_shape[1])
     _check_room("num_kept", num_kept, columns, block_shape, causal)
     options = {"pool": pool, "per_head": per_head, "lengths": lengths}
@@ -201,7 +202,7 @@ def statistical_topk_blocks(
       that blocks are selected so is ours.
     """
     activations.check_k(k)
-    check(query, key, block_shape)
+    check_blocks(query, key, block_shape)
     columns = -(-key.shape[1] // block_shape[1])
     if capacity is not None:
         _check_room("capacity", capacity, columns, block_shape, causal)
@@ -216,13 +217,6 @@ def statistical_topk_blocks(
     mask = highest_blocks(ranks, block_shape, capacity)
     overflowed = jnp.any(kept.sum(axis=-1) > capacity, axis=-1)
     return dataclasses.replace(mask, overflowed=overflowed)
-
-
-def check(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
-    """Raises unless queries, keys and the shape of a block fit."""
-    check_heads(query, key)
-    if min(block_shape) < 1:
-        raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
 
 
 def to_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -310,14 +304,9 @@ def most_diagonal(block_shape: tuple[int, int]) -> int:
     return (worst_start + height - 1) // width + 1
 
 
-def ranked(scores: jax.Array, allowed: jax.Array, always: jax.Array) -> jax.Array:
-    """Scores of which the highest are kept: inf for always, -inf for never."""
-    return jnp.where(always, jnp.inf, jnp.where(allowed, scores, -jnp.inf))
-
-
 def highest_blocks(
     ranks: jax.Array, block_shape: tuple[int, int], num_kept: int
 ) -> BlockMask:
     """As `BlockMask.from_scores`, by a kernel where there is one."""
-    kept = ops.keep_highest(ranks, num_kept) & (ranks > -jnp.inf)
+    kept = keep_allowed(ranks, num_kept)
     return BlockMask.from_blocks(kept, block_shape, capacity=num_kept)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax.attention import _window
+from sparsejax.attention import _arguments
 from sparsejax.attention._label_channels import LabelChannels
-from sparsejax.attention._slots import change_slots, check_next, lengths_of
+from sparsejax.attention._ranking import keep_highest
+from sparsejax.attention._slots import change_slots, lengths_of
 from sparsejax.formats import KeyLists
 
 
@@ -93,7 +94,9 @@ def append_label(
       ValueError: if `key` does not fit `labels`.
     """
     channels = labels.channels
-    check_next("key", key, len(labels.values), channels.num_kv_heads, channels.head_dim)
+    _arguments.check_next(
+        "key", key, len(labels.values), channels.num_kv_heads, channels.head_dim
+    )
     label = _label(jax.lax.stop_gradient(key), channels)
 
     def written(old, new):
@@ -188,10 +191,10 @@ def double_sparsity(
     """
     scores = label_scores(query, labels)
     room = scores.shape[-1]
-    _window.check_ends(local, sink, room)
+    _arguments.check_ends(local, sink, room)
     least = max(1, min(local + sink, room))
-    _window.check_count(
-        "num_kept", num_kept, least, room, "keys of the cache", always=_window.ENDS
+    _arguments.check_count(
+        "num_kept", num_kept, least, room, "keys of the cache", always=_arguments.ENDS
     )
     at, lengths = jnp.arange(room), labels.lengths[:, None, None]
     there = at < lengths
@@ -200,7 +203,7 @@ def double_sparsity(
     low, high = jnp.finfo(jnp.float32).min, jnp.finfo(jnp.float32).max
     finite = jnp.nan_to_num(scores, nan=low, posinf=high, neginf=low)
     ranked = jnp.where(there, finite, -jnp.inf)
-    kept = _window.keep_highest(ranked, num_kept, always=always)
+    kept = keep_highest(ranked, num_kept, always=always)
     return KeyLists.from_mask(kept & there, capacity=num_kept)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax.attention import _window
+from sparsejax.attention import _arguments
 from sparsejax.attention._slots import lengths_of
 from sparsejax.attention._vertical_slash import (
     blocks_of_lines,
@@ -72,12 +72,12 @@ def flex_prefill(
       Lai et al., 2025, https://arxiv.org/abs/2502.20766, without its query-aware
       branch, as in Nawrot et al., 2025, https://arxiv.org/abs/2504.17768.
     """
-    _window.check_causal(causal)
-    _window.check_square(query, key, block_shape)
-    _window.check_prompt(query, key, window)
+    _arguments.check_causal(causal)
+    _arguments.check_square(query, key, block_shape)
+    _arguments.check_prompt(query, key, window)
     keys = key.shape[1]
-    _window.check_ends(local, sink, keys, least_local=1)
-    _window.check_count("min_budget", min_budget, max(sink, local), keys, "keys")
+    _arguments.check_ends(local, sink, keys, least_local=1)
+    _arguments.check_count("min_budget", min_budget, max(sink, local), keys, "keys")
     if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be in [0, 1], a share; got {alpha}.")
     lengths = None if lengths is None else lengths_of(key, lengths)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparsejax.attention import _blocks
+from sparsejax.attention._arguments import check_same_tokens
 
 ChannelKind: TypeAlias = Literal["qk", "qk_var", "q", "k"]
 """What a channel is ranked by, see `channel_scores`."""
@@ -72,12 +72,7 @@ def channel_scores(
       it, which takes "q" and "k" before the rotation, though labels are read after it,
       and of "qk" only the last batch. "qk_var" is ours.
     """
-    _blocks.check(query, key, (1, 1))
-    if query.shape[1] != key.shape[1]:
-        raise ValueError(
-            "`query` and `key` must be of the same tokens; got "
-            f"{query.shape[1]} queries and {key.shape[1]} keys."
-        )
+    check_same_tokens(query, key)
     if kind not in get_args(ChannelKind):
         raise ValueError(
             f"`kind` must be one of {get_args(ChannelKind)}; got {kind!r}."

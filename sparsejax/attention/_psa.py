@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
-from sparsejax.attention._arguments import check_tokens
+from sparsejax.attention._arguments import check_tokens, check_whole_blocks
 from sparsejax.attention._blocks import in_sight
 from sparsejax.attention._density import share_in_sight
-from sparsejax.attention._psa_importance import check
 from sparsejax.formats import BlockMask
 
 LEVELS = (1, 2, 4, 8)
@@ -128,7 +127,7 @@ def pyramid_attention(
       on the diagonal; here these are at level 1.
     """
     height, width = block_shape
-    check(q, k, block_shape)
+    check_whole_blocks(q, k, block_shape)
     level_map = _as_read(level_map, q.shape[1], k.shape[1], block_shape, levels, causal)
     coarse = tuple(sorted(set(levels) - {1}))
     keys_of, values_of = (

@@ -1,14 +1,12 @@
 """How much each block matters to pyramid sparse attention, found without all scores."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
-from sparsejax.attention._arguments import check_heads
+from sparsejax.attention._arguments import check_whole_blocks
 from sparsejax.attention._blocks import in_sight, to_heads
 from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import reshape_stepwise
@@ -55,7 +53,7 @@ def antidiagonal_importance(
       Xu et al., 2025, https://arxiv.org/abs/2503.16428 (XAttention), as it is used by
       the code of PSA, https://arxiv.org/abs/2512.04025, for language models.
     """
-    check(q, k, block_shape)
+    check_whole_blocks(q, k, block_shape)
     if stride < 1 or any(side % stride for side in block_shape):
         raise ValueError(
             f"`stride` must divide both sides of a block; got {stride} and "
@@ -151,7 +149,7 @@ def sampled_importance(
     References:
       PSA, 2025, https://arxiv.org/abs/2512.04025, the code for video.
     """
-    check(q, k, block_shape)
+    check_whole_blocks(q, k, block_shape)
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be in (0, 1]; got {fraction}.")
     q, k = jax.lax.stop_gradient((q, k))
@@ -180,20 +178,6 @@ def sampled_importance(
     shares = highest / jnp.where(total > 0, total, 1)
     visible, _ = in_sight(num_queries, num_keys, block_shape, causal, lengths)
     return jnp.where(visible, shares, -jnp.inf)
-
-
-def check(q: Any, k: Any, block_shape: tuple[int, int]) -> None:
-    """Raises unless queries and keys fit, and have a whole block."""
-    check_heads(q, k, ("q", "k"))
-    if (
-        min(block_shape) < 1
-        or block_shape[0] > q.shape[1]
-        or block_shape[1] > k.shape[1]
-    ):
-        raise ValueError(
-            f"`block_shape` must be at least 1 and at most {(q.shape[1], k.shape[1])}, "
-            f"the lengths of the sequences; got {block_shape}. Choose smaller blocks."
-        )
 
 
 def _blocks(num_queries: int, num_keys: int, block_shape: tuple[int, int]):

@@ -9,9 +9,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax import ops
-from sparsejax.attention import _window
-from sparsejax.attention._arguments import check_tokens
-from sparsejax.attention._slots import change_slots, check_next, lengths_of
+from sparsejax.attention._arguments import check_count, check_next, check_tokens
+from sparsejax.attention._slots import change_slots, lengths_of
 from sparsejax.formats import KeyLists
 
 
@@ -194,7 +193,7 @@ def quest(
     """
     _check_query(query, bounds)
     pages = bounds.low.shape[1]
-    _window.check_count("num_kept", num_kept, 0, pages - 1, "earlier pages")
+    check_count("num_kept", num_kept, 0, pages - 1, "earlier pages")
     return ops.highest_pages(
         query[:, 0],
         bounds.low,

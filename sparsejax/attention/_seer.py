@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.attention import _blocks
-from sparsejax.attention._arguments import check_heads
+from sparsejax.attention._arguments import check_sequences
 
 Rotate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """Gives `[batch, seq, heads, dim]` the positions `[1 | batch, seq]`; the model's own
@@ -171,21 +171,6 @@ def key_features(
     pools = [_blocks.pooled(key, block, pool, lengths) for pool in KEY_POOLS]
     # else XLA pools for the concatenation too, and reads the keys twice
     return jnp.concatenate(jax.lax.optimization_barrier(pools), axis=-1)
-
-
-def check_sequences(query: Any, key: Any, block: int) -> None:
-    """Raises if queries and keys are not of one sequence, or it is below a block."""
-    check_heads(query, key)
-    if query.shape[1] != key.shape[1]:
-        raise ValueError(
-            "`query` and `key` must be of one sequence; got "
-            f"{query.shape} and {key.shape}."
-        )
-    if not 1 <= block <= query.shape[1]:
-        raise ValueError(
-            f"`block` must be in [1, {query.shape[1]}], the length of the sequence; "
-            f"got {block}. Choose smaller blocks, or attend to all of it."
-        )
 
 
 def check_sizes(num_heads: int, num_kv_heads: int, head_dim: int, d_gate: int) -> None:

@@ -7,17 +7,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from sparsejax.attention._arguments import check_tokens
+from sparsejax.attention._arguments import check_next, check_sequences, check_tokens
 from sparsejax.attention._seer import (
     KEY_POOLS,
     Rotate,
-    check_sequences,
     check_sizes,
     check_weights,
     key_features,
 )
 from sparsejax.attention._seer_select import room, threshold_kept, topk_kept
-from sparsejax.attention._slots import change_slots, check_next, lengths_of
+from sparsejax.attention._slots import change_slots, lengths_of
 from sparsejax.formats import KeyLists
 
 

@@ -7,7 +7,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax import ops
+from sparsejax.attention._ranking import keep_allowed
 from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import BlockMask
 
@@ -123,7 +123,7 @@ def topk_kept(scores: jax.Array, own: jax.Array, num_kept: ArrayLike) -> jax.Arr
     if not isinstance(num_kept, int):
         num_kept = jnp.reshape(jnp.asarray(num_kept), (-1, 1))  # of each head's rows
     ranks = jnp.where(is_own, jnp.inf, scores)
-    return ops.keep_highest(ranks, num_kept) & (ranks > -jnp.inf)  # NaN is never kept
+    return keep_allowed(ranks, num_kept)
 
 
 def threshold_kept(scores: jax.Array, own: jax.Array, threshold: ArrayLike):

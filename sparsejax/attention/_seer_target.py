@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsejax import ops
-from sparsejax.attention._seer import check_sequences
+from sparsejax.attention._arguments import check_sequences
 
 
 def seer_target(

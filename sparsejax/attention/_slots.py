@@ -55,13 +55,3 @@ def lengths_of(key: Any, lengths: ArrayLike | None) -> jax.Array:
             f"{jax.typeof(lengths)}."
         )
     return jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
-
-
-def check_next(name: str, x: Any, batch: int, heads: int, head_dim: int) -> None:
-    """Raises unless `x` is of one position in each sequence of a cache."""
-    want = (batch, 1, heads, head_dim)
-    if x.shape != want:
-        raise ValueError(
-            f"`{name}` must be of one position in each sequence of the cache, {want}; "
-            f"got shape {x.shape}."
-        )

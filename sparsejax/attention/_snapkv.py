@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax.attention import _window
+from sparsejax import ops
+from sparsejax.attention import _arguments, _window
+from sparsejax.attention._ranking import keep_highest
 from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import KeyLists
 
@@ -65,14 +67,14 @@ def snapkv(
     """
     _check(query, key, lengths, window, pool_size, local, sink)
     least = max(1, min(local + sink, key.shape[1]))
-    _window.check_count(
-        "num_kept", num_kept, least, key.shape[1], "keys", always=_window.ENDS
+    _arguments.check_count(
+        "num_kept", num_kept, least, key.shape[1], "keys", always=_arguments.ENDS
     )
     there, always = _ends(key, lengths, local, sink)
     weights = _window.window_weights(query, key, window, _given(key, lengths))
     importance = _smoothed(weights.mean(axis=2).sum(axis=2), pool_size)
     importance = _ranked(importance, there)
-    kept = _window.keep_highest(importance, num_kept, always=always)
+    kept = keep_highest(importance, num_kept, always=always)
     return KeyLists.from_mask(kept & there, capacity=num_kept)
 
 
@@ -130,32 +132,34 @@ def ada_snapkv(
     _check(query, key, lengths, window, pool_size, local, sink)
     keys, kv_heads = key.shape[1:3]
     least = max(1, min(local + sink, keys))
-    _window.check_count("num_kept", num_kept, least, keys, "keys", always=_window.ENDS)
+    _arguments.check_count(
+        "num_kept", num_kept, least, keys, "keys", always=_arguments.ENDS
+    )
     if not 0 <= min_share <= 1:
         raise ValueError(f"`min_share` must be in [0, 1], a share; got {min_share}.")
     there, always = _ends(key, lengths, local, sink)
     weights = _window.window_weights(query, key, window, _given(key, lengths))
     importance = _ranked(_smoothed(weights.max(axis=(2, 3)), pool_size), there)
     own = max(int(min_share * num_kept), least)
-    kept = _window.keep_highest(importance, own, always=always)
+    kept = keep_highest(importance, own, always=always)
     if shared := kv_heads * (num_kept - own):
         left = jnp.where(kept, -jnp.inf, importance)
         left = left.reshape(len(kept), kv_heads * keys)
-        best = _window.keep_highest(left, shared, always=jnp.zeros((), jnp.bool_))
+        best = ops.keep_highest(left, shared)
         kept |= best.reshape(kept.shape)
     # a prompt of no more than `num_kept` has no more left than is shared
     return KeyLists.from_mask(kept & there, capacity=min(keys, own + shared))
 
 
 def _check(query, key, lengths, window, pool_size, local, sink) -> None:
-    _window.check_prompt(query, key, window)
+    _arguments.check_prompt(query, key, window)
     queries, keys = query.shape[1], key.shape[1]
     if lengths is not None and queries != keys:
         raise ValueError(
             "`query` must be of all the prompt where there are `lengths`, for the last "
             f"of each; got {queries} queries and {keys} keys."
         )
-    _window.check_ends(local, sink, keys)
+    _arguments.check_ends(local, sink, keys)
     if pool_size < 1 or pool_size % 2 == 0:
         raise ValueError(
             f"`pool_size` must be odd and at least 1; got {pool_size}. Take one more "

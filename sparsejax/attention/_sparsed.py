@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.attention import _window
+from sparsejax.attention._arguments import check_square
+from sparsejax.attention._ranking import keep_allowed
 from sparsejax.attention._spark import scaled_scores
 from sparsejax.formats import BlockMask
 
@@ -226,13 +227,11 @@ def _best(scores: jax.Array, num_kept: int) -> jax.Array:
     num_kept = min(num_kept, scores.shape[-1])
     if num_kept == 0:
         return jnp.zeros(scores.shape, jnp.bool_)
-    nowhere = jnp.zeros((), jnp.bool_)
-    kept = _window.keep_highest(scores, num_kept, always=nowhere)
-    return kept & (scores > -jnp.inf)
+    return keep_allowed(scores, num_kept)
 
 
 def _check(query, key, num_generated, density, block_shape, isolated, valid) -> None:
-    _window.check_square(query, key, block_shape)
+    check_square(query, key, block_shape)
     seq = key.shape[1]
     if not 1 <= num_generated <= seq:
         raise ValueError(

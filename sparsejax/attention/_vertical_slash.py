@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.attention import _window
+from sparsejax.attention import _arguments, _window
+from sparsejax.attention._ranking import keep_highest
 from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import BlockMask
 
@@ -76,13 +77,13 @@ def vertical_slash(
       al., 2025, https://arxiv.org/abs/2504.17768 (The Sparse Frontier), whose kernel
       reads leftover columns one by one: here they are rounded up to blocks.
     """
-    _window.check_causal(causal)
-    _window.check_square(query, key, block_shape)
-    _window.check_prompt(query, key, window)
+    _arguments.check_causal(causal)
+    _arguments.check_square(query, key, block_shape)
+    _arguments.check_prompt(query, key, window)
     keys = key.shape[1]
-    _window.check_ends(local, sink, keys, least_local=1)
-    _window.check_count("num_vertical", num_vertical, max(sink, 1), keys, "keys")
-    _window.check_count("num_slash", num_slash, local, keys, "distances")
+    _arguments.check_ends(local, sink, keys, least_local=1)
+    _arguments.check_count("num_vertical", num_vertical, max(sink, 1), keys, "keys")
+    _arguments.check_count("num_slash", num_slash, local, keys, "distances")
     lengths = None if lengths is None else lengths_of(key, lengths)
     vertical, slash = line_sums(query, key, window, per_head, lengths)
     columns = highest_lines(vertical, num_vertical, sink, lengths)
@@ -119,10 +120,10 @@ def highest_lines(
     """Keeps columns, or distances: the first and then the highest, no filler."""
     at = jnp.arange(sums.shape[-1])
     if lengths is None:
-        return _window.keep_highest(sums, num_kept, always=at < num_first)
+        return keep_highest(sums, num_kept, always=at < num_first)
     there = at < lengths[:, None, None]
     sums = jnp.where(there, sums, jnp.nan)  # kept last
-    return _window.keep_highest(sums, num_kept, always=there & (at < num_first)) & there
+    return keep_highest(sums, num_kept, always=there & (at < num_first)) & there
 
 
 def blocks_of_lines(

@@ -610,7 +610,7 @@ def test_bad_input_is_named():
         (gated(block=9), r"`block` must be in \[1, 8\].*got 9. Choose smaller"),
         (gated(block=0), "got 0"),
         (gated(positions=jnp.arange(8)), r"`positions` must be \(2, 8\), .*\(8,\)"),
-        (gated(key=key[:, :4]), r"of one sequence; got \(2, 8, 4, 8\) and \(2, 4"),
+        (gated(key=key[:, :4]), "of the same tokens; got 8 queries and 4 keys"),
         (gated(query=query[:, :, :3]), "must divide the query heads; got"),
         (gated(of_others), r"`gate.key` must .*\(4, 24, 8\).*got \(4, 48, 16\)"),
         (gated(projected), r"`gate.key` must .*\(2, 24, 6\).*got \(4, 24, 6\)"),

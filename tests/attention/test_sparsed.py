@@ -239,7 +239,7 @@ class DenoiseTest(parameterized.TestCase):
         ({"block_shape": (8, 25)}, r"`block_shape` must fit into the 24 .*\(8, 25\)"),
         ({"valid": np.ones((2, 23), bool)}, r"`valid` must be bool \(2, 24\).*got"),
         ({"valid": np.ones((2, 24))}, r"`valid` must be bool \(2, 24\).*got float"),
-        ({"seq": 20}, "of one whole prompt; got 20 queries and 24 keys"),
+        ({"seq": 20}, "of the same tokens; got 20 queries and 24 keys"),
         ({"heads": 3}, r"key heads must divide .*got \(2, 24, 3, 8\)"),
     ],
 )

@@ -164,7 +164,7 @@ class PairDensityTest(parameterized.TestCase):
         ({"block_shape": (64, 4)}, r"`block_shape` must fit .* 32 .*got \(64, 4\). Ch"),
         ({"block_shape": (0, 4)}, r"`block_shape` must be positive; got \(0, 4\)"),
         ({"heads": 3}, r"key heads must divide .*got \(2, 32, 3, 8\)"),
-        ({"queries": 31}, "of one whole prompt; got 31 queries and 32 keys"),
+        ({"queries": 31}, "of the same tokens; got 31 queries and 32 keys"),
         ({"causal": False}, "`causal` must be True; got False. Take `topk_blocks`"),
     ],
 )
