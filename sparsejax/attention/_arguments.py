@@ -18,10 +18,8 @@ def check_tokens(name: str, x: Any) -> None:
         )
 
 
-def check_heads(
-    query: Any, key: Any, names: tuple[str, str] = ("query", "key")
-) -> None:
-    """Raises unless queries and keys, called `names`, fit each other."""
+def check_heads(query: Any, key: Any) -> None:
+    """Raises unless queries and keys fit each other."""
     if (
         query.ndim != 4
         or key.ndim != 4
@@ -29,9 +27,9 @@ def check_heads(
         or query.shape[2] % key.shape[2]
     ):
         raise ValueError(
-            f"`{names[0]}` and `{names[1]}` must be [batch, seq, heads, head_dim], "
-            "equal in batch and head_dim, and the key heads must divide the query "
-            f"heads; got {query.shape} and {key.shape}."
+            "`query` and `key` must be [batch, seq, heads, head_dim], equal in batch "
+            "and head_dim, and the key heads must divide the query heads; got "
+            f"{query.shape} and {key.shape}."
         )
 
 
@@ -66,7 +64,7 @@ def check_blocks(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
 
 def check_whole_blocks(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
     """Raises unless queries and keys fit each other, and each has a whole block."""
-    check_heads(query, key, ("q", "k"))
+    check_heads(query, key)
     lengths = query.shape[1], key.shape[1]
     sides = zip(block_shape, lengths, strict=True)
     if not all(1 <= side <= length for side, length in sides):

@@ -69,9 +69,9 @@ def kv_pyramid(
 
 
 def pyramid_attention(
-    q: Float[Array, "batch queries heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
     level_map: Int[Array, "#batch #heads block_rows block_columns"],
     *,
     block_shape: tuple[int, int],
@@ -92,9 +92,9 @@ def pyramid_attention(
     is kept: no query reads a mean that has a later token in it.
 
     Args:
-      q: queries; bfloat16, float16 or float32.
-      k: keys, of the dtype of `q`; `kv_heads` divides `heads`.
-      v: values, like the keys.
+      query: queries; bfloat16, float16 or float32.
+      key: keys, of the dtype of `query`; `kv_heads` divides `heads`.
+      value: values, like the keys.
       level_map: of each block, `[batch|1, heads|kv_heads|1, ..]`: one of `levels`, or
         0, as any other number, to drop it. May be traced; no gradient.
       block_shape: `(height, width)`, queries and keys of a block.
@@ -127,17 +127,19 @@ def pyramid_attention(
       on the diagonal; here these are at level 1.
     """
     height, width = block_shape
-    check_whole_blocks(q, k, block_shape)
-    level_map = _as_read(level_map, q.shape[1], k.shape[1], block_shape, levels, causal)
+    check_whole_blocks(query, key, block_shape)
+    level_map = _as_read(
+        level_map, query.shape[1], key.shape[1], block_shape, levels, causal
+    )
     coarse = tuple(sorted(set(levels) - {1}))
     keys_of, values_of = (
-        (x, *kv_pyramid(x, block=width, levels=coarse)) for x in (k, v)
+        (x, *kv_pyramid(x, block=width, levels=coarse)) for x in (key, value)
     )
     parts = []
     for h, keys, values in zip((1, *coarse), keys_of, values_of, strict=True):
         mask = BlockMask.from_blocks(level_map == h, (height, width // h))
         out, lse = ops.block_attention(
-            q,
+            query,
             keys,
             values,
             mask,

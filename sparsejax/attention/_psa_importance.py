@@ -17,8 +17,8 @@ _CAUSAL_PARTS = 4
 
 
 def antidiagonal_importance(
-    q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch seq kv_heads head_dim"],
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
     *,
     stride: int = 16,
     block_shape: tuple[int, int] = (128, 128),
@@ -32,8 +32,8 @@ def antidiagonal_importance(
     summed in each block.
 
     Args:
-      q: rotated queries.
-      k: rotated keys; `kv_heads` divides `heads`.
+      query: rotated queries.
+      key: rotated keys; `kv_heads` divides `heads`.
       stride: side of a square; divides both sides of a block.
       block_shape: `(height, width)`, queries and keys of a block.
       causal: only squares at or before the queries' own count.
@@ -53,25 +53,25 @@ def antidiagonal_importance(
       Xu et al., 2025, https://arxiv.org/abs/2503.16428 (XAttention), as it is used by
       the code of PSA, https://arxiv.org/abs/2512.04025, for language models.
     """
-    check_whole_blocks(q, k, block_shape)
+    check_whole_blocks(query, key, block_shape)
     if stride < 1 or any(side % stride for side in block_shape):
         raise ValueError(
             f"`stride` must divide both sides of a block; got {stride} and "
             f"{block_shape}."
         )
-    q, k = jax.lax.stop_gradient((q, k))
-    (num_queries, heads, dim), num_keys = q.shape[1:], k.shape[1]
+    query, key = jax.lax.stop_gradient((query, key))
+    (num_queries, heads, dim), num_keys = query.shape[1:], key.shape[1]
     query_end, key_end = num_queries, num_keys
     if lengths is not None:
-        q, k, lengths = _without_filler(q, k, lengths)
+        query, key, lengths = _without_filler(query, key, lengths)
         query_end = key_end = lengths[:, None, None, None]
     rows, columns = _blocks(num_queries, num_keys, block_shape)
-    q = _squares(q, rows * block_shape[0], stride)
+    query = _squares(query, rows * block_shape[0], stride)
     # the squares of a head as rows of a matrix; keys are reversed, being fewer
-    k = _squares(k, columns * block_shape[1], stride)[:, :, ::-1]
-    batch, num_squares, _, kv_heads, _ = k.shape
-    k = reshape_stepwise(
-        jnp.moveaxis(k, 3, 1), (batch, kv_heads, num_squares, stride * dim)
+    key = _squares(key, columns * block_shape[1], stride)[:, :, ::-1]
+    batch, num_squares, _, kv_heads, _ = key.shape
+    key = reshape_stepwise(
+        jnp.moveaxis(key, 3, 1), (batch, kv_heads, num_squares, stride * dim)
     )
     height, width = (side // stride for side in block_shape)
     group = heads // kv_heads
@@ -81,7 +81,7 @@ def antidiagonal_importance(
         stop = columns
         if causal:
             stop = min(columns, -(-last * block_shape[0] // block_shape[1]))
-        some = q[:, first * height : last * height]
+        some = query[:, first * height : last * height]
         some = some.reshape(*some.shape[:3], kv_heads, group, dim)
         some = some.transpose(0, 3, 4, 1, 2, 5)
         num = group * (last - first)
@@ -89,7 +89,7 @@ def antidiagonal_importance(
         sums = jnp.einsum(
             "bkni,bkmi->bknm",
             some,
-            k[:, :, : stop * width],
+            key[:, :, : stop * width],
             preferred_element_type=jnp.float32,
         )
         sums /= stride * dim**0.5
@@ -112,10 +112,10 @@ def antidiagonal_importance(
 
 
 def sampled_importance(
-    q: Float[Array, "batch queries heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
     *,
-    key: Key[Array, ""],
+    random_key: Key[Array, ""],
     block_shape: tuple[int, int],
     fraction: float = 0.25,
     causal: bool = False,
@@ -129,9 +129,9 @@ def sampled_importance(
     softmax's denominator, so that a query with one clear key counts less than it must.
 
     Args:
-      q: rotated queries.
-      k: rotated keys; `kv_heads` divides `heads`.
-      key: random key.
+      query: rotated queries.
+      key: rotated keys; `kv_heads` divides `heads`.
+      random_key: for the draw; see `jax.random.key`.
       block_shape: `(height, width)`, queries and keys of a block.
       fraction: of a block to draw, in (0, 1]; at least one token. In a last block that
         is not whole the offsets wrap around.
@@ -149,21 +149,23 @@ def sampled_importance(
     References:
       PSA, 2025, https://arxiv.org/abs/2512.04025, the code for video.
     """
-    check_whole_blocks(q, k, block_shape)
+    check_whole_blocks(query, key, block_shape)
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be in (0, 1]; got {fraction}.")
-    q, k = jax.lax.stop_gradient((q, k))
-    (num_queries, heads, dim), num_keys = q.shape[1:], k.shape[1]
+    query, key = jax.lax.stop_gradient((query, key))
+    (num_queries, heads, dim), num_keys = query.shape[1:], key.shape[1]
     if lengths is not None:
-        q, k, lengths = _without_filler(q, k, lengths)
+        query, key, lengths = _without_filler(query, key, lengths)
     rows, columns = _blocks(num_queries, num_keys, block_shape)
-    at_query = _draw(key, heads, num_queries, block_shape[0], fraction, lengths)
+    at_query = _draw(random_key, heads, num_queries, block_shape[0], fraction, lengths)
     # one draw for both where their blocks are alike
-    at_key = _draw(key, heads, num_keys, block_shape[1], fraction, lengths)
-    q = jnp.take_along_axis(jnp.moveaxis(q, 2, 1), at_query[..., None], axis=2)
-    k = jnp.moveaxis(to_heads(k, heads), 2, 1)
-    k = jnp.take_along_axis(k, at_key[..., None], axis=2)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    at_key = _draw(random_key, heads, num_keys, block_shape[1], fraction, lengths)
+    query = jnp.take_along_axis(jnp.moveaxis(query, 2, 1), at_query[..., None], axis=2)
+    key = jnp.moveaxis(to_heads(key, heads), 2, 1)
+    key = jnp.take_along_axis(key, at_key[..., None], axis=2)
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32
+    )
     scores *= dim**-0.5
     at_query, at_key = at_query[..., None], at_key[..., None, :]
     seen = at_key <= at_query if causal else jnp.bool_(True)
@@ -172,7 +174,9 @@ def sampled_importance(
     scores = jnp.where(seen, scores, -jnp.inf)
     weights = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0)  # 0 if none is
     height, width = weights.shape[2] // rows, weights.shape[3] // columns
-    weights = reshape_stepwise(weights, (len(q), heads, rows, height, columns, width))
+    weights = reshape_stepwise(
+        weights, (len(query), heads, rows, height, columns, width)
+    )
     highest = weights.max(axis=(3, 5))
     total = highest.sum(axis=-1, keepdims=True)
     shares = highest / jnp.where(total > 0, total, 1)
@@ -190,20 +194,20 @@ def _squares(x: jax.Array, length: int, stride: int) -> jax.Array:
 
 
 def _without_filler(
-    q: jax.Array, k: jax.Array, lengths: ArrayLike
+    query: jax.Array, key: jax.Array, lengths: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """With 0 for what comes after `lengths`, and these as int32 `[batch]`."""
-    lengths = lengths_of(k, lengths)
+    lengths = lengths_of(key, lengths)
 
     def cut(x: jax.Array) -> jax.Array:
         real = jnp.arange(x.shape[1]) < lengths[:, None]
         return jnp.where(real[..., None, None], x, 0)
 
-    return cut(q), cut(k), lengths
+    return cut(query), cut(key), lengths
 
 
 def _draw(
-    key,
+    random_key,
     heads: int,
     length: int,
     block: int,
@@ -212,7 +216,7 @@ def _draw(
 ) -> jax.Array:
     """Sampled positions of each head, `[batch | 1, heads, blocks * samples]`."""
     samples = max(1, int(fraction * block))
-    keys = jax.random.split(key, heads)
+    keys = jax.random.split(random_key, heads)
     offsets = jax.vmap(lambda key: jax.random.permutation(key, block))(keys)
     starts = np.arange(0, length, block)
     ends = np.array([length]) if lengths is None else lengths

@@ -255,7 +255,7 @@ class ImportanceTest(parameterized.TestCase):
         options = dict(block_shape=BLOCK, causal=causal)
         if sampled:
             fn = functools.partial(
-                attention.sampled_importance, key=jax.random.key(0), **options
+                attention.sampled_importance, random_key=jax.random.key(0), **options
             )
         else:
             fn = functools.partial(
@@ -318,7 +318,7 @@ class ImportanceTest(parameterized.TestCase):
                 fraction=1.0,
                 causal=causal,
             )
-        )(4 * q, k[:, :32], key=jax.random.key(0))
+        )(4 * q, k[:, :32], random_key=jax.random.key(0))
         want = np.zeros((2, HEADS, 5, 2))
         for b, h, t in np.ndindex(2, HEADS, 40):
             s = np.float64(k[b, :32, h // GROUP]) @ np.float64(4 * q[b, t, h])
@@ -340,7 +340,7 @@ class ImportanceTest(parameterized.TestCase):
         found = []
         for row in range(16):  # a key of block 0 that all queries look at
             spike = jnp.zeros_like(k).at[:, row].set(1.0)
-            got = select(jnp.full_like(q, 20.0), spike, key=jax.random.key(3))
+            got = select(jnp.full_like(q, 20.0), spike, random_key=jax.random.key(3))
             found.append(np.asarray(got[0, :, :, 0]) > 0.9)
         found = np.array(found)  # offset, head, block of queries
         np.testing.assert_array_equal(found.sum(axis=0), 4)
@@ -535,7 +535,11 @@ def test_bad_input_is_named():
         (ValueError, attend(levels=(1, 3)), "divide the 16 keys of a block; got 3"),
         (ValueError, attend(levels=(2, 4)), r"must have 1.*got \(2, 4\)"),
         (ValueError, attend(np.ones((1, 3, 5, 3), int)), "leading axes"),
-        (ValueError, attend(query=q[0]), r"`q` and `k` must be .*; got \(40, 4, 8\)"),
+        (
+            ValueError,
+            attend(query=q[0]),
+            r"`query` and `key` must be .*; got \(40, 4, 8\)",
+        ),
         (ValueError, lambda: attention.kv_pyramid(k, block=64), "got 64"),
         (ValueError, lambda: attention.kv_pyramid(k[0], block=8), "`x` must be .*40, "),
         (
@@ -574,14 +578,14 @@ def test_bad_input_is_named():
         (
             ValueError,
             lambda: attention.sampled_importance(
-                q[:, :, :3], k, key=key, block_shape=BLOCK
+                q[:, :, :3], k, random_key=key, block_shape=BLOCK
             ),
             "the key heads must divide",
         ),
         (
             ValueError,
             lambda: attention.sampled_importance(
-                q, k, key=key, block_shape=BLOCK, fraction=0
+                q, k, random_key=key, block_shape=BLOCK, fraction=0
             ),
             "`fraction` must be .*got 0",
         ),

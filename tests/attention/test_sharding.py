@@ -36,7 +36,7 @@ def pyramid(q, k):
 
 
 def sampled(q, k):
-    return attention.sampled_importance(q, k, key=jax.random.key(0), **BLOCKS)
+    return attention.sampled_importance(q, k, random_key=jax.random.key(0), **BLOCKS)
 
 
 def attended(q, k):

@@ -24,7 +24,7 @@ by_mass = functools.partial(attention.mass_levels, min_full=0.0)
 
 def by_samples(query, key, **options):
     return attention.sampled_importance(
-        query, key, key=jax.random.key(0), fraction=0.5, **options
+        query, key, random_key=jax.random.key(0), fraction=0.5, **options
     )
 
 
