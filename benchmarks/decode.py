@@ -58,8 +58,8 @@ def make(config: models.DecoderConfig, seed: int) -> models.Decoder:
 
 def make_cache(size: Size, dtype: str, context: int, num_tokens: int) -> decode.Cache:
     """Random keys and values, rotated or not: only the time depends on them."""
-    room = decode.room_for(context + num_tokens)
-    shape = (1, room, size.num_kv_heads, size.head_dim)
+    num_slots = decode.slots_for(context + num_tokens)
+    shape = (1, num_slots, size.num_kv_heads, size.head_dim)
     keys = jax.random.split(jax.random.key(0), (2, size.num_layers))
     draw = functools.partial(jax.random.normal, shape=shape, dtype=dtype)
     keys, values = (tuple(map(draw, row)) for row in keys)

@@ -77,7 +77,7 @@ class Cached(NamedTuple):
     Attributes:
       asked: rotated last queries of the prompt, `[batch, WINDOW, heads, head_dim]`.
       query: rotated query at hand, `[batch, 1, heads, head_dim]`.
-      key: cache of rotated keys, `[batch, room, kv_heads, head_dim]`.
+      key: cache of rotated keys, `[batch, slots, kv_heads, head_dim]`.
       prompt: static, how many of them are the prompt's.
       length: how many there are.
       channels: of this layer's labels, found on other sequences.
@@ -197,8 +197,8 @@ def quest(cached: Cached, density: float, page_size: int = 16) -> KeyLists:
 
 def double_sparsity(cached: Cached, density: float) -> KeyLists:
     labels = attention.key_labels(cached.key, cached.channels, cached.length)
-    room = cached.key.shape[1]
-    num_kept = min(max(round(density * room), SINK + LOCAL), room)
+    num_slots = cached.key.shape[1]
+    num_kept = min(max(round(density * num_slots), SINK + LOCAL), num_slots)
     return attention.double_sparsity(
         cached.query, labels, num_kept=num_kept, sink=SINK, local=LOCAL
     )
@@ -218,7 +218,7 @@ def evicted(
     select: Callable[..., KeyLists], cached: Cached, density: float
 ) -> KeyLists:
     """What a selector leaves of the prompt, and all that was decoded since."""
-    room = cached.key.shape[1]
+    num_slots = cached.key.shape[1]
     least = min(SINK + LOCAL, cached.prompt)
     lists = select(
         cached.asked,
@@ -229,16 +229,16 @@ def evicted(
         local=LOCAL,
         sink=SINK,
     )
-    kept = lists.to_mask(room) | (jnp.arange(room) >= cached.prompt)
-    capacity = lists.indices.shape[-1] + room - cached.prompt
-    return KeyLists.from_mask(kept, capacity=min(capacity, room))
+    kept = lists.to_mask(num_slots) | (jnp.arange(num_slots) >= cached.prompt)
+    capacity = lists.indices.shape[-1] + num_slots - cached.prompt
+    return KeyLists.from_mask(kept, capacity=min(capacity, num_slots))
 
 
 def recent(cached: Cached, density: float) -> KeyLists:
     """The first keys and the last ones: what a method must beat."""
-    room = cached.key.shape[1]
-    num_kept = max(int(density * room), SINK + LOCAL)
-    at = jnp.arange(room)
+    num_slots = cached.key.shape[1]
+    num_kept = max(int(density * num_slots), SINK + LOCAL)
+    at = jnp.arange(num_slots)
     kept = (at < SINK) | (at >= cached.length - (num_kept - SINK))
     lists = KeyLists.from_mask(kept & (at < cached.length), capacity=num_kept)
     return jax.tree.map(lambda a: a[None, None], lists)

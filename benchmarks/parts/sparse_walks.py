@@ -205,7 +205,7 @@ def gate_scores(layer: long_context_model.Gated, cache, query) -> jax.Array:
 
 def listed_mass(query, key, lists: formats.KeyLists, length) -> jax.Array:
     """The share of the dense weights on the listed keys."""
-    scores = attention.scaled_scores(query, key)  # [batch, kv_heads, group, 1, room]
+    scores = attention.scaled_scores(query, key)  # [batch, kv_heads, group, 1, slots]
     there = jnp.arange(key.shape[1]) < length
     weights = jax.nn.softmax(jnp.where(there, scores, -jnp.inf), axis=-1)
     kept = lists.to_mask(key.shape[1]) & there

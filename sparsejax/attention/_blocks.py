@@ -138,7 +138,7 @@ def topk_blocks(
     """
     check_blocks(query, key, block_shape)
     columns = -(-key.shape[1] // block_shape[1])
-    _check_room("num_kept", num_kept, columns, block_shape, causal)
+    _check_count("num_kept", num_kept, columns, block_shape, causal)
     options = {"pool": pool, "per_head": per_head, "lengths": lengths}
     scores = block_scores(query, key, block_shape=block_shape, **options)
     sizes = query.shape[1], key.shape[1]
@@ -205,7 +205,7 @@ def statistical_topk_blocks(
     check_blocks(query, key, block_shape)
     columns = -(-key.shape[1] // block_shape[1])
     if capacity is not None:
-        _check_room("capacity", capacity, columns, block_shape, causal)
+        _check_count("capacity", capacity, columns, block_shape, causal)
     options = {"pool": pool, "per_head": per_head, "lengths": lengths}
     scores = block_scores(query, key, block_shape=block_shape, **options)
     sizes = query.shape[1], key.shape[1]
@@ -287,13 +287,13 @@ def in_sight(
     return visible, visible & (columns >= first // width)
 
 
-def _check_room(name, room, columns: int, block_shape, causal: bool) -> None:
-    """Raises if a row has no room for the blocks that it always keeps."""
+def _check_count(name, count, columns: int, block_shape, causal: bool) -> None:
+    """Raises if a row may not have the blocks that it always keeps."""
     least = min(most_diagonal(block_shape), columns) if causal else 1
-    if room < least:
+    if count < least:
         raise ValueError(
             f"`{name}` must be at least {least}, as many blocks as a row always "
-            f"keeps; got {name}={room}, causal={causal} and blocks of {block_shape}."
+            f"keeps; got {name}={count}, causal={causal} and blocks of {block_shape}."
         )
 
 

@@ -28,9 +28,9 @@ class KeyLabels:
     each of them has labels of its own.
 
     Attributes:
-      values: `[batch, room, label_heads, num_channels]`, of the dtype of the keys; or
+      values: `[batch, slots, label_heads, num_channels]`, of the dtype of the keys; or
         uint8 codes with `bits`, a byte each however few the bits.
-      low: float32 `[batch, room, label_heads]`, what code 0 stands for; None without
+      low: float32 `[batch, slots, label_heads]`, what code 0 stands for; None without
         `bits`.
       step: likewise, what a code adds.
       lengths: int32 `[batch]`, keys of each sequence.
@@ -47,7 +47,7 @@ class KeyLabels:
 
 
 def key_labels(
-    key: Float[Array, "batch room kv_heads head_dim"],
+    key: Float[Array, "batch slots kv_heads head_dim"],
     channels: LabelChannels,
     lengths: ArrayLike | None = None,
     *,
@@ -56,7 +56,7 @@ def key_labels(
     """Labels the keys of a cache.
 
     Args:
-      key: rotated keys, or a cache of them with room for more.
+      key: rotated keys, or a cache of them with slots for more.
       channels: of this layer.
       lengths: int32 `[batch]` or one integer, keys that are there; all by default.
       bits: codes of so many bits, 1 to 8, rounded between the least and the greatest
@@ -87,7 +87,7 @@ def append_label(
     """Labels the key of the next position.
 
     Args:
-      labels: with room for it: a label beyond the room is dropped.
+      labels: with a slot for it: a label beyond the slots is dropped.
       key: rotated; written to the cache by its owner.
 
     Raises:
@@ -112,7 +112,7 @@ def append_label(
 
 def label_scores(
     query: Float[Array, "batch 1 heads head_dim"], labels: KeyLabels
-) -> Float[Array, "batch label_heads room"]:
+) -> Float[Array, "batch label_heads slots"]:
     """Multiplies the label of the query with those of the keys.
 
     With `bits` the label of the query is rounded as theirs are. The products are not
@@ -137,11 +137,11 @@ def label_scores(
         )
     label = _label(jax.lax.stop_gradient(query), labels.channels)
     label = _values(*_stored(label, labels.bits))[:, 0]
-    batch, room, label_heads, num_channels = labels.values.shape
+    batch, num_slots, label_heads, num_channels = labels.values.shape
     label = label.reshape(batch, label_heads, -1, num_channels).sum(axis=2)
     values = _values(labels.values, labels.low, labels.step)
     scores = jnp.einsum("bhc,bshc->bhs", label, values, precision="highest")
-    there = jnp.arange(room) < labels.lengths[:, None, None]
+    there = jnp.arange(num_slots) < labels.lengths[:, None, None]
     return jnp.where(there, scores, -jnp.inf)
 
 
@@ -161,7 +161,7 @@ def double_sparsity(
       query: of the last position in `labels`, rotated.
       labels: of the keys so far, the query's own included.
       num_kept: keys of a list, exactly; all of them where there are fewer. At most the
-        room. Of equal scores the earlier key wins; a NaN is kept last.
+        slots. Of equal scores the earlier key wins; a NaN is kept last.
       sink: first keys that are always kept; they count among `num_kept`.
       local: last keys likewise, the query's own the first of them. The paper forces
         neither.
@@ -170,7 +170,7 @@ def double_sparsity(
       Lists of single keys, `[batch, label_heads, num_kept]`. No gradient.
 
     Raises:
-      ValueError: as `label_scores`, or if `num_kept` is more than the room or less than
+      ValueError: as `label_scores`, or if `num_kept` is more than the slots or below
         what is always kept.
 
     Example:
@@ -190,13 +190,18 @@ def double_sparsity(
       `local`, are ours.
     """
     scores = label_scores(query, labels)
-    room = scores.shape[-1]
-    _arguments.check_ends(local, sink, room)
-    least = max(1, min(local + sink, room))
+    num_slots = scores.shape[-1]
+    _arguments.check_ends(local, sink, num_slots)
+    least = max(1, min(local + sink, num_slots))
     _arguments.check_count(
-        "num_kept", num_kept, least, room, "keys of the cache", always=_arguments.ENDS
+        "num_kept",
+        num_kept,
+        least,
+        num_slots,
+        "keys of the cache",
+        always=_arguments.ENDS,
     )
-    at, lengths = jnp.arange(room), labels.lengths[:, None, None]
+    at, lengths = jnp.arange(num_slots), labels.lengths[:, None, None]
     there = at < lengths
     always = there & ((at < sink) | (at >= lengths - local))
     # finite, so that neither an infinite score nor a NaN changes places with the others

@@ -36,7 +36,7 @@ class PageBounds:
 
 
 def page_bounds(
-    key: Float[Array, "batch room kv_heads head_dim"],
+    key: Float[Array, "batch slots kv_heads head_dim"],
     lengths: ArrayLike | None = None,
     *,
     page_size: int = 16,
@@ -44,14 +44,14 @@ def page_bounds(
     """Bounds the keys of a cache, page by page.
 
     Args:
-      key: rotated keys, or a cache of them with room for more.
+      key: rotated keys, or a cache of them with slots for more.
       lengths: int32 `[batch]` or one integer, keys that are there; what lies in the
-        room behind them is not read. All by default.
+        slots behind them is not read. All by default.
       page_size: keys of a page; the last page may have fewer.
 
     Raises:
       ValueError: if `key` has other axes, `lengths` are not integers that fit it, or
-        `page_size` is below 1 or above the room.
+        `page_size` is below 1 or above the slots.
 
     Example:
       >>> key = jnp.array([3.0, 1.0, 2.0, 9.0]).reshape(1, 4, 1, 1)
@@ -60,19 +60,19 @@ def page_bounds(
       [1. 2.] [3. 2.]
     """
     check_tokens("key", key)
-    batch, room, *rest = key.shape
-    if not 1 <= page_size <= room:
+    batch, num_slots, *rest = key.shape
+    if not 1 <= page_size <= num_slots:
         raise ValueError(
-            f"`page_size` must be in [1, {room}], the room of the cache; got "
+            f"`page_size` must be in [1, {num_slots}], the slots of the cache; got "
             f"{page_size}. Choose smaller pages, or attend to all of so short a cache."
         )
     key = jax.lax.stop_gradient(key)
     lengths = lengths_of(key, lengths)
-    there = (jnp.arange(room) < lengths[:, None])[..., None, None]
+    there = (jnp.arange(num_slots) < lengths[:, None])[..., None, None]
 
     def reduced(reduce, fill):
         filled = jnp.where(there, key, fill)
-        padding = [(0, 0), (0, -room % page_size), (0, 0), (0, 0)]
+        padding = [(0, 0), (0, -num_slots % page_size), (0, 0), (0, 0)]
         filled = jnp.pad(filled, padding, constant_values=fill)
         return reduce(filled.reshape(batch, -1, page_size, *rest), axis=2)
 
@@ -86,7 +86,7 @@ def append_key(
     """Takes in the key of the next position.
 
     Args:
-      bounds: with room for it: a key beyond the last page is dropped.
+      bounds: with a slot for it: a key beyond the last page is dropped.
       key: rotated; written to the cache by its owner.
 
     Raises:
@@ -167,8 +167,8 @@ def quest(
         `i // (heads / kv_heads)`.
       bounds: of the keys so far, the query's own included.
       num_kept: earlier pages to keep; all of them where there are fewer. The page of
-        the query comes on top, so that one less than the pages of the room is the most.
-        64 pages of 16 keys are the 1024 of the paper.
+        the query comes on top, so that one less than the pages of the cache is the
+        most. 64 pages of 16 keys are the 1024 of the paper.
       per_head: a list for each query head; else the query heads of a key head share
         one, by the sum of their bounds.
 

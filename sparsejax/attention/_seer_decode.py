@@ -15,7 +15,7 @@ from sparsejax.attention._seer import (
     check_weights,
     key_features,
 )
-from sparsejax.attention._seer_select import room, threshold_kept, topk_kept
+from sparsejax.attention._seer_select import most_kept, threshold_kept, topk_kept
 from sparsejax.attention._slots import change_slots, lengths_of
 from sparsejax.formats import KeyLists
 
@@ -291,7 +291,7 @@ def seer_decode_topk(
     """
     _check_one_token(scores)
     kept = topk_kept(scores, _own(block, positions), num_kept)
-    return _listed(kept, block, capacity=room(num_kept))
+    return _listed(kept, block, capacity=most_kept(num_kept))
 
 
 def seer_decode_threshold(

@@ -55,7 +55,7 @@ def seer_topk(
     """
     own = jnp.arange(scores.shape[-2])
     kept = topk_kept(scores, own, num_kept)
-    capacity = None if dense_last_rows else room(num_kept)
+    capacity = None if dense_last_rows else most_kept(num_kept)
     return _with_last_rows(kept, own, dense_last_rows, block, lengths, capacity)
 
 
@@ -135,7 +135,7 @@ def threshold_kept(scores: jax.Array, own: jax.Array, threshold: ArrayLike):
     return above | (jnp.arange(scores.shape[-1]) == own[..., None])
 
 
-def room(num_kept: ArrayLike) -> int | None:
+def most_kept(num_kept: ArrayLike) -> int | None:
     """The most blocks that a row can have by `topk_kept`; None where it is traced."""
     return None if isinstance(num_kept, Tracer) else int(np.max(num_kept))
 

@@ -46,8 +46,8 @@ def change_slots(
 
 def lengths_of(key: Any, lengths: ArrayLike | None) -> jax.Array:
     """The keys of each sequence of a cache, int32 `[batch]`; all slots by default."""
-    batch, slots = key.shape[:2]
-    lengths = jnp.asarray(slots if lengths is None else lengths)
+    batch, num_slots = key.shape[:2]
+    lengths = jnp.asarray(num_slots if lengths is None else lengths)
     fits = lengths.shape in ((), (batch,))
     if not fits or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Generation with a cache, in which sparse layers read only what is active."""
 
 from sparsejax.decode._cache import Cache as Cache
-from sparsejax.decode._cache import room_for as room_for
+from sparsejax.decode._cache import slots_for as slots_for
 from sparsejax.decode._evict import AdaSnapKV as AdaSnapKV
 from sparsejax.decode._evict import SnapKV as SnapKV
 from sparsejax.decode._generate import Generated as Generated

@@ -114,11 +114,11 @@ def _with_room(lists: KeyLists, num_later: int) -> KeyLists:
 
 def _appended(lists: KeyLists, positions: jax.Array) -> KeyLists:
     """Lists with one key more, `positions` `[batch, 1]`, behind all that they have."""
-    room = lists.indices.shape[-1]
-    free = jnp.arange(room) >= lists.num[..., None]
+    capacity = lists.indices.shape[-1]
+    free = jnp.arange(capacity) >= lists.num[..., None]
     return dataclasses.replace(
         lists,
-        num=jnp.minimum(lists.num + 1, room),
+        num=jnp.minimum(lists.num + 1, capacity),
         indices=jnp.where(free, positions[..., None], lists.indices),
-        overflowed=lists.overflowed | (lists.num >= room),
+        overflowed=lists.overflowed | (lists.num >= capacity),
     )

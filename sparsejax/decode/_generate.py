@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from sparsejax.decode._cache import room_for
+from sparsejax.decode._cache import slots_for
 from sparsejax.decode._model import DecodeModel
 from sparsejax.decode._step import Overflows, decode_step, prefill
 
@@ -153,8 +153,8 @@ def _generate(
         token = jnp.where(stopped, before, token)
         return token, jnp.isin(token, jnp.array(stop_tokens))
 
-    capacity = room_for(prompts.shape[1] + num_tokens)
-    logits, cache = prefill(model, prompts, lengths, capacity=capacity)
+    num_slots = slots_for(prompts.shape[1] + num_tokens)
+    logits, cache = prefill(model, prompts, lengths, num_slots=num_slots)
     nothing = jnp.zeros(len(prompts), jnp.int32)
     first, stopped = choose(logits, 0, nothing, nothing > 0)
     none = jnp.zeros(len(model.up), jnp.int32)

@@ -100,13 +100,13 @@ class DoubleSparsity:
 
     def select(self, known: attention.KeyLabels, tokens: LayerTokens) -> KeyLists:
         """See `sj.attention.double_sparsity`; fewer keys where the cache has fewer."""
-        slots = known.values.shape[1]
+        num_slots = known.values.shape[1]
         return attention.double_sparsity(
             tokens.query,
             known,
-            num_kept=min(self.num_kept, slots),
-            sink=min(self.sink, slots),
-            local=min(self.local, slots),
+            num_kept=min(self.num_kept, num_slots),
+            sink=min(self.sink, num_slots),
+            local=min(self.local, num_slots),
         )
 
 

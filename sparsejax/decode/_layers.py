@@ -123,9 +123,9 @@ def gathered_attention(
 
 def _gathered(layer, scores, attended, top, rest, key, value, capacity):
     """The softmax over `capacity` gathered keys of each head."""
-    batch, kv_heads, group, slots = scores.shape
+    batch, kv_heads, group, num_slots = scores.shape
     indices, num, _ = jax.vmap(ops.active_indices, in_axes=(0, None))(
-        attended.reshape(-1, slots), capacity
+        attended.reshape(-1, num_slots), capacity
     )
     indices = indices.reshape(batch, kv_heads, group, capacity)
     num = num.reshape(batch, kv_heads, group, 1)

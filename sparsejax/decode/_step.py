@@ -31,7 +31,7 @@ def prefill(
     tokens: Int[Array, "batch seq"],
     lengths: Int[Array, " batch"],
     *,
-    capacity: int,
+    num_slots: int,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Reads the prompts.
 
@@ -41,20 +41,20 @@ def prefill(
       model: from `prepare`.
       tokens: prompts, filled up at the end with anything.
       lengths: of the prompts, in `[1, seq]`.
-      capacity: slots of the cache, at least `seq`: prompt and what is to come.
+      num_slots: of the cache, at least `seq`: prompt and what is to come.
 
     Returns:
       float32 logits of the token after each prompt, and the cache.
 
     Raises:
-      ValueError: if `capacity` is below `seq`.
+      ValueError: if `num_slots` is below `seq`.
     """
     decoder = model.decoder()
     seq = tokens.shape[1]
-    if capacity < seq:
+    if num_slots < seq:
         raise ValueError(
-            f"`capacity` must be at least {seq}, the slots that the prompts fill; got "
-            f"{capacity}."
+            f"`num_slots` must be at least {seq}, those that the prompts fill; got "
+            f"{num_slots}."
         )
     positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
     lengths = jnp.array(lengths, jnp.int32)  # a copy: a step may be donated the cache
@@ -68,12 +68,12 @@ def prefill(
         y, _ = layer.attend(seen.query, seen.key, value, lengths=lengths)
         x = x + layer.combine(y)
         x = x + block.ffn(block.ffn_norm(x))
-        keys.append(in_slots(seen.key, capacity))
-        values.append(in_slots(value, capacity))
+        keys.append(in_slots(seen.key, num_slots))
+        values.append(in_slots(value, num_slots))
         known.append(
             None
             if selector is None
-            else jax.tree.map(_own, selector.start(seen, lengths, capacity))
+            else jax.tree.map(_own, selector.start(seen, lengths, num_slots))
         )
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
     cache = Cache(tuple(keys), tuple(values), lengths, tuple(known))

@@ -110,7 +110,7 @@ class KeyLists:
         """Gives one bool a key, `[..., num_keys]`.
 
         Args:
-          num_keys: the room of the cache.
+          num_keys: slots of the cache.
         """
         positions, valid = self.positions(num_keys)
         to = jnp.where(valid, positions, num_keys)  # beyond the mask: dropped

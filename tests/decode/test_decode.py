@@ -62,7 +62,7 @@ def prompts(batch=3, seq=20):
     return jax.random.randint(jax.random.key(5), (batch, seq), 0, 31)
 
 
-prefill = jax.jit(decode.prefill, static_argnames="capacity")
+prefill = jax.jit(decode.prefill, static_argnames="num_slots")
 whole = nnx.jit(lambda model, tokens: model(tokens))
 
 
@@ -78,7 +78,7 @@ class StepTest(parameterized.TestCase):
         tokens, lengths = prompts(), jnp.array([1, 7, 12])
         want = np.asarray(whole(model, tokens))
         ready = decode.prepare(model, sparse=sparse)
-        logits, cache = prefill(ready, tokens[:, :12], lengths, capacity=20)
+        logits, cache = prefill(ready, tokens[:, :12], lengths, num_slots=20)
         step = jax.jit(
             chex.assert_max_traces(decode.decode_step, n=1), donate_argnums=2
         )
@@ -94,10 +94,10 @@ class StepTest(parameterized.TestCase):
         """Also with what is no token, whose embedding is NaN."""
         ready, lengths = decode.prepare(make(kind)), jnp.array([1, 7, 12])
         beyond = jnp.arange(12) >= lengths[:, None]
-        want = prefill(ready, prompts(seq=12), lengths, capacity=20)
+        want = prefill(ready, prompts(seq=12), lengths, num_slots=20)
         for fill in (31, -1, jnp.iinfo(jnp.int32).max):
             tokens = jnp.where(beyond, fill, prompts(seq=12))
-            logits, cache = prefill(ready, tokens, lengths, capacity=20)
+            logits, cache = prefill(ready, tokens, lengths, num_slots=20)
             np.testing.assert_array_equal(logits, want[0])
             chex.assert_tree_all_finite(cache)
 
@@ -112,7 +112,7 @@ class StepTest(parameterized.TestCase):
         got = []
         for sparse, factor in ((True, 1.0), (True, np.inf), (False, 1.0)):
             ready = decode.prepare(model, sparse=sparse, capacity_factor=factor)
-            _, cache = prefill(ready, tokens[:, :19], jnp.full(3, 19), capacity=20)
+            _, cache = prefill(ready, tokens[:, :19], jnp.full(3, 19), num_slots=20)
             logits, _, overflows = jax.jit(decode.decode_step)(
                 ready, tokens[:, 19], cache
             )
@@ -294,7 +294,7 @@ class GenerateTest(parameterized.TestCase):
         tokens, lengths = prompts(seq=8), jnp.full(3, 6)
         want = np.asarray(whole(model, tokens))
         ready = decode.prepare(model)
-        logits, cache = prefill(ready, tokens[:, :6], lengths, capacity=8)
+        logits, cache = prefill(ready, tokens[:, :6], lengths, num_slots=8)
         for at in (6, 7):
             assert_close(logits, want[:, at - 1])
             logits, cache, _ = decode.decode_step(ready, tokens[:, at], cache)
@@ -324,7 +324,7 @@ class GenerateTest(parameterized.TestCase):
             set(jax.tree.leaves(dtypes)), {jnp.dtype("float32"), jnp.dtype("bfloat16")}
         )
         lengths = jnp.full(3, 20)
-        got, _ = prefill(ready, prompts(), lengths, capacity=20)
+        got, _ = prefill(ready, prompts(), lengths, num_slots=20)
         want = np.asarray(whole(model, prompts())[:, -1])
         np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
         out = decode.generate(ready, prompts(), num_tokens=4)
@@ -359,8 +359,8 @@ def test_too_little_room_raises():
     with pytest.raises(ValueError, match="`capacity_factor` must be at least 1; got 0"):
         decode.prepare(make("spark"), capacity_factor=0.5)
     ready = decode.prepare(make("spark"))
-    with pytest.raises(ValueError, match="`capacity` must be at least 20, the slots"):
-        decode.prefill(ready, prompts(), jnp.full(3, 20), capacity=19)
+    with pytest.raises(ValueError, match="`num_slots` must be at least 20, those"):
+        decode.prefill(ready, prompts(), jnp.full(3, 20), num_slots=19)
 
 
 @pytest.mark.once
@@ -430,7 +430,7 @@ def replaced(part):
 def test_layers_that_a_user_put_there_are_computed(part):
     model, tokens = replaced(part), prompts()[:, :8]
     lengths, ready = jnp.full(len(tokens), 7), decode.prepare(model)
-    _, cache = decode.prefill(ready, tokens[:, :7], lengths, capacity=8)
+    _, cache = decode.prefill(ready, tokens[:, :7], lengths, num_slots=8)
     logits, _, _ = decode.decode_step(ready, tokens[:, 7], cache)
     np.testing.assert_allclose(logits, model(tokens)[:, -1], rtol=1e-4, atol=1e-4)
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 
 SMALL = dict(num_kept=6, window=5, pool_size=3, local=2, sink=1)
 SELECTORS = (decode.SnapKV, decode.AdaSnapKV)
-prefill = jax.jit(decode.prefill, static_argnames="capacity")
+prefill = jax.jit(decode.prefill, static_argnames="num_slots")
 
 
 def evicted_by_loops(make_selector, length):
@@ -45,7 +45,7 @@ def test_each_step_reads_what_was_kept_and_all_since(make_selector):
     """One prompt has fewer keys than are kept, and fewer queries than are asked."""
     model, tokens, lengths = make(), prompts(batch=3), np.array([20, 11, 3])
     ready = decode.prepare(model, select_keys=make_selector(**SMALL))
-    _, cache = prefill(ready, tokens[:, :20], jnp.array(lengths), capacity=24)
+    _, cache = prefill(ready, tokens[:, :20], jnp.array(lengths), num_slots=24)
     step = jax.jit(chex.assert_max_traces(decode.decode_step, n=1), donate_argnums=2)
     for i in range(4):
         at = lengths + i
@@ -98,7 +98,7 @@ def test_neither_fillers_nor_others_matter(make_selector):
     beyond = jnp.arange(24) >= lengths[:, None]
     knowns = []
     for other in (tokens, jnp.where(beyond, -1, tokens), (tokens + 3).at[1].add(-3)):
-        _, cache = prefill(ready, other, lengths, capacity=26)
+        _, cache = prefill(ready, other, lengths, num_slots=26)
         knowns.append(jax.tree.map(lambda x: x[1], cache.known))
     chex.assert_trees_all_equal(*knowns)
 
@@ -109,7 +109,7 @@ def test_tokens_beyond_the_room_of_the_lists_are_counted(make_selector):
     """A shorter prompt is continued by more tokens than lie behind the longest."""
     select = make_selector(**SMALL | dict(num_kept=4))
     ready = decode.prepare(make(), select_keys=select)
-    _, cache = prefill(ready, prompts(seq=12), jnp.array([3, 4]), capacity=13)
+    _, cache = prefill(ready, prompts(seq=12), jnp.array([3, 4]), num_slots=13)
     room = cache.known[0].indices.shape[-1]
     step, overflows = jax.jit(decode.decode_step), []
     for _ in range(room - 1):
@@ -135,7 +135,7 @@ def test_bad_settings_raise(make_selector):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(
                 lambda ready: decode.prefill(
-                    ready, prompts(), jnp.array([24, 3]), capacity=25
+                    ready, prompts(), jnp.array([24, 3]), num_slots=25
                 ),
                 ready,
             )

@@ -70,8 +70,8 @@ def test_each_step_reads_the_keys_of_its_query(method):
             labelled_by_loops, num_kept=4, channels=np.asarray(channels.indices)
         )
     ready = decode.prepare(model, select_keys=select)
-    _, cache = jax.jit(decode.prefill, static_argnames="capacity")(
-        ready, tokens, lengths, capacity=30
+    _, cache = jax.jit(decode.prefill, static_argnames="num_slots")(
+        ready, tokens, lengths, num_slots=30
     )
     step = jax.jit(chex.assert_max_traces(decode.decode_step, n=1), donate_argnums=2)
     for i in range(3):
@@ -101,12 +101,12 @@ def test_another_calibration_needs_no_new_trace():
     model, tokens = make(), prompts(seq=8)
     found = channels_of(model, tokens, num_channels=2)[0]
     prefill = chex.assert_max_traces(decode.prefill, n=1)
-    prefill = jax.jit(prefill, static_argnames="capacity")
+    prefill = jax.jit(prefill, static_argnames="num_slots")
     knowns = []
     for indices in (found.indices, (found.indices + 1) % 8):
         select = [decode.DoubleSparsity(dataclasses.replace(found, indices=indices))]
         ready = decode.prepare(model, select_keys=select)
-        _, cache = prefill(ready, tokens, jnp.array([8, 8]), capacity=9)
+        _, cache = prefill(ready, tokens, jnp.array([8, 8]), num_slots=9)
         knowns.append(np.asarray(cache.known[0].values))
     assert np.abs(knowns[0] - knowns[1]).max() > 0
 
@@ -179,7 +179,7 @@ def test_selectors_of_another_model_raise():
     with pytest.raises(ValueError, match="one for each of 1 layers; got 2"):
         decode.prepare(model, select_keys=[select, None])
     ready = decode.prepare(make(num_kv_heads=4), select_keys=[select])
-    run = functools.partial(decode.prefill, capacity=9)
+    run = functools.partial(decode.prefill, num_slots=9)
     with pytest.raises(ValueError, match=r"2, 8\], of the model .*got shape \(2, 9, 4"):
         jax.eval_shape(run, ready, tokens, jnp.array([8, 8]))
 
@@ -226,7 +226,7 @@ def test_a_named_tuple_may_be_a_selector():
     logits = []
     for select in (own, own.as_ours()):
         ready = decode.prepare(model, select_keys=select)
-        first, cache = decode.prefill(ready, tokens, jnp.array([8, 6]), capacity=9)
+        first, cache = decode.prefill(ready, tokens, jnp.array([8, 6]), num_slots=9)
         logits.append(decode.decode_step(ready, jnp.argmax(first, axis=-1), cache)[0])
     np.testing.assert_array_equal(*logits)
 
@@ -255,7 +255,7 @@ def test_a_donated_cache_takes_nothing_else_along(method):
     step = jax.jit(decode.decode_step, donate_argnums=2)
     found = []
     for _ in range(2):
-        logits, cache = decode.prefill(ready, tokens, lengths, capacity=10)
+        logits, cache = decode.prefill(ready, tokens, lengths, num_slots=10)
         logits, cache, _ = step(ready, jnp.argmax(logits, axis=-1), cache)
         found.append(np.asarray(logits))
     np.testing.assert_array_equal(*found)

@@ -16,7 +16,7 @@ from tests.decode.by_loops import make, prompts
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 BLOCK, GATE = 4, 6
-prefill = jax.jit(decode.prefill, static_argnames="capacity")
+prefill = jax.jit(decode.prefill, static_argnames="num_slots")
 
 
 def make_gate(seed=0, heads=4, kv_heads=2):
@@ -85,7 +85,7 @@ def test_each_step_reads_the_blocks_of_its_query(case):
     gate = make_gate()
     select = [decode.Seer(gate, block=BLOCK, **options)]
     ready = decode.prepare(model, select_keys=select)
-    _, cache = prefill(ready, tokens[:, :18], jnp.array(lengths), capacity=23)
+    _, cache = prefill(ready, tokens[:, :18], jnp.array(lengths), num_slots=23)
     step = jax.jit(chex.assert_max_traces(decode.decode_step, n=1), donate_argnums=2)
     kept = gated_by_loops(gate, choose)
     for i in range(5):
@@ -134,7 +134,7 @@ def test_neither_fillers_nor_others_matter():
     beyond = jnp.arange(24) >= lengths[:, None]
     knowns = []
     for other in (tokens, jnp.where(beyond, -1, tokens), (tokens + 3).at[1].add(-3)):
-        _, cache = prefill(ready, other, lengths, capacity=26)
+        _, cache = prefill(ready, other, lengths, num_slots=26)
         knowns.append(jax.tree.map(lambda x: x[1], cache.known))
     chex.assert_trees_all_equal(*knowns)
 
@@ -142,12 +142,12 @@ def test_neither_fillers_nor_others_matter():
 def test_another_gate_needs_no_new_trace():
     model, tokens, lengths = make(), prompts(), jnp.array([24, 10])
     run = chex.assert_max_traces(decode.prefill, n=1)
-    run = jax.jit(run, static_argnames="capacity")
+    run = jax.jit(run, static_argnames="num_slots")
     knowns = []
     for seed in range(2):
         select = [decode.Seer(make_gate(seed), block=BLOCK, num_kept=2)]
         ready = decode.prepare(model, select_keys=select)
-        _, cache = run(ready, tokens, lengths, capacity=26)
+        _, cache = run(ready, tokens, lengths, num_slots=26)
         knowns.append(np.asarray(cache.known[0].gated_keys))
     assert np.abs(knowns[0] - knowns[1]).max() > 0
 
@@ -157,7 +157,7 @@ def test_bad_settings_raise():
     tokens, lengths = prompts(), jnp.array([24, 10])
 
     def run(ready):
-        _, cache = decode.prefill(ready, tokens, lengths, capacity=26)
+        _, cache = decode.prefill(ready, tokens, lengths, num_slots=26)
         return decode.decode_step(ready, tokens[:, 0], cache)
 
     both = r"one of .* must be set; got num_kept={} and threshold={}"
