@@ -6,6 +6,8 @@ trees of other node types (a dict here, an `nnx.State` there) align by order.
 """
 
 import dataclasses
+import itertools
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType
 
 from sparsejax.patterns._patterns import NM, Pattern, Unstructured
 from sparsejax.typing import KeyPath, Params, Where, is_none, plain_path
@@ -311,7 +314,8 @@ def shape_on_a_device(leaf: Any) -> tuple[int, ...]:
     """The shape of the part of a leaf that one device holds.
 
     Known of concrete arrays, of `ShapeDtypeStruct`s with a sharding and, under jit, of
-    explicit meshes; else the whole shape.
+    explicit meshes; else the whole shape. Inside `shard_map` and `pmap` an array is
+    already what lies on one device along the manual axes.
 
     Args:
       leaf: an array or a `ShapeDtypeStruct`.
@@ -326,4 +330,16 @@ def shape_on_a_device(leaf: Any) -> tuple[int, ...]:
     if isinstance(leaf, Tracer):
         leaf = jax.typeof(leaf)
     sharding = getattr(leaf, "sharding", None)
-    return jnp.shape(leaf) if sharding is None else sharding.shard_shape(leaf.shape)
+    if sharding is None:
+        return jnp.shape(leaf)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or AxisType.Manual not in mesh.axis_types:
+        return sharding.shard_shape(leaf.shape)
+    # the spec names the other axes alone, and jax has no `shard_shape` for these
+    cuts = (() if part is None else part for part in sharding.spec)
+    names = ((cut,) if isinstance(cut, str) else cut for cut in cuts)
+    parts = (math.prod(mesh.shape[name] for name in own) for own in names)
+    return tuple(
+        size // part
+        for size, part in itertools.zip_longest(leaf.shape, parts, fillvalue=1)
+    )

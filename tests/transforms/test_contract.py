@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import sparsejax as sj
 from tests.transforms import _oracles as oracle
@@ -109,8 +111,8 @@ METHODS = {
 ONE_EACH = [name for name in METHODS if " " not in name]
 
 
-def update_all(tx, params, gradients):
-    """Feeds given gradients; returns each step's params and masks."""
+def updates_of(tx):
+    """A function that feeds given gradients: each step's params and masks."""
 
     def body(carry, grads):
         params, state = carry
@@ -119,8 +121,11 @@ def update_all(tx, params, gradients):
         forward = sj.forward_params(state, params)
         return (params, state), (params, forward, sj.masks_of(state))
 
-    run = oracle.jit(lambda p, g: jax.lax.scan(body, (p, tx.init(p)), g)[1])
-    return run(params, gradients)
+    return lambda params, grads: jax.lax.scan(body, (params, tx.init(params)), grads)[1]
+
+
+def update_all(tx, params, gradients):
+    return oracle.jit(updates_of(tx))(params, gradients)
 
 
 class NonFiniteTest(parameterized.TestCase):
@@ -217,6 +222,51 @@ class PackedTest(parameterized.TestCase):
 
         assert num_bytes(True) == 64 * 40 // 8
         assert num_bytes(False) == 64 * 40
+
+
+class ManualTest(parameterized.TestCase):
+    """Inside `shard_map` an array is the part of one device."""
+
+    @parameterized.product(method=list(METHODS), check_vma=[True, False])
+    def test_shard_map_gives_the_same_run(self, method, check_vma):
+        problem, inner = oracle.Problem(steps=4, ties=True), optax.sgd(0.25)
+        tx = METHODS[method].make(inner, stacked=STACKED, pack_masks=check_vma)
+        args = problem.params, problem.stream[1]
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+        mapped = jax.shard_map(
+            updates_of(tx),
+            mesh=mesh,
+            in_specs=P(),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+        plain, found = update_all(tx, *args), oracle.jit(mapped)(*args)
+        chex.assert_trees_all_equal(plain[2], found[2])  # masks
+        chex.assert_trees_all_close(plain, found, rtol=1e-6)
+
+    @parameterized.product(check_vma=[True, False])
+    def test_prune_sees_the_part_of_a_device(self, check_vma):
+        params = {"kernel": jax.random.normal(KEY, (16, 4))}
+        mapped = jax.shard_map(
+            lambda p: sj.prune(p, 0.5),
+            mesh=jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)),
+            in_specs=P("data"),
+            out_specs=P("data"),
+            check_vma=check_vma,
+        )
+        halves = [sj.prune(half, 0.5)["kernel"] for half in _halves(params)]
+        np.testing.assert_array_equal(mapped(params)["kernel"], np.concatenate(halves))
+
+    def test_pmap(self):
+        params = {"kernel": jax.random.normal(KEY, (16, 4))}
+        both = {"kernel": params["kernel"].reshape(2, 8, 4)}
+        found = jax.pmap(lambda p: sj.prune(p, 0.5), devices=jax.devices()[:2])(both)
+        halves = [sj.prune(half, 0.5)["kernel"] for half in _halves(params)]
+        np.testing.assert_array_equal(found["kernel"], np.stack(halves))
+
+
+def _halves(params):
+    return [{"kernel": half} for half in jnp.split(params["kernel"], 2)]
 
 
 class StateTest(parameterized.TestCase):
