@@ -38,12 +38,14 @@ class Leaf:
       pattern: how its zeros may lie.
       stacked: leading axes that are layers stacked by `scan`; each layer is pruned on
         its own.
+      path: its path in plain names, as `typing.plain_path` gives it.
     """
 
     name: str
     shape: tuple[int, ...]
     pattern: Pattern
     stacked: int
+    path: tuple[str, ...] = ()
 
     @property
     def own_axes(self) -> int:
@@ -55,11 +57,14 @@ class Leaf:
         """Kernels of 2-D and 3-D convolutions by their axes, of 1-D ones by their name.
 
         A 3-axis leaf may as well be a DenseGeneral's `[d_in, heads, head_dim]`, whose
-        axis -2 is no contraction axis: it needs a name that says `conv`.
+        axis -2 is no contraction axis: its own name, or that of the module that owns
+        it, must say `conv`, as in `Conv_0/kernel` or `conv/0`. A module further out
+        may be a ConvBlock with attention.
         """
-        return self.own_axes >= 4 or (
-            self.own_axes == 3 and "conv" in self.name.lower()
-        )
+        if self.own_axes != 3:
+            return self.own_axes >= 4
+        owners = [name for name in self.path[:-1] if not name.isdigit()]
+        return any("conv" in name.lower() for name in (*self.path[-1:], *owners[-1:]))
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
@@ -281,7 +286,7 @@ def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
             f"`stacked` must count leading axes of the leaf; got {stacked} for shape "
             f"{shape} at {name}."
         )
-    found = Leaf(name, shape, pattern, stacked)
+    found = Leaf(name, shape, pattern, stacked, plain_path(path))
     if (
         isinstance(pattern, NM)
         and pattern.axis == NM(1, 1).axis

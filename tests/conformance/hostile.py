@@ -195,6 +195,14 @@ def is_governed(case: Case, path: tuple, leaf: Any) -> bool:
     )
 
 
+def _is_called_conv(path: tuple) -> bool:
+    """Whether the leaf, or the node that owns it, is called so; lists have no name."""
+    words = re.findall(r"\w+", jax.tree_util.keystr(path))
+    while len(words) > 1 and words[-2].isdigit():
+        del words[-2]
+    return "conv" in "/".join(words[-2:])
+
+
 def suits(case: Case, path: tuple, leaf: Any) -> bool:
     """Whether the pattern, stacked axes and dtype fit a leaf, written anew."""
     pattern, shape, stacked = case.pattern, leaf.shape, case.stacked
@@ -211,7 +219,7 @@ def suits(case: Case, path: tuple, leaf: Any) -> bool:
             return False
         if isinstance(pattern, sj.Channel):
             return True
-        convolution = own >= 4 or "conv" in jax.tree_util.keystr(path)
+        convolution = own >= 4 or _is_called_conv(path)
         ambiguous = pattern.axis == -2 and own > 2 and not convolution
         return not ambiguous and shape[axis] % pattern.m == 0
     if isinstance(pattern, sj.Block):

@@ -164,6 +164,26 @@ class PatternAndStackedTest(parameterized.TestCase):
         else:
             self.assertLen(names(params, pattern=NM(2, 4), stacked=stacked), 1)
 
+    @parameterized.parameters(
+        (("Conv_0", "kernel"), False),
+        (("conv", 0), False),
+        (("blocks", "convs", 1, "kernel"), False),
+        (("block", "conv_in"), False),
+        (("ConvBlock_0", "query", "kernel"), True),
+        (("convs", 0, "attention", "kernel"), True),
+        (("ConvBlock_0", "queries", 0), True),
+    )
+    def test_a_convolution_is_called_so_by_its_leaf_or_module(self, path, raises):
+        params = jnp.ones((3, 8, 4))
+        for key in reversed(path):
+            params = {key: params}
+        params = nnx.State(params)
+        if raises:
+            with self.assertRaisesRegex(ValueError, "the default N:M axis"):
+                governed(params, pattern=NM(2, 4))
+        else:
+            self.assertLen(names(params, pattern=NM(2, 4)), 1)
+
     def test_pattern_that_does_not_divide_names_the_leaf(self):
         params = {"head": {"kernel": jnp.ones((10, 64))}}
         match = r"m=4 for axis -2 of shape \(10, 64\).*\['head'\]\['kernel'\]"
