@@ -41,7 +41,10 @@ def sparse_evolution(
     NaN is dropped first.
 
     Args:
-      inner: any optax optimizer.
+      inner: the whole optax optimizer, clipping included, as in
+        `optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr))`. The method comes
+        last in a chain: its updates set pruned weights to 0, so nothing may scale them,
+        and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
         when every pattern is N:M (then groups regrow what they dropped).
       update_every: steps between mask updates, at least 1.
@@ -123,7 +126,10 @@ def rigl(
     last, and a weight that became NaN is dropped first.
 
     Args:
-      inner: any optax optimizer.
+      inner: the whole optax optimizer, clipping included, as in
+        `optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr))`. The method comes
+        last in a chain: its updates set pruned weights to 0, so nothing may scale them,
+        and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
         when every pattern is N:M (then groups regrow what they dropped).
       update_every: steps between mask updates, at least 1.

@@ -39,7 +39,8 @@ class Refresh:
     """What a method may read to choose new masks.
 
     Attributes:
-      params: the weights before this update, or after it where the method steps first.
+      params: the weights before this update, or after it where the method steps first;
+        0 where pruned.
       grads: the dense gradient.
       masks: the masks so far, flat.
       step: int32[], updates before this one.
@@ -187,7 +188,9 @@ def _flips_of_refresh(
     if choice.steps_first:
         # taken again inside the branch: between refreshes the step then stays one
         # fused pass over memory
-        weights = masks.apply_masks(optax.apply_updates(params, step(old)[0]), old)
+        weights = optax.apply_updates(params, step(old)[0])
+    # pruned weights are not 0 where something scaled the updates on their way
+    weights = masks.apply_masks(weights, old)
     key = _step_key(choice.key, state)
     assert choice.refresh is not None
     read = Refresh(weights, grads, old, state.step, key)

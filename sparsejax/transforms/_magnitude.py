@@ -37,7 +37,10 @@ def magnitude_prune(
     became NaN ranks lowest at the next refresh.
 
     Args:
-      inner: any optax optimizer.
+      inner: the whole optax optimizer, clipping included, as in
+        `optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr))`. The method comes
+        last in a chain: its updates set pruned weights to 0, so nothing may scale them,
+        and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
         when every pattern is N:M.
       update_every: steps between refreshes, at least 1.

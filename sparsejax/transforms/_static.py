@@ -44,7 +44,10 @@ def static_sparse(
     masks of `sj.prune`. Pruned weights become exactly 0 with the first update.
 
     Args:
-      inner: any optax optimizer.
+      inner: the whole optax optimizer, clipping included, as in
+        `optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr))`. The method comes
+        last in a chain: its updates set pruned weights to 0, so nothing may scale them,
+        and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros of random masks: a float or a tree prefix of floats. With
         N:M patterns it may be omitted.
       masks: bring your own, True = kept, None = dense; instead of `sparsity`.

@@ -71,6 +71,29 @@ class MagnitudePruneTest(parameterized.TestCase):
             oracle.train(tx, problem), magnitude_oracle(problem, select, inner, 3)
         )
 
+    @parameterized.product(across_leaves=[False, True])
+    def test_masks_nest_where_updates_are_scaled_on_their_way(self, across_leaves):
+        rng = np.random.default_rng(0)
+        params = {"kernel": jnp.asarray(rng.standard_normal((16, 8)), jnp.float32)}
+        schedule = sj.schedules.cubic(0.75, begin=0, end=12)
+        method = sj.magnitude_prune(
+            optax.scale_by_adam(),
+            schedule,
+            update_every=2,
+            across_leaves=across_leaves,
+        )
+        tx = optax.chain(method, optax.scale_by_learning_rate(0.5))
+        state, seen = oracle.init(tx, params), []
+        update = oracle.jit(tx.update)
+        for _ in range(16):  # a pruned weight grows by half in each
+            grads = jax.tree.map(lambda p: p - 0.1, sj.forward_params(state, params))
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            seen.append(np.asarray(sj.masks_of(state)["kernel"]))
+        for before, after in itertools.pairwise(seen):
+            assert not (after & ~before).any()
+        assert seen[-1].sum() == 32
+
     @parameterized.parameters(
         (sj.Unstructured(), oracle.adamw),
         (sj.Block((2, 2)), oracle.momentum),
