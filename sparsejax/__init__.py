@@ -13,6 +13,7 @@ say what may be zero, masks are trees of bools, everything is a pure function.
 - allocations: `uniform`, `erdos_renyi`, `erdos_renyi_kernel`
 - masks: `prune`, `apply_masks`, `topk_mask`, `nm_mask`, `block_mask`, `global_topk`;
   more in `masks`, scores in `scores`
+- `typing`: names of trees, and what gives the names along the path of a leaf
 - measures: `sparsity_report`, `sad`; FLOPs, activations and pictures in `metrics`
 - sparse activations: `statistical_topk`, `statistical_threshold`, `statistical_glu`,
   `topk_activation`, `block_statistical_topk`; more in `activations`
@@ -44,6 +45,7 @@ from sparsejax import ops as ops
 from sparsejax import patterns as patterns
 from sparsejax import schedules as schedules
 from sparsejax import scores as scores
+from sparsejax import typing as typing
 from sparsejax.activations import block_statistical_topk as block_statistical_topk
 from sparsejax.activations import statistical_glu as statistical_glu
 from sparsejax.activations import statistical_threshold as statistical_threshold

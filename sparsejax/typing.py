@@ -11,7 +11,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import jax
 
 KeyPath: TypeAlias = tuple[Hashable, ...]
-"""The path of a leaf, as `jax.tree_util.tree_flatten_with_path` gives it."""
+"""The path of a leaf, as `jax.tree_util.tree_flatten_with_path` gives it; its names
+are those of `plain_path`."""
 
 Params: TypeAlias = Any
 """A pytree of arrays: a dict, a Flax `nnx.State`, an Equinox module, ..."""
@@ -95,6 +96,15 @@ def is_none(leaf: object) -> bool:
 
 def plain_path(path: KeyPath) -> tuple[str, ...]:
     """The names along a path, without the `.value` that Flax variables add.
+
+    Alike for dicts, the params of Linen, an `nnx.State` and modules.
+
+    Args:
+      path: of a leaf, as a `where` gets it.
+
+    Returns:
+      One name an entry; places in lists are digits, as in
+      `("blocks", "0", "ffn", "kernel")`.
 
     Example:
       >>> from jax.tree_util import DictKey, GetAttrKey

@@ -73,15 +73,19 @@ class Leaf:
 
 
 def is_default_governed(path: KeyPath, leaf: Any, stacked: int = 0) -> bool:
-    """The default of `where`: matrices and kernels, but no embeddings.
+    """The default of `where`: two axes or more, under no name of a dense leaf.
 
-    True for floating leaves with at least 2 axes beyond the `stacked` ones whose last
-    name is not `bias`, `scale` or `embedding`. These are Flax's names: an embedding
-    called `embeddings` (Haiku) or `weight` (Equinox) is governed unless a `where` of
-    your own leaves it out.
+    True for all floating leaves with at least 2 axes beyond the `stacked` ones whose
+    last name is not `bias`, `scale` or `embedding`: matrices and kernels, and whatever
+    else has two axes, such as position embeddings, CLS tokens, LoRA factors and an
+    embedding that is a bare `nnx.Param`. The names are Flax's: an embedding called
+    `embeddings` (Haiku) or `weight` (Equinox) is governed too. A `where` of your own
+    leaves them out.
 
     Args:
-      path: of the leaf.
+      path: of the leaf, entries of jax's key paths. `sj.typing.plain_path(path)` gives
+        their names, such as `("blocks", "0", "ffn", "kernel")`, alike for dicts, Linen
+        and NNX.
       leaf: an array or a `ShapeDtypeStruct`.
       stacked: leading axes that are stacked layers.
 
@@ -92,6 +96,12 @@ def is_default_governed(path: KeyPath, leaf: Any, stacked: int = 0) -> bool:
       >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
       >>> jax.tree_util.tree_map_with_path(is_default_governed, params)
       {'bias': False, 'kernel': True}
+      >>> def but_tokens(path, leaf):
+      ...   names = sj.typing.plain_path(path)
+      ...   return "tokens" not in names and is_default_governed(path, leaf)
+      >>> params = {"tokens": jnp.ones((1, 8)), "head": {"kernel": jnp.ones((8, 2))}}
+      >>> jax.tree_util.tree_map_with_path(but_tokens, params)
+      {'head': {'kernel': True}, 'tokens': False}
     """
     names = plain_path(path)
     return (
@@ -180,7 +190,7 @@ def governed(
     Args:
       params: arrays or `ShapeDtypeStruct`s; only paths, shapes and dtypes are read.
       where: predicate `(path, leaf) -> bool`, a tree (prefix) of bools, or None for
-        `is_default_governed`.
+        `is_default_governed`, which says what a path is.
       pattern: one pattern, a tree prefix of patterns, or a function of `(path, leaf)`,
         which is asked about governed leaves alone.
       stacked: one count of stacked axes, a tree prefix, or a function likewise.

@@ -70,7 +70,8 @@ def adams(
       second_moment_of_pull: as for `scale_by_adams`.
       sparsity: constant share of zeros for patterns other than N:M.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
-        bools, or None for matrices and kernels that are no embeddings.
+        bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
+        whose name is not bias, scale or embedding.
       stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or
         a function likewise.
       allocation: spreads a single sparsity over the leaves.
@@ -163,7 +164,8 @@ def scale_by_adams(
       second_moment_of_pull: False takes `nu` from the gradient, as Adam does.
       sparsity: constant share of zeros for patterns other than N:M.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
-        bools, or None for matrices and kernels that are no embeddings.
+        bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
+        whose name is not bias, scale or embedding.
       stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or
         a function likewise.
       allocation: spreads a single sparsity over the leaves.

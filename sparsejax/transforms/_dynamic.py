@@ -53,7 +53,8 @@ def sparse_evolution(
         to 0 at `stop_step`; or a schedule of your own.
       key: draws the first masks and every growth.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
-        bools, or None for matrices and kernels that are no embeddings.
+        bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
+        whose name is not bias, scale or embedding.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
       stacked: leading axes that are layers stacked by scan, likewise.
       allocation: spreads a single sparsity over the leaves.
@@ -139,7 +140,8 @@ def rigl(
         to 0 at `stop_step`; or a schedule of your own.
       key: draws the first masks.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
-        bools, or None for matrices and kernels that are no embeddings.
+        bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
+        whose name is not bias, scale or embedding.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
         With `Block` and `Channel` whole units are ranked by their summed scores.
       stacked: leading axes that are layers stacked by scan, likewise.

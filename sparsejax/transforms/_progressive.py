@@ -52,7 +52,8 @@ def mask_decay(
         only the former shows the claimed gain.
       sparsity: constant share of zeros for patterns other than N:M.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
-        bools, or None for matrices and kernels that are no embeddings.
+        bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
+        whose name is not bias, scale or embedding.
       stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or
         a function likewise.
       allocation: spreads a single sparsity over the leaves.
@@ -129,7 +130,8 @@ def structure_decay(
       sparsity: constant share of zeros for patterns other than N:M; in a tree, None
         leaves its leaf dense in the frames of these.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
-        bools, or None for matrices and kernels that are no embeddings.
+        bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
+        whose name is not bias, scale or embedding.
       stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or
         a function likewise.
       allocation: spreads a single sparsity over the leaves.

@@ -28,7 +28,8 @@ def prune(
       sparsity: share of zeros: a float (traced allowed), a tree prefix of floats, or
         None when every pattern is N:M.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
-        bools, or None for matrices and kernels that are no embeddings.
+        bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
+        whose name is not bias, scale or embedding.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
       stacked: leading axes that are layers stacked by scan, likewise.
       allocation: spreads a single sparsity over the leaves.

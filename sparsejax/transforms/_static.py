@@ -53,8 +53,9 @@ def static_sparse(
       masks: bring your own, True = kept, None = dense; instead of `sparsity`.
       key: draws the random masks; needed without `masks`.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
-        bools, or None for matrices and kernels that are no embeddings. Not beside
-        brought masks, of which those that are not None are governed.
+        bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
+        whose name is not bias, scale or embedding. Not beside brought masks, of
+        which those that are not None are governed.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
         Of brought masks: what they are made of, such as `Block` for block kernels;
         checked.

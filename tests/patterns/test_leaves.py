@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import sparsejax as sj
 from sparsejax.patterns import (
     NM,
     Block,
@@ -61,6 +62,41 @@ class DefaultTest(parameterized.TestCase):
         params = {"kernel": jnp.ones((3, 4, 2)), "gain": jnp.ones((3, 4))}
         self.assertEqual(names(params), ["['gain']", "['kernel']"])
         self.assertEqual(names(params, stacked=1), ["['kernel']"])
+
+
+class PathTest(parameterized.TestCase):
+    def test_names_are_alike_for_all_frameworks(self):
+        class Block(nnx.Module):
+            def __init__(self):
+                self.ffn = nnx.Linear(4, 2, use_bias=False, rngs=nnx.Rngs(0))
+
+        class Model(nnx.Module):
+            def __init__(self):
+                self.blocks = nnx.List([Block()])
+
+        kernel = jnp.ones((4, 2))
+        for params in (
+            {"blocks": [{"ffn": {"kernel": kernel}}]},
+            {"blocks": {"0": {"ffn": {"kernel": kernel}}}},
+            nnx.state(Model(), nnx.Param),
+            Model(),
+        ):
+            seen = []
+            governed(
+                params,
+                where=lambda path, leaf, seen=seen: (
+                    not seen.append(sj.typing.plain_path(path))
+                ),
+            )
+            self.assertEqual(seen, [("blocks", "0", "ffn", "kernel")])
+
+    def test_what_has_two_axes_is_governed_unless_named_otherwise(self):
+        params = {
+            "cls_token": jnp.ones((1, 8)),
+            "lora_a": jnp.ones((8, 2)),
+            "position": {"embedding": jnp.ones((16, 8))},
+        }
+        self.assertEqual(names(params), ["['cls_token']", "['lora_a']"])
 
 
 class WhereTest(parameterized.TestCase):
