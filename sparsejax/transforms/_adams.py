@@ -74,7 +74,8 @@ def adams(
         whose name is not bias, scale or embedding.
       stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or
         a function likewise.
-      allocation: spreads a single sparsity over the leaves.
+      allocation: spreads a single sparsity over the leaves; under
+        `optax.inject_hyperparams` named in `static_args`, also if left at its default.
       pack_masks: store 1 bit a weight instead of 1 byte.
 
     Returns:
@@ -168,7 +169,8 @@ def scale_by_adams(
         whose name is not bias, scale or embedding.
       stacked: leading axes that are layers stacked by scan: a number, a tree prefix, or
         a function likewise.
-      allocation: spreads a single sparsity over the leaves.
+      allocation: spreads a single sparsity over the leaves; under
+        `optax.inject_hyperparams` named in `static_args`, also if left at its default.
       pack_masks: store 1 bit a weight instead of 1 byte.
 
     Returns:

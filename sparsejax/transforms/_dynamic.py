@@ -57,7 +57,8 @@ def sparse_evolution(
         whose name is not bias, scale or embedding.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
       stacked: leading axes that are layers stacked by scan, likewise.
-      allocation: spreads a single sparsity over the leaves.
+      allocation: spreads a single sparsity over the leaves; under
+        `optax.inject_hyperparams` named in `static_args`, also if left at its default.
       pack_masks: store 1 bit a weight instead of 1 byte.
 
     Returns:
@@ -146,7 +147,8 @@ def rigl(
         With `Block` and `Channel` whole units are ranked by their summed scores.
       stacked: leading axes that are layers stacked by scan, likewise.
       allocation: spreads a single sparsity over the leaves; the paper uses
-        `sj.erdos_renyi_kernel`.
+        `sj.erdos_renyi_kernel`. Under `optax.inject_hyperparams` named in
+        `static_args`, also if left at its default.
       pack_masks: store 1 bit a weight instead of 1 byte.
 
     Returns:

@@ -49,7 +49,8 @@ def magnitude_prune(
         whose name is not bias, scale or embedding.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
       stacked: leading axes that are layers stacked by scan, likewise.
-      allocation: spreads a single sparsity over the leaves.
+      allocation: spreads a single sparsity over the leaves; under
+        `optax.inject_hyperparams` named in `static_args`, also if left at its default.
       across_leaves: rank all leaves together instead.
       pack_masks: store 1 bit a weight instead of 1 byte.
 

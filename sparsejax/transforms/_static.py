@@ -61,7 +61,8 @@ def static_sparse(
         checked.
       stacked: leading axes that are layers stacked by scan, likewise.
       allocation: spreads the sparsity over the leaves, such as
-        `sj.erdos_renyi_kernel`.
+        `sj.erdos_renyi_kernel`; under `optax.inject_hyperparams` named in
+        `static_args`, also if left at its default.
       across_leaves: rank all leaves together instead.
       pack_masks: store 1 bit a weight instead of 1 byte.
 
