@@ -69,7 +69,8 @@ def prepare(
         one for each layer, None where it reads all. All by default. It is for layers of
         `nn.Attention` and those that attend as it does with a cache, such as
         `nn.BlockAttention` and `nn.SeerAttention`, without a window: others have a rule
-        of their own. Prompts are read as without it.
+        of their own. One for a whole model passes by these, of a sequence they must
+        have None. Prompts are read as without it.
 
     Returns:
       A pytree, to be passed through `jax.jit` as any other.
@@ -77,8 +78,9 @@ def prepare(
     Raises:
       TypeError: if `model` is no `Decoder`, a layer attends in a way of its own that
         has no step, or a selector is not a pytree of arrays.
-      ValueError: if `capacity_factor` is below 1, or there are selectors for another
-        number of layers.
+      ValueError: if `capacity_factor` is below 1, there are selectors for another
+        number of layers, or there is one for a layer with a rule of its own, or for a
+        model of nothing else.
 
     Example:
       >>> from flax import nnx
@@ -117,35 +119,47 @@ def prepare(
 
 def _selectors(model: Decoder, select_keys) -> tuple[KeySelector | None, ...]:
     """Who chooses the keys that each layer reads; None where nobody does."""
-    num_layers = len(model.blocks)
+    layers = [block.attention for block in model.blocks]
     # a `NamedTuple` may be a selector itself
-    is_one = hasattr(select_keys, "select")
-    if is_one or not isinstance(select_keys, list | tuple):
-        select_keys = [select_keys] * num_layers
-    if len(select_keys) != num_layers:
+    is_own = hasattr(select_keys, "select")
+    is_one = is_own or not isinstance(select_keys, list | tuple)
+    each: list[Any] = [select_keys] * len(layers) if is_one else list(select_keys)
+    if len(each) != len(layers):
         raise ValueError(
-            f"`select_keys` must be one, or one for each of {num_layers} layers; got "
-            f"{len(select_keys)}. Calibrate on this model, or fill up by None."
+            f"`select_keys` must be one, or one for each of {len(layers)} layers; got "
+            f"{len(each)}. Calibrate on this model, or fill up by None."
         )
-    for leaf in jax.tree.leaves(select_keys):
+    for leaf in jax.tree.leaves(each):
         if not isinstance(leaf, jax.Array | np.ndarray):
             raise TypeError(
                 "`select_keys` must be pytrees of arrays; got a leaf of type "
                 f"{type(leaf).__name__}. Register its class, without arrays by "
                 "`jax.tree_util.register_static`."
             )
-    layers = (block.attention for block in model.blocks)
+    rules = [_own_rule(layer) for layer in layers]
+    # one for a mixed model is for the layers that can use it
+    strict = not is_one or all(rules)
+    for at, (rule, selector) in enumerate(zip(rules, each, strict=True)):
+        if strict and rule is not None and selector is not None:
+            raise ValueError(
+                "`select_keys` must be for layers that read all keys; got "
+                f"{type(selector).__name__} for blocks.{at}, where {rule}. Pass None "
+                f"for {'this model' if is_one else 'this layer'}, or build it with "
+                "`nn.Attention` without a window."
+            )
     return tuple(
-        selector if _reads_all(layer) else None
-        for layer, selector in zip(layers, select_keys, strict=True)
+        selector if rule is None else None
+        for selector, rule in zip(each, rules, strict=True)
     )
 
 
-def _reads_all(layer: object) -> bool:
-    """Whether a layer would read every key of the cache, having no rule of its own."""
-    if not isinstance(layer, nn.Attention) or isinstance(layer, nn.SparkAttention):
-        return False
-    return layer.window is None
+def _own_rule(layer: Any) -> str | None:
+    """What chooses the keys that a layer reads; None where it reads all."""
+    if isinstance(layer, nn.SparkAttention):
+        return f"{type(layer).__name__} chooses its keys itself"
+    if layer.window is not None:
+        return f"a window of {layer.window} chooses them"
+    return None
 
 
 def _cast_matrices(module: nnx.Module, dtype: jnp.dtype) -> None:

@@ -157,21 +157,6 @@ def test_one_model_serves_short_and_long_requests(method):
 
 
 @pytest.mark.once
-def test_layers_with_a_rule_of_their_own_are_left_alone():
-    windowed = functools.partial(nn.Attention, window=5)
-    spark = functools.partial(nn.SparkAttention, k=4, split=4)
-    model = make(num_layers=2, attention=(windowed, spark))
-    tokens = prompts(seq=12)
-    out = [
-        decode.generate(
-            decode.prepare(model, select_keys=keys), tokens, num_tokens=3
-        ).tokens
-        for keys in (None, decode.Quest(1, page_size=PAGE))
-    ]
-    np.testing.assert_array_equal(out[0], out[1])
-
-
-@pytest.mark.once
 def test_selectors_of_another_model_raise():
     model, tokens = make(), prompts(seq=8)
     channels = channels_of(model, tokens, num_channels=2)[0]
@@ -182,6 +167,31 @@ def test_selectors_of_another_model_raise():
     run = functools.partial(decode.prefill, num_slots=9)
     with pytest.raises(ValueError, match=r"2, 8\], of the model .*got shape \(2, 9, 4"):
         jax.eval_shape(run, ready, tokens, jnp.array([8, 8]))
+
+
+SPARK = functools.partial(nn.SparkAttention, k=4, split=4)
+WINDOW = functools.partial(nn.Attention, window=4)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("attention", "rule"),
+    [(SPARK, "SparkAttention chooses its keys"), (WINDOW, "a window of 4 chooses")],
+)
+def test_a_selector_for_a_layer_with_a_rule_of_its_own_raises(attention, rule):
+    quest = decode.Quest(2, page_size=PAGE)
+    model = make(num_layers=2, attention=(nn.Attention, attention))
+    for select in ([quest, quest], (None, quest)):
+        with pytest.raises(ValueError, match=rf"Quest for blocks\.1, where {rule}"):
+            decode.prepare(model, select_keys=select)
+    assert decode.prepare(model, select_keys=[quest, None]).select_keys[1] is None
+    # one for all is for those that can use it, and there must be some
+    model = make(num_layers=2, attention=(attention, nn.Attention))
+    assert decode.prepare(model, select_keys=quest).select_keys == (None, quest)
+    model = make(attention=attention)
+    with pytest.raises(ValueError, match=rf"blocks\.0, where {rule}.*for this model"):
+        decode.prepare(model, select_keys=quest)
+    assert decode.prepare(model, select_keys=quest, sparse=False).select_keys == (None,)
 
 
 @pytest.mark.once
