@@ -36,7 +36,7 @@ def generate(
     lengths: Int[Array, " batch"] | None = None,
     *,
     num_tokens: int,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     stop_token: int | Sequence[int] | None = None,
     key: jax.Array | None = None,
@@ -49,14 +49,16 @@ def generate(
     Args:
       model: from `sj.decode.prepare`.
       prompts: tokens in `[0, vocab_size)`, filled up at the end with anything.
+        Under `jax.jit`, where they are not known, their range is not checked.
       lengths: of the prompts, in `[1, seq]`; all are full by default.
       num_tokens: tokens to generate, at least 1.
-      temperature: 0 takes the likeliest token (of equal ones the lowest); above 0,
-        tokens are drawn from the softmax of `logits / temperature`.
-      top_k: draw from the `top_k` likeliest tokens only (of equal ones the lowest).
+      temperature: 0, the default, takes the likeliest token (of equal ones the lowest);
+        above 0, tokens are drawn from the softmax of `logits / temperature`.
+      top_k: draw from the `top_k` likeliest tokens only (of equal ones the lowest);
+        `temperature` must be given.
       stop_token: a token, or several of them: a sequence that drew one repeats it to
         its end.
-      key: for drawing; needed if `temperature` is above 0.
+      key: for drawing; needed if `temperature` is above 0, and only where one is given.
 
     Returns:
       The tokens, and what overflowed.
@@ -90,13 +92,23 @@ def generate(
     lengths = jnp.full(batch, seq) if lengths is None else jnp.asarray(lengths)
     _check_lengths(lengths, batch, seq)
     vocab = model.decoder().config.vocab_size
+    _check_tokens(prompts, lengths, vocab)
     if num_tokens < 1:
         raise ValueError(f"`num_tokens` must be at least 1; got {num_tokens}.")
+    if top_k is not None and not 1 <= top_k <= vocab:
+        raise ValueError(f"`top_k` must be in [1, {vocab}]; got {top_k}.")
+    if temperature is None:
+        for name, given in (("top_k", top_k), ("key", key)):
+            if given is not None:
+                raise ValueError(
+                    f"`{name}` is for drawing tokens, and without `temperature` the "
+                    "likeliest are taken; pass `temperature=1.0` to draw, or leave "
+                    f"`{name}` out."
+                )
+        temperature = 0.0
     temperature = float(temperature)
     if not temperature >= 0:
         raise ValueError(f"`temperature` must be at least 0; got {temperature}.")
-    if top_k is not None and not 1 <= top_k <= vocab:
-        raise ValueError(f"`top_k` must be in [1, {vocab}]; got {top_k}.")
     if temperature > 0 and key is None:
         raise ValueError(
             f"`key` is needed to draw tokens at temperature={temperature}; pass "
@@ -175,3 +187,21 @@ def _check_lengths(lengths: jax.Array, batch: int, seq: int) -> None:
     known = np.asarray(lengths)
     if (known < 1).any() or (known > seq).any():
         raise ValueError(f"`lengths` must be in [1, {seq}]; got {known.tolist()}.")
+
+
+def _check_tokens(prompts: jax.Array, lengths: jax.Array, vocab: int) -> None:
+    """Raises if a known prompt, without what fills it up, has what is no token."""
+    if isinstance(prompts, Tracer) or isinstance(lengths, Tracer):
+        return
+    if not (prompts.is_fully_addressable and lengths.is_fully_addressable):
+        return
+    known = np.asarray(prompts)
+    inside = np.arange(known.shape[1]) < np.asarray(lengths)[:, None]
+    wrong = np.argwhere(inside & ((known < 0) | (known >= vocab)))
+    if len(wrong):
+        row, at = wrong[0]
+        raise ValueError(
+            f"`prompts` must be tokens in [0, {vocab}); got {known[row, at]} at "
+            f"[{row}, {at}]. Use the tokenizer of this model, and `lengths` if it "
+            "only fills up a shorter prompt."
+        )

@@ -339,6 +339,10 @@ class GenerateTest(parameterized.TestCase):
         ({"temperature": -1.0}, "`temperature` must be at least 0"),
         ({"temperature": 1.0}, "`key` is needed to draw tokens"),
         ({"top_k": 32}, r"`top_k` must be in \[1, 31\]; got 32"),
+        ({"top_k": 5}, r"`top_k` is for drawing .*pass `temperature=1.0`"),
+        ({"key": jax.random.key(0)}, r"`key` is for drawing .*leave `key` out"),
+        ({"prompts": prompts() + 8}, r"in \[0, 31\); got \d+ at \[\d, \d+\]"),
+        ({"prompts": prompts() - 31}, r"in \[0, 31\); got -\d+ at \[0, 0\]"),
         ({"lengths": jnp.array([1, 2])}, "`lengths` must be 3 integers"),
         ({"lengths": jnp.array([1, 0, 3])}, r"must be in \[1, 20\]; got \[1, 0, 3\]"),
         ({"lengths": jnp.array([1, 21, 3])}, r"must be in \[1, 20\]"),
@@ -352,6 +356,17 @@ def test_bad_input_raises(options, message):
     ready = decode.prepare(make("spark"))
     with pytest.raises(ValueError, match=message):
         decode.generate(ready, **{"prompts": prompts(), "num_tokens": 2} | options)
+
+
+@pytest.mark.once
+def test_what_fills_up_a_prompt_may_be_anything():
+    """And a temperature of 0 that is given may have what is for others."""
+    ready, lengths = decode.prepare(make("dense")), jnp.array([20, 3, 7])
+    filled = jnp.where(jnp.arange(20) < lengths[:, None], prompts(), 999)
+    options = {"temperature": 0.0, "top_k": 3, "key": jax.random.key(0)}
+    got = decode.generate(ready, filled, lengths, num_tokens=3, **options)
+    want = decode.generate(ready, prompts(), lengths, num_tokens=3)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
 @pytest.mark.once
