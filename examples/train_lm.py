@@ -45,6 +45,7 @@ class Method:
     finish: Callable = sj.sparse_params  # (opt_state, params) -> exactly sparse weights
     masks: Callable = sj.masks_of  # opt_state -> masks of the weights
     place: Callable = lambda model, opt_state: None  # masks into block-sparse layers
+    hard: bool = False  # the masks are of what is kept, zeros of just grown weights too
     eta: float = 0.0  # share of the dense teacher in the loss
 
 
@@ -187,11 +188,12 @@ def main(argv=None) -> list[dict]:
     fork = train("dense", methods["dense"], state, fork_step)
     dense_on = train("dense-continued", methods["dense"], fork, last_step)
 
-    final = sj.apply_masks(dense_on.params, prune(args, dense_on.params))
+    kept = prune(args, dense_on.params)
+    final = sj.apply_masks(dense_on.params, kept)
     compared = [
-        ("dense at the fork", fork_step, fork.params),
-        ("dense, trained on", last_step, dense_on.params),
-        ("... pruned in one shot", last_step, final),
+        ("dense at the fork", fork_step, fork.params, None),
+        ("dense, trained on", last_step, dense_on.params, None),
+        ("... pruned in one shot", last_step, final, kept),
     ]
     if args.method != "dense":
         method = methods[args.method]
@@ -199,18 +201,19 @@ def main(argv=None) -> list[dict]:
         state = train(args.method, method, state, last_step, teacher=fork.params)
         before = method.forward(state.opt_state, state.params)
         final = method.finish(state.opt_state, state.params)
+        kept = method.masks(state.opt_state) if method.hard else None
         compared += [
-            (f"{args.method}, before the hard prune", last_step, before),
-            (f"{args.method}, after the hard prune", last_step, final),
+            (f"{args.method}, before the hard prune", last_step, before, kept),
+            (f"{args.method}, after the hard prune", last_step, final, kept),
         ]
     rows = [
         {
             "model": name,
             "steps": steps,
-            "sparsity": sj.sparsity_report(weights).sparsity,
+            "sparsity": sj.sparsity_report(weights if kept is None else kept).sparsity,
             "bits per byte": float(bits_per_byte(weights, validation)),
         }
-        for name, steps, weights in compared
+        for name, steps, weights, kept in compared
     ]
     for row in rows:
         row["to dense, %"] = 100 * (row["bits per byte"] / rows[1]["bits per byte"] - 1)
@@ -378,7 +381,8 @@ def magnitude(args) -> Method:
     if sparsity is not None:
         sparsity = sj.schedules.cubic(sparsity, begin=0, end=max(args.steps // 2, 1))
     return Method(
-        sj.magnitude_prune(inner, sparsity, pattern=args.pattern, update_every=10)
+        sj.magnitude_prune(inner, sparsity, pattern=args.pattern, update_every=10),
+        hard=True,
     )
 
 
@@ -386,7 +390,8 @@ def static(args) -> Method:
     """Random masks from the start; give `--dense-steps 0`, as for SET and RigL."""
     inner = clipped_adam(cosine(args, args.lr))
     key = jax.random.key(args.seed)
-    return Method(sj.static_sparse(inner, args.sparsity, pattern=args.pattern, key=key))
+    tx = sj.static_sparse(inner, args.sparsity, pattern=args.pattern, key=key)
+    return Method(tx, hard=True)
 
 
 def dynamic(args, method) -> Method:
@@ -399,7 +404,8 @@ def dynamic(args, method) -> Method:
             stop_step=args.steps * 3 // 4,
             pattern=args.pattern,
             key=jax.random.key(args.seed),
-        )
+        ),
+        hard=True,
     )
 
 

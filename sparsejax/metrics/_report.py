@@ -106,7 +106,9 @@ def sparsity_report(
 
     Masks are counted as they are: a kept weight that happens to be 0 is kept. Where
     only params are at hand, the zeros of the leaves that are governed by default
-    (`patterns.is_default_governed`) are counted as pruned.
+    (`patterns.is_default_governed`) are counted as pruned, too many where a method
+    grows weights, as RigL does: those just grown are zeros that are kept. Give its
+    masks, `sj.masks_of(opt_state)`.
 
     Args:
       params_or_masks: masks, a tree of bool arrays with None for leaves that are not
