@@ -97,7 +97,7 @@ def cross_entropy(logits, labels):
 
 def main(argv=None) -> list[dict]:
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     try:  # what is wrong with the input shows here, before anything is written
         text = read_text(args)
         sizes = model_sizes(args)
@@ -501,6 +501,30 @@ def make_parser() -> argparse.ArgumentParser:
         help="from one checkpoint to the next",
     )
     return parser
+
+
+READ_WITH = {  # other methods and layers would leave these aside
+    "density": ("ffn", ("spark", "gemma3n")),
+    "attended": ("attention", ("spark",)),
+    "cast_lr": ("method", ("cast", "adams")),
+    "l1_decay": ("method", ("cast", "adams")),
+    "eta": ("method", ("cast",)),
+}
+
+
+def parse_args(parser, argv) -> argparse.Namespace:
+    """An option that is given and would not be read is an error."""
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(READ_WITH)))
+    for name, (by, values) in READ_WITH.items():
+        chosen = getattr(args, by)
+        if getattr(args, name) is None:  # not given
+            setattr(args, name, parser.get_default(name))
+        elif chosen not in values:
+            parser.error(
+                f"--{name.replace('_', '-')} is read with --{by} {' or '.join(values)} "
+                f"alone; got --{by} {chosen}. Leave it out."
+            )
+    return args
 
 
 def count(text: str, least: int = 0) -> int:

@@ -176,6 +176,31 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, text, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--density", "0.3"), "--density is read with --ffn spark or gemma3n alone"),
+        (("--ffn", "block", "--density", "0.08"), "--density .* got --ffn block"),
+        (("--attended", "4", "--ffn", "spark"), "--attended .* got --attention dense"),
+        (("--method", "rigl", "--cast-lr", "1e-3"), "--cast-lr .*cast or adams alone"),
+        (("--method", "dense", "--l1-decay", "0"), "--l1-decay .* got --method dense"),
+        (("--method", "adams", "--eta", "0.1"), "--eta is read with --method cast"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(tmp_path, capsys, options, message):
+    said = refused(capsys, "--runs", tmp_path, *TINY, *options)
+    assert re.search(message, said), said
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_option_that_is_read_and_not_given_has_its_default():
+    parser = train_lm.make_parser()
+    assert train_lm.parse_args(parser, []) == parser.parse_args([])
+    spark = ["--ffn", "spark", "--attention", "spark", "--attended", "4"]
+    args = train_lm.parse_args(parser, spark)
+    assert (args.attended, args.density) == (4, 0.08)
+
+
 def test_a_run_is_never_overwritten(tmp_path, text, capsys):
     runs = ("--runs", tmp_path / "runs", "--text", text, *TINY)
     train_lm.main([*map(str, runs), "--method", "dense"])
