@@ -94,6 +94,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
         that a supervisor can give the same command again and again.
 
     Raises:
+      TypeError: JSON cannot hold `config`, naming the field.
       ValueError: `folder` holds a run and `resume` is False, or a run of another
         configuration, or a config.json that is not ours. Nothing is written.
 
@@ -107,7 +108,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     """
     folder = Path(folder)
     file = folder / "config.json"
-    wanted = json.loads(json.dumps(config))
+    wanted = _as_json(config)
     if file.exists():
         if not resume:
             raise ValueError(
@@ -133,6 +134,24 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
         write_atomic(file, json.dumps(content, indent=2) + "\n")
     wait_for_all("open_run: written")
     return Run(folder)
+
+
+def _as_json(config: Mapping[str, Any]) -> Row:
+    """The configuration as it is read again: of tuples JSON makes lists."""
+    config = dict(config)
+    try:
+        return json.loads(json.dumps(config))
+    except TypeError:
+        for name, value in _flat(config).items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise TypeError(
+                    f"`config` must be what JSON can hold; got {name!r} of type "
+                    f"{type(value).__name__}: {error}. Pass `float(...)` or `int(...)` "
+                    "of a number, `str(...)` of anything else."
+                ) from error
+        raise  # a name is what JSON cannot hold
 
 
 def _read_config(file: Path) -> Row:
@@ -189,7 +208,7 @@ def _flat(config: Row, prefix: str = "") -> Row:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 

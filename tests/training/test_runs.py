@@ -29,6 +29,19 @@ def test_resume_without_a_run_starts_it(tmp_path):
     training.open_run(tmp_path / "a", CONFIG, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"seed": 0, "lr": jnp.float32(1)}, "'lr' of type ArrayImpl"),
+        ({"model": {"widths": [1, np.int64(2)], "d": 1}}, r"'model\.widths' of type l"),
+    ],
+)
+def test_a_configuration_that_json_cannot_hold_is_named(tmp_path, config, name):
+    with pytest.raises(TypeError, match=rf"{name}.*Pass `float\(\.\.\.\)`"):
+        training.open_run(tmp_path / "a", config, resume=False)
+    assert not (tmp_path / "a").exists()
+
+
 def test_another_configuration_is_refused_by_field(tmp_path):
     training.open_run(tmp_path, CONFIG, resume=False)
     before = (tmp_path / "config.json").read_bytes()
