@@ -17,6 +17,7 @@ first step and keeps exactly as many weights as on one device.
 import argparse
 import functools
 import math
+import sys
 from pathlib import Path
 
 import jax
@@ -32,7 +33,7 @@ from sparsejax import models, training
 def main(argv=None) -> training.TrainState:
     args = parse_args(argv)
     join_processes(args)
-    say = print if jax.process_index() == 0 else lambda *_: None
+    say = print if jax.process_index() == 0 else lambda *_, **options: None
 
     # One axis over all devices of all processes.
     axis_types = (jax.sharding.AxisType.Auto,)
@@ -47,9 +48,13 @@ def main(argv=None) -> training.TrainState:
         tx = make_optimizer(args)
         shapes = jax.eval_shape(begin)
         settings = run_config(args, text)
-        run = training.open_run(args.runs / args.name, settings, resume=args.resume)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
+    try:
+        run = training.open_run(args.runs / args.name, settings, resume=args.resume)
+    except (OSError, ValueError) as error:
+        words = "Here --resume is `resume=True`, and --name chooses the folder."
+        raise SystemExit(f"error: {error}\n{words}") from error
 
     # --- The state: made in its shards, so that no host ever holds all of it ---
 
@@ -105,22 +110,26 @@ def main(argv=None) -> training.TrainState:
 
     # --- The run: metrics, checkpoints, restarts; the same call in every process ---
 
-    state = training.fit(
-        run,
-        "fsdp",
-        state,
-        step_fn,
-        functools.partial(make_batch, text.train),
-        num_steps=args.steps,
-        evaluate=lambda state: {
-            "validation_bits_per_byte": held_out_loss(
-                state.params, state.opt_state, held_out
-            )
-        },
-        evaluate_every=args.evaluate_every,
-        checkpoint_every=args.checkpoint_every,
-        tokens_per_step=args.batch_size * args.seq_len,
-    )
+    try:
+        state = training.fit(
+            run,
+            "fsdp",
+            state,
+            step_fn,
+            functools.partial(make_batch, text.train),
+            num_steps=args.steps,
+            evaluate=lambda state: {
+                "validation_bits_per_byte": held_out_loss(
+                    state.params, state.opt_state, held_out
+                )
+            },
+            evaluate_every=args.evaluate_every,
+            checkpoint_every=args.checkpoint_every,
+            tokens_per_step=args.batch_size * args.seq_len,
+        )
+    except training.Stopped:
+        say("Go on by --resume.", file=sys.stderr)
+        raise
     report = sj.sparsity_report(sj.masks_of(state.opt_state))
     last = [row for row in run.rows() if "validation_bits_per_byte" in row][-1]
     say(

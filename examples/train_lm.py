@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,9 +118,13 @@ def main(argv=None) -> list[dict]:
             jax.eval_shape(functools.partial(try_begin, method, make_model), weights)
         jax.eval_shape(functools.partial(prune, args), weights)
         config = run_config(args, text, sizes)
-        run = training.open_run(args.runs / args.name, config, resume=args.resume)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
+    try:
+        run = training.open_run(args.runs / args.name, config, resume=args.resume)
+    except (OSError, ValueError) as error:
+        words = "Here --resume is `resume=True`, and --name chooses the folder."
+        parser.exit(2, f"error: {error}\n{words}\n")
     print(
         f"{sum(x.size for x in jax.tree.leaves(weights)):,} weights learn "
         f"{text.train.size:,} bytes of the {text.name}; results go to {run.folder}"
@@ -166,20 +171,24 @@ def main(argv=None) -> list[dict]:
                 }
             return metrics
 
-        return training.fit(
-            run,
-            phase,
-            state,
-            lambda state, batch: step_fn(state, batch, teacher),
-            lambda step: training.sample_batch(
-                text.train, seed=args.seed, step=step, **shape
-            ),
-            num_steps=num_steps,
-            evaluate=evaluate,
-            evaluate_every=args.evaluate_every,
-            checkpoint_every=args.checkpoint_every,
-            tokens_per_step=args.batch_size * args.seq_len,
-        )
+        try:
+            return training.fit(
+                run,
+                phase,
+                state,
+                lambda state, batch: step_fn(state, batch, teacher),
+                lambda step: training.sample_batch(
+                    text.train, seed=args.seed, step=step, **shape
+                ),
+                num_steps=num_steps,
+                evaluate=evaluate,
+                evaluate_every=args.evaluate_every,
+                checkpoint_every=args.checkpoint_every,
+                tokens_per_step=args.batch_size * args.seq_len,
+            )
+        except training.Stopped:
+            print("Go on by --resume.", file=sys.stderr)
+            raise
 
     # Each call goes on from its own newest checkpoint: a resumed run passes through the
     # parts that are done and does the rest.

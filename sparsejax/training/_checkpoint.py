@@ -119,8 +119,8 @@ def restore_checkpoint(folder: str | Path, like: Tree) -> Tree | None:
         step, error = next(iter(damaged.items()))
         raise ValueError(
             f"none of the {len(damaged)} checkpoints in {folder} can be read as the "
-            f"state of this run; at step {step}: {error}. Start a run of another name, "
-            "or delete that folder to begin this part again."
+            f"state of this run; at step {step}: {error}. Start a run in another "
+            "folder, or delete that folder to begin this part again."
         ) from error
     return None
 

@@ -63,7 +63,8 @@ def fit(
     `--xla_gpu_deterministic_ops=true`; without it sums there depend on chance.)
 
     On SIGINT or SIGTERM the current step is finished and saved, then `Stopped` is
-    raised; a second signal acts at once.
+    raised; a second signal acts at once. In another process the same call needs the
+    same folder: `open_run(folder, config, resume=True)`.
 
     Of several processes (`jax.distributed`) each makes the same call, with a state of
     global arrays. They share the run's folder; on SIGTERM to one of them, as a cluster
@@ -127,7 +128,7 @@ def fit(
             "training must begin at or before its end; got "
             f"num_steps={num_steps}, and it begins at step {step} of "
             f"{'`state`' if restored is None else folder}. Pass `num_steps` counted as "
-            "in `state.step`, or begin a run of another name."
+            "in `state.step`, or begin a run in another folder."
         )
     if restored is None:
         run.rewind(phase, -1)
@@ -173,7 +174,7 @@ def fit(
         if is_first():
             print(
                 f"stopped by {stop.name} in phase {phase!r} at step {step}; all is "
-                "saved. Go on by --resume.",
+                "saved, and the same call goes on from there.",
                 file=sys.stderr,
             )
         raise Stopped(128 + stop)

@@ -112,8 +112,8 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     if file.exists():
         if not resume:
             raise ValueError(
-                f"{folder} already holds a run. Go on with it by `--resume`, or choose "
-                "another `--name`."
+                f"{folder} already holds a run. Go on with it by `resume=True`, or "
+                "choose another `folder`."
             )
         _require_equal(_read_config(file), wanted, folder)
         wait_for_all("open_run: read")
@@ -121,7 +121,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     if folder.exists() and any(p.suffix != ".partial" for p in folder.iterdir()):
         raise ValueError(
             f"{folder} is neither empty nor a run: it has no config.json. Choose "
-            "another `--name`."
+            "another `folder`."
         )
     wait_for_all("open_run: read")  # before there is a file that others could find
     if is_first():
@@ -165,7 +165,7 @@ def _read_config(file: Path) -> Row:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is not the configuration of a run: {error}. Choose another "
-            "`--name`."
+            "`folder`."
         ) from error
     return content["config"]
 
@@ -181,7 +181,7 @@ def _parse_row(line: bytes, place: str) -> Row:
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{place} is not a row of metrics: {error}. Remove that line, or start a "
-            "run of another name."
+            "run in another folder."
         ) from error
 
 
@@ -197,7 +197,7 @@ def _require_equal(stored: Row, wanted: Row, folder: Path) -> None:
         raise ValueError(
             f"the run in {folder} has another configuration:\n"
             + "\n".join(differing)
-            + "\nResume it with its own, or start a run of another `--name`."
+            + "\nResume it with its own, or start a run in another `folder`."
         )
 
 

@@ -206,13 +206,24 @@ def test_a_run_is_never_overwritten(tmp_path, text, capsys):
     train_lm.main([*map(str, runs), "--method", "dense"])
     folder = tmp_path / "runs" / "train_lm"
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert "already holds a run" in refused(capsys, *runs, "--method", "dense")
+    said = refused(capsys, *runs, "--method", "dense")
+    assert "already holds a run" in said and "Here --resume is `resume=True`" in said
     said = refused(capsys, *runs, "--method", "dense", "--seed", 1, "--resume")
     assert "seed: 0 there, 1 now" in said
     text.write_text("another text, " * 6000)
     said = refused(capsys, *runs, "--method", "dense", "--resume")
     assert "text.sha256" in said
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_stop_says_how_to_go_on(tmp_path, text, capsys, monkeypatch):
+    def stopped(*args, **options):
+        raise training.Stopped(130)
+
+    monkeypatch.setattr(training, "fit", stopped)
+    with pytest.raises(training.Stopped):
+        run(tmp_path, text)
+    assert "Go on by --resume." in capsys.readouterr().err
 
 
 def test_spark_layers(tmp_path, text, capsys):

@@ -134,7 +134,8 @@ def test_stops_on_a_signal_and_goes_on(tmp_path, uninterrupted, capsys, signum, 
     assert stopped.value.code == 128 + signum
     assert signal.getsignal(signum) is before
     said = capsys.readouterr().err
-    assert f"stopped by {signum.name} in phase 'a' at step {last + 1}" in said
+    assert f"stopped by {signum.name} in phase 'a' at step {last + 1};" in said
+    assert "the same call goes on from there" in said and "--resume" not in said
     saved = training.restore_checkpoint(run.checkpoints("a"), initial_state())
     assert saved.step == last + 1  # nothing is lost
     state = fit(run)

@@ -17,7 +17,7 @@ def test_starts_then_refuses_then_resumes(tmp_path):
     folder = tmp_path / "runs" / "a"
     training.open_run(folder, CONFIG, resume=False)
     before = (folder / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=r"already holds a run.*--resume"):
+    with pytest.raises(ValueError, match=r"already.*`resume=True`, or.* `folder`"):
         training.open_run(folder, CONFIG, resume=False)
     training.open_run(folder, CONFIG, resume=True)
     assert (folder / "config.json").read_bytes() == before
