@@ -116,7 +116,15 @@ class Decoder(nnx.Module):
           logits `[batch, seq, vocab]`; densities float32 `[num_layers, batch, seq]` by
           name: `"attention"`, the share of the tokens in sight that was attended (a
           mean over heads), and `"ffn"`, the share of the neurons that are active.
+
+        Raises:
+          ValueError: if `tokens` has other axes.
         """
+        if tokens.ndim != 2:
+            raise ValueError(
+                f"`tokens` must be [batch, seq]; got shape {tokens.shape}. Of one "
+                "sequence give `tokens[None]`, a batch of one."
+            )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         x = self.embed(tokens)

@@ -299,3 +299,13 @@ def test_bad_configurations_raise(field, value, message):
 def test_configurations_of_another_kind_raise(field, value, message):
     with pytest.raises(TypeError, match=message):
         dataclasses.replace(SMALL, **{field: value})
+
+
+@pytest.mark.parametrize("tokens", [TOKENS[0], TOKENS[None]], ids=["1d", "3d"])
+@pytest.mark.parametrize(
+    "attention", [nn.Attention, functools.partial(nn.SparkAttention, k=2, split=2)]
+)
+def test_tokens_of_other_axes_raise(attention, tokens):
+    model = make(dataclasses.replace(SMALL, attention=attention))
+    with pytest.raises(ValueError, match=r"`tokens` must be \[batch, seq\]; got shape"):
+        model(tokens)
