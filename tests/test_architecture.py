@@ -54,7 +54,7 @@ MAY_IMPORT["training"] = ROOMS
 MAY_IMPORT["__init__"] = ROOMS  # the front door
 # Lone modules that every room may import: arrays in blocks, tokens that count,
 # versions of jax, packages that are missing.
-FOR_ALL = {"_blocks", "_compat", "_extras", "_tokens"}
+FOR_ALL = {"_blocks", "_compat", "_extras", "_governed", "_tokens"}
 MAY_IMPORT |= {name: set() for name in FOR_ALL}
 
 # Third-party packages that only some rooms may import.

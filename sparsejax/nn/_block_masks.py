@@ -10,15 +10,10 @@ from flax import nnx
 from jax.core import Tracer
 
 from sparsejax._blocks import kept_blocks
+from sparsejax._governed import GovernedLeaf, MaskSource, governed_twice, no_state
 from sparsejax.formats import BlockMask
 from sparsejax.nn._block_sparse_linear import BlockSparseLinear
-from sparsejax.typing import (
-    GovernedLeaf,
-    MaskSource,
-    governed_twice,
-    no_state,
-    plain_path,
-)
+from sparsejax.typing import plain_path
 
 Path: TypeAlias = tuple[str, ...]
 

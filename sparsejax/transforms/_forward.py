@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import masks, scores
+from sparsejax._governed import governed_twice
 from sparsejax.patterns import Leaf
 from sparsejax.transforms._state import (
     Entry,
@@ -23,7 +24,7 @@ from sparsejax.transforms._state import (
     is_hole,
     leaf_mask,
 )
-from sparsejax.typing import MaskTree, Params, governed_twice
+from sparsejax.typing import MaskTree, Params
 
 
 def forward_params(opt_state: optax.OptState, params: Params) -> Params:

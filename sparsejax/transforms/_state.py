@@ -15,16 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import masks
+from sparsejax._governed import GovernedLeaf, governed_twice, no_state
 from sparsejax.patterns import Leaf
-from sparsejax.typing import (
-    GovernedLeaf,
-    MaskTree,
-    Params,
-    governed_twice,
-    is_none,
-    no_state,
-    plain_path,
-)
+from sparsejax.typing import MaskTree, Params, is_none, plain_path
 
 
 @dataclasses.dataclass(frozen=True)
