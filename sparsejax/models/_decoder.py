@@ -120,14 +120,14 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: if `tokens` has other axes.
         """
-        if tokens.ndim != 2:
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+        x = self.embed(tokens)
+        if x.ndim != 3:
             raise ValueError(
                 f"`tokens` must be [batch, seq]; got shape {tokens.shape}. Of one "
                 "sequence give `tokens[None]`, a batch of one."
             )
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
-        x = self.embed(tokens)
         densities = []
         for block in self.blocks:
             if with_density:
