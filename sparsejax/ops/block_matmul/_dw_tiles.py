@@ -123,7 +123,7 @@ class Work:
 
     def split(self, num_tiles) -> Split:
         if not self.cut:
-            return Split(num_tiles, jnp.int32(0), self.grid.steps, self.programs)
+            return Split.none(num_tiles, self.grid.steps)
         return Split.of(num_tiles, self.grid.steps, self.programs)
 
     @property

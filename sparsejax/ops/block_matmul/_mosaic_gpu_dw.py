@@ -14,7 +14,7 @@ from sparsejax.ops.block_matmul._aside import is_listed, spread_out
 from sparsejax.ops.block_matmul._dw_tiles import SUMS, Grid, Work
 from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
 from sparsejax.ops.block_matmul._schedule import add_up
-from sparsejax.ops.block_matmul._split import may_cut
+from sparsejax.ops.block_matmul._split import may_cut, most_pieces
 
 _RING_BYTES = 200 * 1024
 
@@ -63,7 +63,7 @@ def grad_w(
     grid = Grid.of(len(x), block_mask, w)
     operands = {"x": x, "dy": dy, "num": block_mask.num, "indices": block_mask.indices}
     few = grid.most_tiles <= tiles.num_sms if tiles.cut is None else tiles.cut
-    cut = few and may_cut(grid.steps, tiles.num_sms)
+    cut = few and may_cut(grid.steps)
     programs = tiles.num_sms if cut else min(tiles.num_sms, grid.most_tiles)
     settings = {
         "sums_shape": (DEPTH, grid.columns),
@@ -86,7 +86,7 @@ def grad_w(
         return _tiles(Work(grid, refs, programs, cut), w.dtype)
 
     if cut:
-        shape = (2 * programs, COMPUTING, SUMS, DEPTH, grid.columns)
+        shape = (most_pieces(programs), COMPUTING, SUMS, DEPTH, grid.columns)
         out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
         operands["pieces"] = run(
             make_pieces, operands=operands, out_type=out_type, scratch=rings, **settings
@@ -107,32 +107,17 @@ def grad_w(
 
 
 def _pieces(work: Work) -> Task:
-    """Adds up this program's run of the steps of all tiles that are cut."""
-    steps, num_tiles = work.grid.steps, work.num_tiles()
-    split = work.split(num_tiles)
-    begin, end = split.run(work.program)
+    """Adds up every `programs`-th piece of the tiles that are cut."""
+    split = work.split(work.num_tiles())
 
     def walk(visit, carry):
-        # The later tile first: its part begins at its first rows, which the programs
-        # beside this one read at the same time.
-        first, last = jax.lax.div(begin, steps), jax.lax.div(end - 1, steps)
-        state, found = work.start, []
-        for n in (first, last):
-            # also without a run, and where there is no tile at all
-            number = jnp.clip(split.whole + n, 0, jnp.maximum(num_tiles - 1, 0))
-            state, tile = work.find(state, number)
-            found.append(tile)
-
         def of_piece(i, carry):
-            n, is_last = last - i, last - i > first
-            tile = (jnp.where(is_last, b, a) for a, b in zip(*found, strict=True))
-            start = jnp.maximum(begin - n * steps, 0)
-            stop = jnp.minimum(end - n * steps, steps)
-            piece = split.piece(work.program, n)
-            return visit((*tile, start, stop - start, piece), carry)
+            number = work.program + i * work.programs
+            n, first, num_steps = split.piece(number)
+            _, tile = work.find(work.start, split.whole + n)
+            return visit((*tile, first, num_steps, number), carry)
 
-        num = jnp.where(end > begin, last - first + 1, 0)
-        return jax.lax.fori_loop(0, num, of_piece, carry)
+        return jax.lax.fori_loop(0, work.mine(split.num_pieces), of_piece, carry)
 
     def finish(tile, sums, number, warpgroup):
         work.refs["out"][tile[5], warpgroup, number] = sums
@@ -163,19 +148,17 @@ def _tiles(work: Work, dtype) -> Task:
         if not work.cut:
             return sums.astype(dtype)
         n = tile[5]
-        first, last = split.programs_of(n)
 
-        def add(program, sums):
-            piece = split.piece(program, n)
+        def add(part, sums):
             found = _compat.mosaic_gpu_load(
                 plgpu,
-                refs["pieces"].at[piece, warpgroup, number],
+                refs["pieces"].at[split.number(n, part), warpgroup, number],
                 plgpu.Layout.WGMMA,
             )
             return sums + found
 
-        last = jnp.where(n < 0, first, last)  # of a whole tile there are no pieces
-        return jax.lax.fori_loop(first, last, add, sums).astype(dtype)
+        parts = jnp.where(n < 0, 0, split.parts)  # of a whole tile there are no pieces
+        return jax.lax.fori_loop(0, parts, add, sums).astype(dtype)
 
     def target(row, column, place):
         """A block in the result."""

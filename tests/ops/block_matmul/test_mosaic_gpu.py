@@ -122,7 +122,7 @@ class InterpretTest(parameterized.TestCase):
     @parameterized.parameters(
         # four programs: four whole tiles, and one whose rows are cut into pieces
         ([[1, 1, 0], [0, 0, 1], [1, 1, 1], [1, 0, 0]], (128, 128), jnp.bfloat16, 4),
-        # three: both tiles are cut, the piece of one program lies in both
+        # three: both tiles are cut, in two rounds
         ([[1, 1], [0, 1]], (64, 64), jnp.float16, 3, True),
         # nothing is kept: no tile to look for, in blocks of one tile and of four
         ([[0]], (128, 128), jnp.bfloat16, 2),
@@ -133,7 +133,7 @@ class InterpretTest(parameterized.TestCase):
         tiles = _dw.Tiles(stages=2, num_sms=programs, cut=True)
         with contextlib.ExitStack() as stack:
             # cuts that pay for so few rows
-            for name, value in {"_COST": 1, "_SHORTEST": 1}.items():
+            for name, value in {"_COST": 0, "_SHORTEST": 1, "_GAIN": 1}.items():
                 stack.enter_context(mock.patch.object(_split, name, value))
             stack.enter_context(gpu_interpreted())
             dw = jax.jit(functools.partial(_dw.grad_w, tiles=tiles))(x, dy, mask, w)
