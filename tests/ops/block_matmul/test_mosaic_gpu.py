@@ -130,7 +130,7 @@ class InterpretTest(parameterized.TestCase):
     )
     def test_dw_of_pieces(self, kept, block_shape, dtype, programs, compact=False):
         x, w, dy, mask = operands(kept, block_shape, 192, dtype, compact)
-        tiles = _dw.Tiles(stages=2, num_sms=programs, cut=True)
+        tiles = _dw.Tiles(stages=2, num_sms=programs)
         with contextlib.ExitStack() as stack:
             # cuts that pay for so few rows
             for name, value in {"_COST": 0, "_SHORTEST": 1, "_GAIN": 1}.items():
@@ -329,7 +329,7 @@ class DeviceTest(parameterized.TestCase):
 
     @parameterized.product(block_shape=[(128, 128), (64, 64)], compact=[False, True])
     def test_dw_of_pieces(self, block_shape, compact):
-        run = jax.jit(functools.partial(_dw.grad_w, tiles=_dw.Tiles(cut=True)))
+        run = jax.jit(_dw.grad_w)
         order = np.random.default_rng(0).permutation(63).reshape(9, 7)
         x, w, dy, mask = operands(order < 20, block_shape, 4000, jnp.bfloat16, compact)
         assert_equal([run(x, dy, mask, w)], reference(x, w, dy, mask)[2:])
