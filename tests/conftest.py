@@ -4,7 +4,9 @@ import collections
 import gc
 import importlib.metadata
 import inspect
+import itertools
 import os
+import threading
 import zlib
 
 import chex
@@ -12,6 +14,7 @@ import flax
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 # No deadline: a first example compiles. Derandomized: a run repeats exactly; look for
 # new examples by `pytest --hypothesis-profile=explore`.
@@ -39,6 +42,27 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     _COMPILE_FAST["xla_cpu_use_fusion_emitters"] = "false"
 
 
+def lower_in_one_context():
+    """Lowers ten programs in a row in one MLIR context, as jax does from 0.12 on.
+
+    jax 0.10 makes a context for each: of a small program that is most of lowering.
+    """
+    if hasattr(mlir, "_thread_local_context"):
+        return
+    new_context, here = mlir.make_ir_context, threading.local()
+
+    def contexts():
+        while True:
+            yield from itertools.repeat(new_context(), 10)
+
+    def make_ir_context():
+        if not hasattr(here, "contexts"):
+            here.contexts = contexts()
+        return next(here.contexts)
+
+    mlir.make_ir_context = make_ir_context
+
+
 def pytest_addoption(parser):
     """For a second run, on another jax, of what a first did in full."""
     parser.addoption(
@@ -60,6 +84,9 @@ def pytest_configure(config):
     ):
         jax.config.update("jax_platforms", "cpu")
         flags |= _COMPILE_FAST
+        lower_in_one_context()
+        # where in the sources an operation comes from: no test reads it
+        jax.config.update("jax_traceback_in_locations_limit", 0)
     given = os.environ.get("XLA_FLAGS", "")
     added = [f"--{name}={flags[name]}" for name in flags if name not in given]
     # read when the first device is asked for; processes that tests start inherit it
