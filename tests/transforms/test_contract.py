@@ -1,6 +1,7 @@
 """What holds for every method: counts under bad numbers, packing, one trace."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import chex
@@ -128,6 +129,21 @@ def update_all(tx, params, gradients):
     return oracle.jit(updates_of(tx))(params, gradients)
 
 
+def exact(method, **kwargs):
+    """A method in exact arithmetic: programs cannot differ by how XLA fuses them."""
+    return METHODS[method].make(optax.sgd(0.25), stacked=STACKED, **kwargs)
+
+
+def exact_problem():
+    problem = oracle.Problem(steps=8, ties=True)
+    return problem.params, problem.stream[1]
+
+
+@functools.cache  # compiled once for all that other runs are compared with
+def exact_run(method):
+    return update_all(exact(method), *exact_problem())
+
+
 class NonFiniteTest(parameterized.TestCase):
     @parameterized.product(method=list(METHODS))
     def test_bad_gradients_never_corrupt_masks(self, method):
@@ -194,17 +210,9 @@ class NonFiniteTest(parameterized.TestCase):
 class PackedTest(parameterized.TestCase):
     @parameterized.product(method=ONE_EACH)
     def test_packed_masks_give_the_same_run(self, method):
-        # exact arithmetic, so that two programs cannot differ by how XLA fuses them
-        problem, inner = oracle.Problem(steps=8, ties=True), optax.sgd(0.25)
         # rows of 6 and of 4 weights do not fill a byte
-        plain, packed = (
-            update_all(
-                METHODS[method].make(inner, stacked=STACKED, pack_masks=pack),
-                problem.params,
-                problem.stream[1],
-            )
-            for pack in (False, True)
-        )
+        plain = exact_run(method)
+        packed = update_all(exact(method, pack_masks=True), *exact_problem())
         chex.assert_trees_all_equal(plain[2], packed[2])  # masks
         if method == "adams":  # has its own, inexact arithmetic
             chex.assert_trees_all_close(plain, packed, rtol=1e-6)
@@ -229,18 +237,15 @@ class ManualTest(parameterized.TestCase):
 
     @parameterized.product(method=list(METHODS), check_vma=[True, False])
     def test_shard_map_gives_the_same_run(self, method, check_vma):
-        problem, inner = oracle.Problem(steps=4, ties=True), optax.sgd(0.25)
-        tx = METHODS[method].make(inner, stacked=STACKED, pack_masks=check_vma)
-        args = problem.params, problem.stream[1]
         mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
         mapped = jax.shard_map(
-            updates_of(tx),
+            updates_of(exact(method, pack_masks=check_vma)),
             mesh=mesh,
             in_specs=P(),
             out_specs=P(),
             check_vma=check_vma,
         )
-        plain, found = update_all(tx, *args), oracle.jit(mapped)(*args)
+        plain, found = exact_run(method), oracle.jit(mapped)(*exact_problem())
         chex.assert_trees_all_equal(plain[2], found[2])  # masks
         chex.assert_trees_all_close(plain, found, rtol=1e-6)
 
