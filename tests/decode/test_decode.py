@@ -293,11 +293,11 @@ class GenerateTest(parameterized.TestCase):
         model = models.Decoder(config, rngs=nnx.Rngs(0))
         tokens, lengths = prompts(seq=8), jnp.full(3, 6)
         want = np.asarray(whole(model, tokens))
-        ready = decode.prepare(model)
+        ready, step = decode.prepare(model), jax.jit(decode.decode_step)
         logits, cache = prefill(ready, tokens[:, :6], lengths, num_slots=8)
         for at in (6, 7):
             assert_close(logits, want[:, at - 1])
-            logits, cache, _ = decode.decode_step(ready, tokens[:, at], cache)
+            logits, cache, _ = step(ready, tokens[:, at], cache)
 
     def test_projections_are_joined_in_a_copy(self):
         model = make("spark")
