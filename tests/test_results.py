@@ -93,3 +93,18 @@ def test_spark_quality():
             by, error = line["to_dense_percent"], line["to_dense_percent_se"]
             assert cells["to dense"] == f"{by:+.1f} ± {error:.1f} %"
             assert cells["fewer FLOPs"] == f"{line['times_fewer_flops']:.2f}x"
+
+
+def test_time_to_loss():
+    file = "time_to_loss_h200.json"
+    table = table_below("in 60 s")
+    assert {name: cells["loss"] for name, cells in table.items()} == losses(file)
+    for column, head, style in (
+        ("ms_step", "ms a step", "{:.1f}"),
+        ("steps", "steps", "{}"),
+        ("lr", "learning rate", "{:.0e}"),
+    ):
+        for name, of_seeds in seeds(file, column).items():
+            told = style.format(of_seeds[0]).replace("e-0", "e-")
+            assert table[name][head] == told, (name, head)
+            assert table[name]["seeds"] == str(len(of_seeds)), name

@@ -307,6 +307,7 @@ def picture(
 ) -> None:
     """The loss of each arm's first seed over the seconds of its training."""
     from matplotlib.figure import Figure  # of the extra `examples`
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
@@ -327,6 +328,8 @@ def picture(
         title=title,
     )
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
