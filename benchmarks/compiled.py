@@ -121,7 +121,9 @@ def cases() -> list[Case]:
         sj.ops.spark_weights, dtype=jnp.bfloat16, implementation="mosaic_gpu"
     )
     rows, scalar = array(SIDE, 16384), array(dtype=jnp.float32)
-    square, products = array(SIDE, SIDE), ("y", "dx", "dw")
+    square = array(SIDE, SIDE)
+    dw = "dw, tiles that are cut", "dw"
+    products = "y", "dx", *dw
     return [
         Case("gaussian_topk", ("forward",), topk, (rows, scalar)),
         Case(
@@ -194,7 +196,7 @@ def cases() -> list[Case]:
         ),
         Case(
             "block_matmul, 5 rows",
-            products,
+            ("y", "dx", "dw"),
             with_gradients(matmul),
             (array(5, SIDE), square, mask(128)),
         ),
