@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocations
+from sparsejax._promotion import common_dtype
 from sparsejax.patterns import PatternTree, StackedTree
 from sparsejax.transforms._arguments import check_number
 from sparsejax.transforms._soft import soft_method
@@ -34,7 +35,8 @@ def sr_ste(
     the paper. Under Adam the optimizer rescales that term, so its strength is then no
     longer `decay`; it adds to any weight decay of `inner`. `decay=0` is plain STE.
     `decoupled=True` subtracts `decay * weight` *after* the inner optimizer instead, as
-    AdamW does its own.
+    AdamW does its own. Either is done in the wider of the gradient's and the weight's
+    dtype, which the updates of governed weights then have.
 
     A non-finite gradient reaches the weights as under `inner` alone; masks are chosen
     from the weights, where NaN ranks lowest and the count stays exact.
@@ -81,7 +83,12 @@ def sr_ste(
     def pull(step, mask, grad, weight):
         strength = decay(step) if callable(decay) else decay
         sign = -1 if decoupled else 1
-        return grad + (sign * strength * jnp.where(mask, 0, weight)).astype(grad.dtype)
+        # the gradient's dtype may be narrower, in which the pull would be rounded away
+        dtype = common_dtype(grad.dtype, weight.dtype)
+        wide = common_dtype(dtype, jnp.float32)
+        pulled = jnp.where(mask, 0, weight).astype(wide)
+        pulled = sign * jnp.asarray(strength).astype(wide) * pulled
+        return grad.astype(dtype) + pulled.astype(dtype)
 
     return soft_method(
         inner,

@@ -148,6 +148,18 @@ class SrSteTest(parameterized.TestCase):
             params = optax.apply_updates(params, updates)
             alone = params
 
+    @parameterized.product(decoupled=[False, True], jitted=[False, True])
+    def test_narrow_gradients_do_not_round_the_pull_away(self, decoupled, jitted):
+        weight = np.full((4, 2), 0.05, np.float32)
+        params = {"kernel": jnp.asarray(weight)}
+        grads = {"kernel": jnp.full((4, 2), 0.5, jnp.bfloat16)}
+        tx = sj.sr_ste(optax.identity(), pattern=sj.NM(2, 4), decoupled=decoupled)
+        update = oracle.jit(tx.update) if jitted else tx.update
+        got = update(grads, tx.init(params), params)[0]["kernel"]
+        pull = (-1 if decoupled else 1) * 2e-4 * weight[2:].astype(np.float64)
+        np.testing.assert_array_equal(got[:2], 0.5)
+        np.testing.assert_array_equal(got[2:], (0.5 + pull).astype(np.float32))
+
     def test_n_of_n_is_the_inner_optimizer(self):
         problem, inner = oracle.Problem(), optax.adamw(0.02)
         tx = sj.sr_ste(inner, pattern=sj.NM(4, 4), stacked=STACKED)
