@@ -13,6 +13,7 @@ from sparsejax import masks
 from sparsejax.patterns import PatternTree, StackedTree
 from sparsejax.transforms._arguments import (
     check_count,
+    check_given_params,
     check_number,
     check_params,
     check_update,
@@ -203,6 +204,7 @@ def scale_by_adams(
     )
 
     def init_fn(params: Params) -> Any:
+        check_given_params("adams", params)
         leaves = rule.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
         flat = jax.tree.leaves(params, is_leaf=is_none)

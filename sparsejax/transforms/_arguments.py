@@ -83,6 +83,22 @@ def check_key(key: Any) -> None:
         )
 
 
+def check_given_params(method: str, params: Any) -> None:
+    """Raises if `init` is called with the placeholder of `optax.tree.map_params`.
+
+    Raises:
+      TypeError: if so.
+    """
+    if type(params).__name__ == "_ParamsPlaceholder":  # its only, private name
+        raise TypeError(
+            f"`optax.tree.map_params` cannot map a state of `{method}`: it calls "
+            "`init` without params, and these say which leaves have masks. Use "
+            "`jax.tree_util.tree_map_with_path(fn, opt_state)`: the path of a mask or "
+            "moment ends with that of its param. To shard a state as its params, call "
+            "`tx.init(params)` on sharded ones outside of jit."
+        )
+
+
 def check_params(
     params: Params, leaves: tuple[Leaf | None, ...], *, pack_masks: bool
 ) -> None:

@@ -38,7 +38,9 @@ def forward_params(opt_state: optax.OptState, params: Params) -> Params:
       opt_state: of a sparsejax method, or any optax state or `nnx.Optimizer` state that
         holds one or several.
       params: what the state was initialised with, or a tree with the same leaves in
-        the same order (`nnx.state(model, nnx.Param)`).
+        the same order (`nnx.state(model, nnx.Param)`). To compute in a narrower dtype
+        cast what this returns: in a copy that was rounded before weights tie, and soft
+        methods choose other masks than `update` and `sparse_params`.
 
     Returns:
       Params of the same structure, shapes and dtypes.

@@ -15,8 +15,14 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import masks
+from sparsejax._promotion import common_dtype
 from sparsejax.patterns import Leaf
-from sparsejax.transforms._arguments import check_params, check_update, optimizer
+from sparsejax.transforms._arguments import (
+    check_given_params,
+    check_params,
+    check_update,
+    optimizer,
+)
 from sparsejax.transforms._moments import fresh_where_pruned
 from sparsejax.transforms._state import (
     Masked,
@@ -90,6 +96,7 @@ def hard_method(
     inner = optimizer(inner)
 
     def init_fn(params: Params) -> Any:
+        check_given_params(choice.method, params)
         leaves = choice.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
         found = choice.first(params, leaves)
@@ -230,7 +237,7 @@ def _prune(updates: Any, params: Params, kept: FlatMasks) -> Any:
 
     def prune(mask, update, param):
         # a narrower dtype would round -p and leave a rest
-        dtype = jnp.promote_types(update.dtype, param.dtype)
+        dtype = common_dtype(update.dtype, param.dtype)
         return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
 
     return masks.map_masked(prune, kept, updates, params)

@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import masks
-from sparsejax.transforms._arguments import check_params, check_update, optimizer
+from sparsejax.transforms._arguments import (
+    check_given_params,
+    check_params,
+    check_update,
+    optimizer,
+)
 from sparsejax.transforms._forward import by_magnitude, frame_mask
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
@@ -60,6 +65,7 @@ def soft_method(
     inner = optimizer(inner)
 
     def init_fn(params: Params) -> Any:
+        check_given_params(method, params)
         leaves = rule.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
         # under N:M too: the pattern of another frame may read it

@@ -114,11 +114,12 @@ def test_converges(contrib, monkeypatch, method, target):
     contrib("test_optimizers", make, 1e-1, target=target, dtype="float32")
 
 
-def test_map_params_has_no_params_to_choose_masks_from():
+@in_turn(*suite.METHODS)
+def test_map_params_says_what_to_do_instead(method):
     """`optax.tree.map_params` calls `init` with a placeholder; map by paths instead."""
-    tx = factory("rigl")(1e-2)
+    tx = optax.chain(optax.clip(1.0), factory(method)(1e-2))
     state = tx.init({"kernel": jnp.ones((4, 2))})
-    with pytest.raises(ValueError, match="at least one leaf must be governed"):
+    with pytest.raises(TypeError, match=f"`{method}`.* `jax.tree_util.tree_map_with_"):
         optax.tree.map_params(tx, lambda leaf: leaf, state)
 
 
