@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from sparsejax import ops
+from sparsejax._promotion import common_dtype
 
 
 def check_floating(x: Any) -> jax.Array:
@@ -111,10 +112,9 @@ def quantile(
             return -math.inf
         spread = math.sqrt(num / (num - ddof))
         return -statistics.NormalDist().inv_cdf(k / num) * spread
-    every = k >= num
-    # an integer k promotes nothing
-    for other in (jnp.float32, jnp.result_type(k)):
-        dtype = jnp.promote_types(dtype, other)
+    dtype = common_dtype(dtype, jnp.float32, jnp.result_type(k))
+    whole = jnp.issubdtype(jnp.result_type(k), jnp.integer)
+    every = k >= (num if whole else jnp.asarray(num, dtype))
     # all survive where num <= 1 <= k, so num > ddof elsewhere
     num = jnp.where(every, 2, num).astype(dtype)
     share = jnp.where(every, 0.5, jnp.asarray(k, dtype) / num)

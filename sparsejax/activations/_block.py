@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparsejax import ops
+from sparsejax._promotion import common_dtype
 from sparsejax.activations import _arguments
 
 
@@ -90,7 +91,7 @@ def block_statistical_topk(
     mask = jnp.broadcast_to(kept[..., None], (*kept.shape, block)).reshape(rows.shape)
     mask = mask & everything
     unchanged = theta == -jnp.inf
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = common_dtype(x.dtype, jnp.float32)
     # an infinite difference would make the gradient of an unchanged row NaN
     excess = rows.astype(dtype) - jnp.where(unchanged, 0, theta).astype(dtype)
     values = jnp.where(mask, jax.nn.relu(excess).astype(x.dtype), 0)
@@ -102,7 +103,7 @@ def block_statistical_topk(
 def _pooled(rows, valid, block, pool) -> tuple[jax.Array, jax.Array | None]:
     """The score of each tile in `rows.dtype`, and which tiles have an entry."""
     tiles = rows.reshape(*rows.shape[:-1], rows.shape[-1] // block, block)
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    dtype = common_dtype(rows.dtype, jnp.float32)
     if valid is None:
         if pool == "max":
             return jnp.max(tiles, axis=-1), None

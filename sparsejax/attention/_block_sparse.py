@@ -67,6 +67,6 @@ def block_sparse(
     visible, own = _blocks.in_sight(length, length, block_shape, True, lengths)
     after = jnp.pad(own[..., 1:], [*[(0, 0)] * (own.ndim - 1), (0, 1)])
     before = after & ~own  # ends where its own begin
-    first = jnp.arange(columns) == 0
+    first = jnp.arange(columns)[None, None, None] == 0
     ranks = ranked(scores, visible, own | before | first)
     return _blocks.highest_blocks(ranks, block_shape, num_kept)

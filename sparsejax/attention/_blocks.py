@@ -236,7 +236,7 @@ def pooled(
         x = x.astype(jnp.float32)
     if lengths is not None:
         x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * len(rest)))
-        real = jnp.arange(x.shape[1]) < lengths_of(x, lengths)[:, None]
+        real = jnp.arange(x.shape[1])[None] < lengths_of(x, lengths)[:, None]
         # what a block of filler alone pools must be finite, also for gradients
         x = jnp.where(real[(..., *[None] * len(rest))], x, 0)
         num = x.shape[1] // size
@@ -269,18 +269,17 @@ def in_sight(
 ) -> tuple[jax.Array, jax.Array]:
     """Which blocks may be kept, and which must.
 
-    Both are `[block_rows, block_columns]`, with `lengths` `[batch, 1, ..]`: then blocks
-    of filler alone may not, and a row of filler may keep any other.
+    Both are `[1, 1, block_rows, block_columns]`, with `lengths` `[batch, 1, ..]`: then
+    blocks of filler alone may not, and a row of filler may keep any other.
     """
     height, width = block_shape
     query_end, key_end = num_queries, num_keys
     if lengths is not None:
         query_end = key_end = jnp.asarray(lengths).reshape(-1, 1, 1, 1)
-    first = height * jnp.arange(-(-num_queries // height))[:, None]
-    columns = jnp.arange(-(-num_keys // width))
+    first = height * jnp.arange(-(-num_queries // height))[None, None, :, None]
+    columns = jnp.arange(-(-num_keys // width))[None, None, None]
     if not causal:
-        visible = jnp.broadcast_to(first >= 0, (len(first), len(columns)))
-        visible &= width * columns < key_end
+        visible = (first >= 0) & (width * columns < key_end)
         return visible, jnp.zeros_like(visible)
     last = jnp.minimum(first + height, query_end) - 1
     visible = columns <= last // width

@@ -76,14 +76,15 @@ def share_in_sight(
     """The mean of `share` over the keys in sight of each query, causal."""
     (height, width), (rows, columns) = block_shape, share.shape[1:]
     in_sight = 1 + jnp.arange(rows * height)
-    in_block = jnp.clip(in_sight[:, None] - width * jnp.arange(columns), 0, width)
+    first = width * jnp.arange(columns)
+    in_block = jnp.clip(in_sight[:, None] - first[None], 0, width)
     attended = jnp.einsum(
         "brc,rhc->brh",
         share,
         in_block.reshape(rows, height, columns).astype(jnp.float32),
         precision="highest",  # counts
     )
-    density = attended.reshape(len(share), -1) / in_sight
+    density = attended.reshape(len(share), -1) / in_sight.astype(jnp.float32)[None]
     return density[:, :num_queries]
 
 

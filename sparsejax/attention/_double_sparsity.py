@@ -141,7 +141,7 @@ def label_scores(
     label = label.reshape(batch, label_heads, -1, num_channels).sum(axis=2)
     values = _values(labels.values, labels.low, labels.step)
     scores = jnp.einsum("bhc,bshc->bhs", label, values, precision="highest")
-    there = jnp.arange(num_slots) < labels.lengths[:, None, None]
+    there = jnp.arange(num_slots)[None, None] < labels.lengths[:, None, None]
     return jnp.where(there, scores, -jnp.inf)
 
 
@@ -201,7 +201,7 @@ def double_sparsity(
         "keys of the cache",
         always=_arguments.ENDS,
     )
-    at, lengths = jnp.arange(num_slots), labels.lengths[:, None, None]
+    at, lengths = jnp.arange(num_slots)[None, None], labels.lengths[:, None, None]
     there = at < lengths
     always = there & ((at < sink) | (at >= lengths - local))
     # finite, so that neither an infinite score nor a NaN changes places with the others

@@ -83,7 +83,7 @@ def flex_prefill(
     lengths = None if lengths is None else lengths_of(key, lengths)
     asked = window
     if lengths is not None:
-        asked = jnp.minimum(lengths, window)[:, None, None]
+        asked = jnp.minimum(lengths, window).astype(jnp.float32)[:, None, None]
     vertical, slash = line_sums(query, key, window, per_head, lengths)
 
     def kept(sums, num_first):

@@ -61,9 +61,9 @@ def kv_pyramid(
         if h == 1:
             return padded
         groups = padded.reshape(batch, whole // h, h, *rest)
-        held = jnp.clip(length - h * jnp.arange(whole // h), 1, h)
+        held = jnp.clip(length - h * jnp.arange(whole // h), 1, h).astype(jnp.float32)
         sums = groups.sum(axis=2, dtype=jnp.float32)
-        return (sums / held[:, None, None]).astype(x.dtype)
+        return (sums / held[None, :, None, None]).astype(x.dtype)
 
     return tuple(map(pool, levels))
 
@@ -215,13 +215,14 @@ def check_levels(levels: Sequence[int], width: int, length: int | None = None) -
 def _seen_whole(
     num_queries: int, num_keys: int, block_shape: tuple[int, int], causal: bool
 ) -> jax.Array:
-    """Which blocks are not cut through, `[block_rows | 1, block_columns]`."""
+    """Which blocks are not cut through, `[1, 1, block_rows | 1, block_columns]`."""
     height, width = block_shape
     last_key = width * (1 + jnp.arange(-(-num_keys // width))) - 1
+    last_key = last_key[None, None, None]
     whole = last_key < num_keys
     if not causal:
-        return whole[None]
-    first_query = height * jnp.arange(-(-num_queries // height))[:, None]
+        return whole
+    first_query = height * jnp.arange(-(-num_queries // height))[None, None, :, None]
     return whole & (last_key <= first_query)
 
 

@@ -94,7 +94,8 @@ def antidiagonal_importance(
         )
         sums /= stride * dim**0.5
         row = jnp.tile(jnp.arange(first * height, last * height), group)
-        row, column = row[:, None], jnp.arange(stop * width)
+        row = row[None, None, :, None]
+        column = jnp.arange(stop * width)[None, None, None]
         counted = stride * column < key_end
         if causal:
             counted &= column <= row
@@ -200,7 +201,7 @@ def _without_filler(
     lengths = lengths_of(key, lengths)
 
     def cut(x: jax.Array) -> jax.Array:
-        real = jnp.arange(x.shape[1]) < lengths[:, None]
+        real = jnp.arange(x.shape[1])[None] < lengths[:, None]
         return jnp.where(real[..., None, None], x, 0)
 
     return cut(query), cut(key), lengths
@@ -220,6 +221,7 @@ def _draw(
     offsets = jax.vmap(lambda key: jax.random.permutation(key, block))(keys)
     starts = np.arange(0, length, block)
     ends = np.array([length]) if lengths is None else lengths
-    sizes = jnp.clip(ends[:, None, None, None] - starts[:, None], 1, block)
-    at = starts[:, None] + offsets[:, None, :samples] % sizes
+    starts = starts[None, None, :, None]
+    sizes = jnp.clip(ends[:, None, None, None] - starts, 1, block)
+    at = starts + offsets[None, :, None, :samples] % sizes
     return jnp.reshape(at, (len(ends), heads, -1))

@@ -126,7 +126,8 @@ def pyramid_full_blocks(
        [1 0 1]]
     """
     _, diagonal = in_sight(num_queries, num_keys, block_shape, causal=True)
-    return diagonal | (jnp.arange(diagonal.shape[1]) == 0)
+    first = jnp.arange(diagonal.shape[-1])[None] == 0
+    return diagonal[0, 0] | first
 
 
 def _check_bounds(name: str, bounds: Bounds) -> None:
@@ -150,7 +151,9 @@ def _ranked(importance: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _count(share: float, num_visible: jax.Array) -> jax.Array:
-    return jnp.ceil(share * num_visible - 1e-4)  # 0.1 * 30 is above 3 in float32
+    wanted = share * num_visible.astype(jnp.float32)
+    # 0.1 * 30 is above 3 in float32
+    return jnp.ceil(wanted - 1e-4).astype(num_visible.dtype)
 
 
 def _with_full(levels, visible, full) -> jax.Array:

@@ -66,8 +66,8 @@ def similarity_cap(
         groups = key.reshape(batch, blocks, block // level, level, heads, dim)
         cosines = jnp.sum(groups[:, :, :, 0] * groups[:, :, :, -1], axis=-1)
         last = level * (1 + jnp.arange(blocks * block // level)) - 1
-        whole = (last < length).reshape(blocks, block // level, 1)
-        num = jnp.sum(whole, axis=1)
+        whole = (last < length).reshape(1, blocks, block // level, 1)
+        num = jnp.sum(whole, axis=2, dtype=jnp.float32)
         mean = jnp.sum(jnp.where(whole, cosines, 0), axis=2) / jnp.maximum(num, 1)
         alike = ((mean > least) & (num > 0)).swapaxes(1, 2)
         cap = jnp.where(alike, level, cap)

@@ -68,7 +68,7 @@ def page_bounds(
         )
     key = jax.lax.stop_gradient(key)
     lengths = lengths_of(key, lengths)
-    there = (jnp.arange(num_slots) < lengths[:, None])[..., None, None]
+    there = (jnp.arange(num_slots)[None] < lengths[:, None])[..., None, None]
 
     def reduced(reduce, fill):
         filled = jnp.where(there, key, fill)

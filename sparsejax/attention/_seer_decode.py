@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from sparsejax._promotion import to_rank
 from sparsejax.attention._arguments import check_next, check_sequences, check_tokens
 from sparsejax.attention._seer import (
     KEY_POOLS,
@@ -173,10 +174,11 @@ def seer_cache(
     whole, finished = num_slots // block, (lengths // block)[:, None]
     features = key_features(key[:, : whole * block], block)
     gated = _gated_key(gate, features, block * jnp.arange(whole)[None], rotate)
-    gated = jnp.where((jnp.arange(whole) < finished)[..., None, None], gated, 0)
+    is_whole = jnp.arange(whole)[None] < finished
+    gated = jnp.where(is_whole[..., None, None], gated, 0)
     rest = -(-num_slots // block) - whole
     gated = jnp.pad(gated, [(0, 0), (0, rest), (0, 0), (0, 0)])
-    at = block * finished + jnp.arange(block)
+    at = block * finished + jnp.arange(block)[None]
     in_key = jnp.minimum(at, num_slots - 1)[..., None, None]
     tail = jnp.take_along_axis(key, in_key, axis=1)
     tail = jnp.where((at < lengths[:, None])[..., None, None], tail, 0)
@@ -362,11 +364,12 @@ def _gated_key(gate, features, starts, rotate: Rotate) -> jax.Array:
 def _normed(x: jax.Array, scale: jax.Array | None) -> jax.Array:
     if scale is None:
         return x
-    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+    norm = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    return x * norm * to_rank(scale, x.ndim)
 
 
 def _scores(gated_query, gated_key, own) -> jax.Array:
     scores = jnp.einsum("bskd,bnkd->bksn", gated_query, gated_key)
     scores *= gated_key.shape[-1] ** -0.5
-    earlier = jnp.arange(scores.shape[-1]) < own[..., None]
+    earlier = to_rank(jnp.arange(scores.shape[-1]), own.ndim + 1) < own[..., None]
     return jnp.where(earlier, scores, -jnp.inf)

@@ -7,6 +7,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from sparsejax._promotion import to_rank
 from sparsejax.attention._ranking import keep_allowed
 from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import BlockMask
@@ -119,7 +120,7 @@ def topk_kept(scores: jax.Array, own: jax.Array, num_kept: ArrayLike) -> jax.Arr
                 f"got {num_kept}. Lower the budget or the size of a block."
             )
     scores = jax.lax.stop_gradient(scores)
-    is_own = jnp.arange(columns) == own[..., None]
+    is_own = _is_own(columns, own)
     if not isinstance(num_kept, int):
         num_kept = jnp.reshape(jnp.asarray(num_kept), (-1, 1))  # of each head's rows
     ranks = jnp.where(is_own, jnp.inf, scores)
@@ -132,7 +133,12 @@ def threshold_kept(scores: jax.Array, own: jax.Array, threshold: ArrayLike):
     in_sight = scores > -jnp.inf
     weights = jax.nn.softmax(jnp.where(in_sight, scores, -1e30), axis=-1)
     above = (weights > threshold) & in_sight
-    return above | (jnp.arange(scores.shape[-1]) == own[..., None])
+    is_own = _is_own(scores.shape[-1], own)
+    return above | to_rank(is_own, above.ndim)
+
+
+def _is_own(columns: int, own: jax.Array) -> jax.Array:
+    return to_rank(jnp.arange(columns), own.ndim + 1) == own[..., None]
 
 
 def most_kept(num_kept: ArrayLike) -> int | None:
@@ -146,12 +152,13 @@ def _with_last_rows(
     if dense_last_rows < 0:
         raise ValueError(f"`dense_last_rows` must be 0 or more; got {dense_last_rows}.")
     rows, columns = kept.shape[-2:]
-    row = jnp.arange(rows)
+    row = jnp.arange(rows)[None, None]
     last = row >= rows - dense_last_rows
     if lengths is not None:
         ends = -(
             -lengths_of(kept, lengths)[:, None, None] // block
         )  # batch, heads, row
         last = (row >= ends - dense_last_rows) & (row < ends)
-    kept |= last[..., None] & (jnp.arange(columns) <= own[:, None])
+    before = jnp.arange(columns)[None] <= own[:, None]
+    kept |= last[..., None] & before[None, None]
     return BlockMask.from_blocks(kept, (block, block), capacity=capacity)

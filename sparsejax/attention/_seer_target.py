@@ -84,7 +84,7 @@ def seer_decode_target(
     peaks = peaks.max(axis=2)
     peaks = peaks.swapaxes(2, 3)
     own = jnp.arange(length)[:, None] // block
-    peaks = jnp.where(jnp.arange(columns) < own, peaks, 0)
+    peaks = jnp.where(jnp.arange(columns)[None] < own, peaks, 0)
     return peaks / (peaks.sum(axis=-1, keepdims=True) + 1e-9)
 
 

@@ -174,7 +174,8 @@ def _given(key, lengths: ArrayLike | None) -> jax.Array | None:
 
 def _ends(key, lengths: ArrayLike | None, local: int, sink: int):
     """Which keys there are, `[batch, 1, keys]`, and which of them are always kept."""
-    at, lengths = jnp.arange(key.shape[1]), lengths_of(key, lengths)[:, None, None]
+    at = jnp.arange(key.shape[1])[None, None]
+    lengths = lengths_of(key, lengths)[:, None, None]
     there = at < lengths
     return there, there & ((at < sink) | (at >= lengths - local))
 

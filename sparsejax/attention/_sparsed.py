@@ -101,13 +101,14 @@ def _kept(query, key, valid, num_generated, density, block_shape, isolated):
 
     def importance(scores, asking, among):
         """The mean weight of each block in a softmax over the keys `among` alone."""
-        seen = (valid & among)[:, None, None, None]
+        seen = (valid & among[None])[:, None, None, None]
         top = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-1e30)
         powers = jnp.where(seen, jnp.exp(scores - top), 0)
         total = jnp.sum(powers, axis=-1, keepdims=True)
         weights = powers / jnp.where(total > 0, total, 1)
         weights = jnp.where(asking[:, None, None, :, None], weights, 0).sum(axis=3)
-        means = _sums(weights, width) / jnp.maximum(size, 1)[:, None, None]
+        counts = jnp.maximum(size, 1).astype(jnp.float32)[:, None, None]
+        means = _sums(weights, width) / counts
         means = jnp.where(there[:, None, None] > 0, means, -jnp.inf)
         batch, kv_heads, group, _ = means.shape
         return means.reshape(batch, kv_heads * group, columns)

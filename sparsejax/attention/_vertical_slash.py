@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax._promotion import to_rank
 from sparsejax.attention import _arguments, _window
 from sparsejax.attention._ranking import keep_highest
 from sparsejax.attention._slots import lengths_of
@@ -118,7 +119,7 @@ def highest_lines(
     lengths: Int[Array, " batch"] | None = None,
 ) -> Bool[Array, "batch heads keys"]:
     """Keeps columns, or distances: the first and then the highest, no filler."""
-    at = jnp.arange(sums.shape[-1])
+    at = jnp.arange(sums.shape[-1])[None, None]
     if lengths is None:
         return keep_highest(sums, num_kept, always=at < num_first)
     there = at < lengths[:, None, None]
@@ -140,8 +141,9 @@ def blocks_of_lines(
     (height, width), length = block_shape, columns.shape[-1]
     end = length if lengths is None else lengths[:, None, None, None]
     first_query = height * jnp.arange(-(-length // height))[:, None]
-    last_query = jnp.minimum(first_query + height, end) - 1
-    first_key = width * jnp.arange(-(-length // width))
+    ndim = 2 if lengths is None else 4
+    last_query = jnp.minimum(to_rank(first_query + height, ndim), end) - 1
+    first_key = width * jnp.arange(-(-length // width))[None]
     last_key = jnp.minimum(first_key + width, length) - 1
 
     # a column counts from the query on that sees it
@@ -150,12 +152,12 @@ def blocks_of_lines(
     padding = [*lead, (0, -length % width)]
     at = jnp.pad(at, padding, constant_values=length)
     leftmost = at.reshape(*at.shape[:-1], -(-length // width), width).min(axis=-1)
-    crossed = leftmost[..., None, :] <= last_query
+    crossed = leftmost[..., None, :] <= to_rank(last_query, columns.ndim + 1)
 
     # the distances of the pairs of a block have no gap
     before = jnp.pad(jnp.cumsum(offsets, axis=-1, dtype=jnp.int32), [*lead, (1, 0)])
     nearest = jnp.maximum(first_query - last_key, 0)
-    beyond = jnp.maximum(last_query - first_key + 1, 0)
+    beyond = jnp.maximum(last_query - to_rank(first_key, ndim) + 1, 0)
     if lengths is None:
         upto = before[..., beyond]
     else:

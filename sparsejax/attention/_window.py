@@ -28,10 +28,10 @@ def window_weights(
     if lengths is None:
         query, at = query[:, -window:], keys[None, -window:]
     else:
-        at = lengths[:, None] + jnp.arange(-window, 0)
+        at = lengths[:, None] + jnp.arange(-window, 0)[None]
         rows = jnp.maximum(at, 0)[..., None, None]
         query = jnp.take_along_axis(query, rows, axis=1)
-    seen = (keys <= at[..., None])[:, None, None]
+    seen = (keys[None, None] <= at[..., None])[:, None, None]
     scores = jnp.where(seen, scaled_scores(query, key), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     # a row that sees nothing is of no query

@@ -129,7 +129,7 @@ def _gathered(layer, scores, attended, top, rest, key, value, capacity):
     )
     indices = indices.reshape(batch, kv_heads, group, capacity)
     num = num.reshape(batch, kv_heads, group, 1)
-    kept = jnp.arange(capacity) < num
+    kept = jnp.arange(capacity)[None, None, None] < num
 
     def listed(row, indices):
         return row[indices, jnp.arange(kv_heads)[:, None, None]]

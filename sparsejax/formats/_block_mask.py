@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax._blocks import kept_blocks
+from sparsejax._promotion import to_rank
 from sparsejax.formats._bits import WORD, bit_of_rank, count_bits, to_words
 from sparsejax.formats._pairs import count_if_few
 from sparsejax.formats._reshape import reshape_stepwise
@@ -245,7 +246,8 @@ class BlockMask:
 
     def to_blocks(self) -> jax.Array:
         """Gives one bool a block, `[..., block_rows, block_columns]`."""
-        listed = jnp.arange(self.indices.shape[-1]) < self.num[..., None]
+        places = to_rank(jnp.arange(self.indices.shape[-1]), self.indices.ndim)
+        listed = places < self.num[..., None]
         columns = self.blocks_shape[-1]
         # an entry beyond the count goes to a column that is dropped
         return put_in_rows(jnp.where(listed, self.indices, columns), True, columns)
@@ -367,7 +369,8 @@ def _lists_by_bits(rows: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
     upto = jnp.cumsum(num_bits, axis=-1)
     before, total = upto - num_bits, upto[:, -1]
     # which of the row's True entries; the rest repeats the last
-    rank = jnp.minimum(jnp.arange(room, dtype=jnp.int32), total[:, None] - 1)
+    places = jnp.arange(room, dtype=jnp.int32)[None]
+    rank = jnp.minimum(places, total[:, None] - 1)
     words, before, upto = (a[:, None, :] for a in (words, before, upto))
     passed = upto <= rank[..., None]
     here = ~passed & (before <= rank[..., None])

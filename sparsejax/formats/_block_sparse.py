@@ -158,7 +158,7 @@ def block_slots(mask: BlockMask) -> tuple[jax.Array, jax.Array]:
       [1 2] [0 1]
     """
     starts = (jnp.cumsum(mask.num) - mask.num)[:, None]
-    within = jnp.arange(mask.indices.shape[1], dtype=jnp.int32)
+    within = jnp.arange(mask.indices.shape[1], dtype=jnp.int32)[None]
     slots = starts + jnp.clip(within, 0, jnp.maximum(mask.num - 1, 0)[:, None])
     position = jnp.zeros(mask.blocks_shape, jnp.int32)
     rows = jnp.arange(len(slots))[:, None]

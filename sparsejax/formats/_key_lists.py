@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
+from sparsejax._promotion import to_rank
 from sparsejax.formats._block_mask import BlockMask
 from sparsejax.formats._rows import put_in_rows
 
@@ -81,9 +82,11 @@ class KeyLists:
           counts if its page is listed and it lies below `length`; those that do not
           count are within the pages of the cache.
         """
-        in_page = jnp.arange(self.page_size, dtype=jnp.int32)
+        ndim = self.indices.ndim
+        in_page = to_rank(jnp.arange(self.page_size, dtype=jnp.int32), ndim + 1)
         positions = self.page_size * self.indices[..., None] + in_page
-        listed = jnp.arange(self.indices.shape[-1]) < self.num[..., None]
+        places = to_rank(jnp.arange(self.indices.shape[-1]), ndim)
+        listed = places < self.num[..., None]
         length = _trailing(length, positions.ndim)
         valid = listed[..., None] & (positions < length)
         # one length each for sequences that share a list makes more of `valid`

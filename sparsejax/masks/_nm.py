@@ -111,6 +111,7 @@ def _by_rank(groups: jax.Array, num_kept: ArrayLike, axis: int) -> jax.Array:
             later_wins = (members[j] > first).astype(jnp.int8)  # a tie: the earlier
             ranks[i] += later_wins
             ranks[j] += 1 - later_wins
+    num_kept = jnp.asarray(num_kept, jnp.int8)  # at most as many as members
     return jnp.stack([rank < num_kept for rank in ranks], axis)
 
 

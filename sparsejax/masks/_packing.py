@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, UInt8
 
+from sparsejax._promotion import to_rank
 from sparsejax.patterns import shape_on_a_device
 
 
@@ -77,6 +78,7 @@ def unpack(packed: UInt8[Array, "*lead bytes"], size: int) -> Bool[Array, "*lead
       Array([ True, False,  True], dtype=bool)
     """
     # not `jnp.unpackbits`: it raises where another axis is empty
-    bits = (packed[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    places = to_rank(jnp.arange(8, dtype=jnp.uint8), packed.ndim + 1)
+    bits = (packed[..., None] >> places) & 1
     bits = bits.reshape(*packed.shape[:-1], 8 * packed.shape[-1])
     return bits[..., :size].astype(jnp.bool_)

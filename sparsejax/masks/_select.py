@@ -178,7 +178,8 @@ def drop_and_grow(
         target = jnp.asarray(num_kept(sparsity, layer_units(leaf)), jnp.int32)
     stay = jnp.minimum(num_active, target)
     # the nudge undoes float32 rounding, so that 0.3 of 10 is 3
-    dropped = jnp.floor(stay * jnp.float32(drop_fraction) * (1 + 2.0**-21))
+    share = stay.astype(jnp.float32) * jnp.asarray(drop_fraction, jnp.float32)
+    dropped = jnp.floor(share * (1 + 2.0**-21))
     stay -= jnp.minimum(dropped.astype(jnp.int32), stay)
     keep = _top_units(pool(drop_scores, leaf), leaf, stay, among=active)
     grow_scores = pool(grow_scores, leaf)

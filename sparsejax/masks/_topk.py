@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from sparsejax._promotion import to_rank
 from sparsejax.masks._check import check_floating, check_scores
 from sparsejax.masks._order import ordered_keys
 from sparsejax.typing import MaskTree, ScoreTree
@@ -235,7 +236,8 @@ def _largest(
         shift = jnp.asarray((num_passes - 1 - i) * bits_per_pass).astype(zero.dtype)
         added = digits << shift
         fits = (added >> shift) == digits  # the first pass may have fewer bits
-        good = feasible(value[..., None] | added) & fits
+        ndim = value.ndim + 1
+        good = feasible(value[..., None] | to_rank(added, ndim)) & to_rank(fits, ndim)
         digit = jnp.sum(good, axis=-1, dtype=zero.dtype)
         return value | (digit << shift)
 

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32
 
+from sparsejax._promotion import to_rank
 from sparsejax._tokens import token_mask
 
 # An output below this share of the sum of its terms' norms is rounding error.
@@ -127,7 +128,7 @@ def cett_threshold(
     row_norms = _norm(w_out)
     output_norms, counted = _outputs(a, w_out, row_norms, valid)
     largest = jnp.max(
-        jnp.abs(a) * row_norms, where=counted[..., None], initial=jnp.float32(0)
+        _contributions(a, row_norms), where=counted[..., None], initial=jnp.float32(0)
     )
 
     def few_enough(threshold):
@@ -221,8 +222,13 @@ def _outputs(a, w_out, row_norms, valid) -> tuple[jax.Array, jax.Array]:
     return norms, valid & ~(norms <= _CANCELLED * terms)
 
 
+def _contributions(a, row_norms) -> jax.Array:
+    """The norm of what each neuron adds to the output."""
+    return jnp.abs(a) * to_rank(row_norms, a.ndim)
+
+
 def _cett(a, w_out, row_norms, output_norms, counted, threshold) -> jax.Array:
-    weak = jnp.abs(a) * row_norms <= threshold
+    weak = _contributions(a, row_norms) <= threshold
     errors = _norm(_matmul(jnp.where(weak, a, 0.0), w_out))
     ratios = jnp.where(counted, errors / jnp.where(counted, output_norms, 1.0), 0.0)
     return jnp.sum(ratios) / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1)

@@ -60,7 +60,8 @@ def mask_drift(masks_a: MaskTree, masks_b: MaskTree) -> MaskTree:
     """
     drifts = iter(
         [
-            jnp.sum(a != b, dtype=jnp.int32) / jnp.float32(max(a.size, 1))
+            jnp.sum(a != b, dtype=jnp.int32).astype(jnp.float32)
+            / jnp.float32(max(a.size, 1))
             for a, b in _aligned(masks_a, masks_b)
         ]
     )

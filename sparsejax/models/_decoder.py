@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import nn
+from sparsejax._promotion import common_dtype
 from sparsejax.models._config import DecoderConfig
 
 
@@ -165,7 +166,7 @@ class _Embedding(nnx.Embed):
         super().__init__(
             config.vocab_size,
             config.d_model,
-            dtype=jnp.promote_types(config.dtype, jnp.float32),
+            dtype=common_dtype(config.dtype, jnp.float32),
             param_dtype=config.param_dtype,
             rngs=rngs,
         )

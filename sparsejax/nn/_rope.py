@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparsejax._promotion import to_rank
+
 
 def apply_rope(
     x: Float[Array, "batch seq heads head_dim"],
@@ -35,7 +37,8 @@ def apply_rope(
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    at = positions[..., None, None].astype(jnp.float32)
+    angle = at * to_rank(frequency, at.ndim)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)

@@ -120,7 +120,9 @@ class SparkAttention(Attention):
         )
         num_valid = jnp.sum(valid, axis=(1, 3))
         num_attended = jnp.sum(attended, axis=(1, 3)) / self.num_heads
-        density = jnp.where(num_valid > 0, num_attended / jnp.maximum(num_valid, 1), 1)
+        in_sight = jnp.maximum(num_valid, 1).astype(jnp.float32)
+        share = num_attended / in_sight
+        density = jnp.where(num_valid > 0, share, 1)
         return y, density.astype(jnp.float32)
 
     def __call__(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from sparsejax._promotion import to_rank
 from sparsejax._tokens import token_mask
 
 
@@ -91,7 +92,8 @@ def _log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
     A comparison with all classes, not a gather: its gradient is one pass over the
     logits, where that of a gather fills zeros and scatters into them.
     """
-    of_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    classes = to_rank(jnp.arange(logits.shape[-1]), logits.ndim)
+    of_label = classes == labels[..., None]
     found = jnp.sum(jnp.where(of_label, jax.nn.log_softmax(logits), 0), axis=-1)
     is_class = (labels >= 0) & (labels < logits.shape[-1])
     return jnp.where(is_class, found, jnp.nan)

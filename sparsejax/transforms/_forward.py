@@ -9,6 +9,7 @@ import optax
 
 from sparsejax import masks, scores
 from sparsejax._governed import governed_twice
+from sparsejax._promotion import common_dtype
 from sparsejax.patterns import Leaf
 from sparsejax.transforms._state import (
     Entry,
@@ -151,8 +152,12 @@ def project(
     straight_through: bool,
 ) -> jax.Array:
     """Scales the weights outside the mask by `factor`; None zeroes them."""
-    pruned = jnp.zeros_like(weight) if factor is None else weight * factor
-    projected = jnp.where(mask, weight, pruned.astype(weight.dtype))
+    if factor is None:
+        pruned = jnp.zeros_like(weight)
+    else:
+        dtype = common_dtype(weight.dtype, factor.dtype)
+        pruned = (weight.astype(dtype) * factor.astype(dtype)).astype(weight.dtype)
+    projected = jnp.where(mask, weight, pruned)
     return masks.straight_through(weight, projected) if straight_through else projected
 
 

@@ -38,7 +38,7 @@ def mixed(path, leaf):
 
 
 def decay(step):
-    return 1 - 0.25 * jnp.minimum(step, 4)
+    return 1 - 0.25 * jnp.minimum(step, 4).astype(jnp.float32)
 
 
 # ---------------------------------------------------------------- the methods

@@ -98,7 +98,7 @@ def _pack(active: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _sums(counts: jax.Array) -> jax.Array:
     """Sums of the first 0, 1, ..., all of the counts, as one reduction."""
     n = jnp.arange(counts.size + 1)
-    counted = jnp.where(n[:-1] < n[:, None], counts, 0)
+    counted = jnp.where(n[None, :-1] < n[:, None], counts, 0)
     return jnp.sum(counted, axis=1, dtype=counts.dtype)
 
 

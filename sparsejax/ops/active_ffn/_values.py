@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sparsejax._promotion import common_dtype
 from sparsejax.ops._activations import Activation
 
 
@@ -27,7 +28,7 @@ def gate_values(
       [0. 0. 1. 4.]
     """
     dtype = scores.dtype
-    values = scores.astype(jnp.promote_types(dtype, jnp.float32))
+    values = scores.astype(common_dtype(dtype, jnp.float32))
     if threshold is not None:
         threshold = threshold.astype(values.dtype)
         excess = jnp.maximum(values - threshold, 0.0)

@@ -152,7 +152,7 @@ def attention_peaks(
     )
     highest, log2_sum = found["highest"], found["log2_sum"]
     # tiles after a query were not written
-    seen = columns * jnp.arange(tiles)[:, None] <= jnp.arange(q.shape[1])
+    seen = columns * jnp.arange(tiles)[:, None] <= jnp.arange(q.shape[1])[None]
     peaks = jnp.where(seen, jnp.exp2(highest - log2_sum[:, :, None]), 0)
     if blocks_apart := -tiles % (block // columns):
         peaks = jnp.pad(peaks, ((0, 0), (0, 0), (0, blocks_apart), (0, 0)))

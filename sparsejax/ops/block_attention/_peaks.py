@@ -80,7 +80,7 @@ def _by_blocks(q: jax.Array, k: jax.Array, *, block: int, scale: float) -> jax.A
         scores = jnp.einsum(
             "bqhgd,bkhd->bhgqk", q, keys, preferred_element_type=jnp.float32
         )
-        seen = column * block + jnp.arange(block) <= positions
+        seen = (column * block + jnp.arange(block))[None] <= positions
         scores = jnp.where(seen, scores * scale, -jnp.inf)
         highest = scores.max(axis=-1)
         new_top = jnp.maximum(top, highest)
@@ -91,7 +91,7 @@ def _by_blocks(q: jax.Array, k: jax.Array, *, block: int, scale: float) -> jax.A
     (top, total), highest = jax.lax.scan(
         step, (empty - jnp.inf, empty), (k, jnp.arange(columns))
     )
-    peaks = jnp.exp(highest - top) / total
+    peaks = jnp.exp(highest - top[None]) / total[None]
     return jnp.moveaxis(peaks.reshape(columns, batch, heads, length), 0, 2)
 
 

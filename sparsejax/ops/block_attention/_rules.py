@@ -6,7 +6,6 @@ kernel then needs to look at positions in few of them.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -80,13 +79,13 @@ def elementwise(rules: Rules, num_queries: int, num_keys: int) -> jax.Array:
         rules.key_segments,
     )
     return rules.visible(
-        jnp.arange(num_queries)[:, None],
-        jnp.arange(num_keys),
+        jnp.arange(num_queries)[None, None, :, None],
+        jnp.arange(num_keys)[None, None, None],
         prefix=None if prefix is None else prefix[:, None, None, None],
         query_segments=(
             None if query_segments is None else query_segments[:, None, :, None]
         ),
-        key_segments=None if key_segments is None else key_segments[:, None, None],
+        key_segments=(None if key_segments is None else key_segments[:, None, None]),
     )
 
 
@@ -159,15 +158,16 @@ def _of_blocks(block_mask: BlockMask, rules: Rules) -> tuple[jax.Array, jax.Arra
     """Which blocks hold a visible pair, and which hold no other."""
     *_, rows, columns = block_mask.blocks_shape
     height, width = block_mask.block_shape
-    first_query = height * jnp.arange(rows)[:, None]
-    first_key = width * jnp.arange(columns)
+    first_query = height * jnp.arange(rows)[None, None, :, None]
+    first_key = width * jnp.arange(columns)[None, None, None]
     last_query, last_key = first_query + height - 1, first_key + width - 1
     # the differences within a block are all integers between these two
     least, most = first_key - last_query, last_key - first_query
-    lowest = -math.inf if rules.lowest is None else rules.lowest
-    highest = math.inf if rules.highest is None else rules.highest
-    some = (most >= lowest) & (least <= highest)
-    whole = (least >= lowest) & (most <= highest)
+    some = whole = jnp.ones(least.shape, jnp.bool_)
+    if rules.lowest is not None:
+        some, whole = some & (most >= rules.lowest), whole & (least >= rules.lowest)
+    if rules.highest is not None:
+        some, whole = some & (least <= rules.highest), whole & (most <= rules.highest)
     if rules.prefix is not None:
         prefix = rules.prefix[:, None, None, None]
         some, whole = some | (first_key < prefix), whole | (last_key < prefix)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax._promotion import common_dtype
 from sparsejax.ops._platform import sees_gpu
 
 AxisName = Hashable | tuple[Hashable, ...] | None
@@ -39,7 +40,7 @@ def mean_and_std(
       The mean and the std; both 0 in a row without entries, NaN in one with a NaN or an
       infinite entry. The derivative of the std at 0 is 0.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(common_dtype(x.dtype, jnp.float32))
     if where is not None:
         where = jnp.broadcast_to(where, x.shape)
         x = jnp.where(where, x, 0)

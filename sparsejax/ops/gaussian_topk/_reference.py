@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from sparsejax._promotion import to_rank
 from sparsejax.ops._activations import Activation
 from sparsejax.ops.gaussian_topk._moments import AxisName, mean_and_std
 
@@ -111,7 +112,7 @@ def soft_threshold(excess: jax.Array, huber_delta: float) -> jax.Array:
 
 def _threshold(x, z, where, axis_name) -> jax.Array:
     mean, std = mean_and_std(x, where=where, axis_name=axis_name)
-    return mean + std * jnp.asarray(z, std.dtype)
+    return mean + std * to_rank(jnp.asarray(z, std.dtype), std.ndim)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -47,7 +47,7 @@ def page_scores(
     query = query.reshape(batch, kv_heads, heads // kv_heads, dim)
     parts = [(jnp.maximum(query, 0), high), (jnp.minimum(query, 0), low)]
     scores = jnp.zeros((), jnp.float32)
-    empty = jnp.arange(pages) * page_size >= lengths[:, None]
+    empty = jnp.arange(pages)[None] * page_size >= lengths[:, None]
     for part, bound in parts:
         if not per_head:  # both are linear, so the sum over the heads comes first
             part = part.sum(axis=2, keepdims=True)
@@ -76,7 +76,7 @@ def highest_pages(
     scores = page_scores(
         query, low, high, lengths, page_size=page_size, per_head=per_head
     )
-    at = jnp.arange(low.shape[1])
+    at = jnp.arange(low.shape[1])[None, None]
     current = (lengths[:, None, None] - 1) // page_size
     scores = jnp.where(at < current, scores, -jnp.inf)
     kept = keep_highest(jnp.where(at == current, jnp.inf, scores), num_kept)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sparsejax._promotion import to_rank
 from sparsejax.formats import count_if_few
 
 
@@ -55,8 +56,8 @@ def _by_counting(x: jax.Array, num_kept: int | jax.Array) -> jax.Array:
     """One reduction over pairs, where a sort takes many times as long to start."""
     mine, other = x[..., :, None], x[..., None, :]
     index = jnp.arange(x.shape[-1])
-    further_left = index < index[:, None]
+    further_left = to_rank(index[None] < index[:, None], mine.ndim)
     before = (other > mine) | (jnp.isnan(mine) & ~jnp.isnan(other))
     equal = (other == mine) | (jnp.isnan(mine) & jnp.isnan(other))
     rank = jnp.sum(before | (equal & further_left), axis=-1, dtype=jnp.int32)
-    return rank < jnp.asarray(num_kept)[..., None]
+    return rank < to_rank(jnp.asarray(num_kept)[..., None], rank.ndim)

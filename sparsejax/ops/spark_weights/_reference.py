@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from sparsejax._promotion import to_rank
 from sparsejax.ops.gaussian_topk import gaussian_threshold
 
 
@@ -51,6 +52,7 @@ def spark_kept(
       [False False  True False False]
     """
     predicted = jax.lax.stop_gradient(predicted)
+    where = to_rank(where, predicted.ndim)
     threshold = gaussian_threshold(predicted, z, where=where)
     top = highest(predicted, where=where)
     return where & ((predicted > threshold) | (predicted == top))
@@ -74,6 +76,7 @@ def highest(
       >>> highest(jnp.array([1.0, 3.0, 2.0]), where=jnp.array([True, False, True]))
       Array([2.], dtype=float32)
     """
+    where = to_rank(where, scores.ndim)
     scores = jnp.where(where, jax.lax.stop_gradient(scores), -jnp.inf)
     # XLA's own maximum loses NaN in some programs for CPU
     nan = jnp.any(jnp.isnan(scores), axis=-1, keepdims=True)
