@@ -123,7 +123,8 @@ def highest_lines(
     if lengths is None:
         return keep_highest(sums, num_kept, always=at < num_first)
     there = at < lengths[:, None, None]
-    sums = jnp.where(there, sums, jnp.nan)  # kept last
+    # kept last, and before it a NaN: sums are not negative
+    sums = jnp.where(there, jnp.nan_to_num(sums, nan=-1), -jnp.inf)
     return keep_highest(sums, num_kept, always=there & (at < num_first)) & there
 
 

@@ -33,8 +33,9 @@ def window_weights(
         query = jnp.take_along_axis(query, rows, axis=1)
     seen = (keys[None, None] <= at[..., None])[:, None, None]
     scores = jnp.where(seen, scaled_scores(query, key), -jnp.inf)
+    if lengths is not None:  # a row that sees nothing is of no query
+        scores = jnp.where((at >= 0)[:, None, None, :, None], scores, 0)
     weights = jax.nn.softmax(scores, axis=-1)
-    # a row that sees nothing is of no query
     return weights if lengths is None else jnp.where(seen, weights, 0)
 
 

@@ -1,12 +1,13 @@
-"""Where JAX is told to promote no ranks and no dtypes by itself.
+"""Where JAX is told to promote no ranks and no dtypes by itself, and to refuse NaN.
 
-Both promotions raise while a function is traced, so that nothing is compiled here.
+Both promotions raise while a function is traced, so that little is compiled here.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -308,3 +309,15 @@ def test_decoding_by_selected_keys(strict, name):
     model = decode.prepare(filled.make(nn.Attention), select_keys=KEY_SELECTORS[name])
     tokens = jnp.ones((2, 16), jnp.int32)
     jax.eval_shape(lambda t: decode.generate(model, t, num_tokens=2), tokens)
+
+
+# ---------------------------------------------------------------- NaN
+
+
+@pytest.mark.parametrize("name", ["vertical_slash", "flex_prefill"])
+def test_no_nan_beside_short_prompts(name):
+    """One is shorter than the window. Only eagerly JAX sees what is not returned."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(2, 16, heads, 8)).astype("f") for heads in (4, 2))
+    with jax.debug_nans(True):
+        SELECTORS[name](q, k, lengths=jnp.array([16, 5]))
