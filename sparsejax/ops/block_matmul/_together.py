@@ -66,7 +66,8 @@ class Ranked(NamedTuple):
     def of(cls, num: jax.Array) -> "Ranked":
         """Of their lengths, int32 `[lists]`."""
         at = jnp.arange(len(num), dtype=jnp.int32)
-        before = (num > num[:, None]) | ((num == num[:, None]) & (at < at[:, None]))
+        own, others, is_first = num[:, None], num[None], at[None] < at[:, None]
+        before = (others > own) | ((others == own) & is_first)
         every = jnp.broadcast_to(num, before.shape)  # so that one program has them all
 
         def both(a, b):
@@ -79,7 +80,7 @@ class Ranked(NamedTuple):
             both,
             dimensions=(1,),
         )
-        by_rank = jnp.sum(jnp.where(rank == at[:, None], at, 0), axis=1)
+        by_rank = jnp.sum(jnp.where(rank[None] == at[:, None], at[None], 0), axis=1)
         return cls(by_rank, *of_all)
 
 
