@@ -68,7 +68,9 @@ def block_attention(
         it.
       with_lse: return `(out, lse)`.
       implementation: "reference" (all scores, quadratic memory), "pallas_tpu",
-        "mosaic_gpu" (Hopper), or None for the fastest that serves.
+        "mosaic_gpu" (Hopper), or None for the fastest that serves. The kernel for TPU
+        rounds float32 operands to bfloat16 unless `jax.default_matmul_precision` asks
+        for more; whatever more that is, it does not round them then.
 
     Returns:
       out `[batch, queries, heads, head_dim]` of `q.dtype`; lse float32 `[batch,

@@ -8,6 +8,7 @@ and what is shaped like them, come as `[head_dim, queries]`: no tile of them is 
 import jax
 import jax.numpy as jnp
 
+from sparsejax.ops._tpu import dot
 from sparsejax.ops.block_attention._gradients import Kernels, Lists, differentiable
 from sparsejax.ops.block_attention._pallas_tpu_walk import (
     INDEX_BITS,
@@ -107,7 +108,7 @@ def forward(
         refs["total"][...] += jnp.sum(powers, axis=0, keepdims=True)
         values = refs["v"][...]
         refs["sum"][...] *= shrink
-        refs["sum"][...] += _dot(values, powers.astype(values.dtype), (0, 0))
+        refs["sum"][...] += dot(values, powers.astype(values.dtype), (0, 0))
 
     def finish(refs):
         total = refs["total"][...]
@@ -166,21 +167,21 @@ def backward(
         powers = jnp.exp(_scores(refs, scale, bias) - refs["lse"][...])
         if seen is not None:
             powers = jnp.where(seen, powers, 0.0)
-        dp = _dot(refs["v"][...], refs["do"][...], (1, 0))
+        dp = dot(refs["v"][...], refs["do"][...], (1, 0))
         ds = powers * (dp - refs["delta"][...])
         return powers.astype(dtype), ds.astype(dtype)
 
     def visit_row(refs, bias, seen):
         _, ds = weights_and_ds(refs, bias, seen)
-        refs["sum"][...] += _dot(refs["k"][...], ds, (0, 0))
+        refs["sum"][...] += dot(refs["k"][...], ds, (0, 0))
 
     def finish_row(refs):
         refs["dq"][...] = (refs["sum"][...] * scale).astype(dtype)
 
     def visit_column(refs, bias, seen):
         powers, ds = weights_and_ds(refs, bias, seen)
-        refs["dv_sum"][...] += _dot(powers, refs["do"][...], (1, 1))
-        refs["dk_sum"][...] += _dot(ds, refs["q"][...], (1, 1))
+        refs["dv_sum"][...] += dot(powers, refs["do"][...], (1, 1))
+        refs["dk_sum"][...] += dot(ds, refs["q"][...], (1, 1))
 
     def finish_column(refs):
         refs["dk"][...] = (refs["dk_sum"][...] * scale).astype(dtype)
@@ -212,14 +213,8 @@ def backward(
 
 def _scores(refs, scale: float, bias) -> jax.Array:
     """Of a tile, `[keys, queries]`, float32."""
-    scores = _dot(refs["k"][...], refs["q"][...], (1, 0)) * scale
+    scores = dot(refs["k"][...], refs["q"][...], (1, 0)) * scale
     return scores if bias is None else scores + bias
-
-
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The product over one axis of each, in float32."""
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _by_query(a: jax.Array, lists: Lists) -> jax.Array:

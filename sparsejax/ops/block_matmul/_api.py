@@ -63,7 +63,9 @@ def block_matmul(
         be traced, for example `sj.is_mask_update(opt_state)`: the dense product is then
         computed on these steps only.
       implementation: "reference" (dense product), "pallas_tpu", "mosaic_gpu" (Hopper),
-        or None for the fastest that serves.
+        or None for the fastest that serves. The kernel for TPU rounds float32 operands
+        to bfloat16 unless `jax.default_matmul_precision` asks for more; whatever more
+        that is, it does not round them then.
 
     Returns:
       Of `x.dtype`; 0 (or what bias and activation make of it) at a block column without

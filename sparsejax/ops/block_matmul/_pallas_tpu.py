@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sparsejax.formats import BlockMask, block_positions, block_slots
+from sparsejax.ops._tpu import dot
 from sparsejax.ops.block_matmul._gradients import Products, differentiable
 from sparsejax.ops.block_matmul._reference import epilogue
 
@@ -129,7 +130,7 @@ def _rows_product(x, w, lists, slots, bias, activation, dtype, *, contract):
 
         @pl.when(steps.inner[s] >= 0)
         def _():
-            sum_ref[...] += _dot(x_ref[...], w_ref[...], (1, contract))
+            sum_ref[...] += dot(x_ref[...], w_ref[...], (1, contract))
 
         @pl.when(steps.outer[s + 1] != outer)
         def _():
@@ -195,7 +196,7 @@ def _grad_w(x, dy, block_mask, w):
 
         @pl.when(s < num_kept[0])  # not so in the only step of an empty mask
         def _():
-            sum_ref[...] += _dot(x_ref[...], dy_ref[...], (0, 0))
+            sum_ref[...] += dot(x_ref[...], dy_ref[...], (0, 0))
 
         @pl.when(r == num_tiles - 1)
         def _():
@@ -230,12 +231,6 @@ def _grad_w(x, dy, block_mask, w):
             dimension_semantics=("arbitrary", "arbitrary")
         ),
     )(*positions, num_kept, x, dy, jnp.zeros(w.shape, w.dtype))
-
-
-def _dot(a, b, axes):
-    """The product over one axis of each, in float32."""
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _fitting_rows(block_shape, dtype, more_bytes: int = 0) -> int:
