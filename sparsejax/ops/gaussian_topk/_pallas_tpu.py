@@ -14,6 +14,8 @@ from sparsejax.ops.gaussian_topk._reference import glu
 from sparsejax.ops.gaussian_topk._slopes import glu_back, passed_back, survivors
 
 _BLOCKS_BYTES = 3 * 2**20  # of a backward's blocks in float32; VMEM is five times that
+_LANES = 128  # what a column, one entry a row, takes of each row in VMEM
+_COLUMNS = 4  # of a backward: z, mean, std and the sum of the gradient
 _LONGEST = 16384  # entries of a row: one tile of such rows in each block still fits
 _MIN_ROWS = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float32): 8}  # of a tile
 
@@ -155,12 +157,7 @@ def _call(kernel, operands, outs, up, interpret):
     """Calls the kernel on blocks of rows; the last block may reach past the end."""
     x = operands[0]
     num_rows, d = x.shape
-    blocks = (
-        3 if up is None else 5
-    )  # of a backward: x and two gradients; `up` and its own
-    fitting = _BLOCKS_BYTES // (4 * blocks * d)
-    tile = _MIN_ROWS[x.dtype]
-    block_rows = min(num_rows, max(1, fitting // tile) * tile)
+    block_rows = min(num_rows, _fitting_rows(d, x.dtype, with_up=up is not None))
 
     def spec(array):
         return pl.BlockSpec((block_rows, array.shape[-1]), lambda i: (i, 0))
@@ -174,6 +171,14 @@ def _call(kernel, operands, outs, up, interpret):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
     )(*operands)
+
+
+def _fitting_rows(d: int, dtype, *, with_up: bool) -> int:
+    """Rows of a block, of which a backward holds most: whole tiles, at least one."""
+    blocks = 5 if with_up else 3  # x and two gradients; `up` and its own
+    fitting = _BLOCKS_BYTES // (4 * (blocks * d + _COLUMNS * _LANES))
+    tile = _MIN_ROWS[dtype]
+    return max(1, fitting // tile) * tile
 
 
 def _split(z: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,12 +1,14 @@
 """gaussian_topk: the reference against NumPy, the kernels against the reference."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from jax.experimental import pallas as pl
 
 from sparsejax import ops
 from sparsejax.ops import _rows
@@ -429,6 +431,30 @@ class TilesTest(parameterized.TestCase):
         self.assertEqual(_mosaic_gpu.Tiles.default(200 * 1024).slots, 1)
         used = tiles.blocks_per_sm * tiles.slots * slot
         self.assertLessEqual(used, 200 * 1024)
+
+    @parameterized.product(width=[128, 256, 2048], with_up=[False, True])
+    def test_blocks_of_a_tpu_fit_with_their_columns(self, width, with_up):
+        """A column takes a lane's width of VMEM, as the compiler's reports say."""
+        calls = []
+        call = pl.pallas_call
+
+        def noted(*args, in_specs, out_specs, **settings):
+            calls.append([spec.block_shape for spec in (*in_specs, *out_specs)])
+            return call(*args, in_specs=in_specs, out_specs=out_specs, **settings)
+
+        def loss(x, up):
+            up = up if with_up else None
+            y = ops.gaussian_topk(x, 1.0, up, implementation="pallas_tpu")
+            return y.sum()
+
+        x = jax.ShapeDtypeStruct((2**16, width), jnp.float32)
+        with mock.patch.object(pl, "pallas_call", noted):
+            jax.eval_shape(jax.grad(loss), x, x)
+        self.assertLen(calls, 2)
+        for shapes in calls:
+            entries = sum(rows * max(columns, 128) for rows, columns in shapes)
+            self.assertLessEqual(4 * entries, 3 * 2**20)
+            self.assertGreaterEqual(shapes[0][0], 48)  # not needlessly few
 
     @parameterized.product(width=[512, 1536, 13824], chunk=[512, 4096])
     def test_chunks_cover_a_row(self, width, chunk):
