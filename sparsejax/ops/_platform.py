@@ -71,7 +71,9 @@ def dispatch(
                 branches[_PLATFORM[name]] = kernel.run
         if not branches:
             return reference(*operands)
-        return jax.lax.platform_dependent(*operands, default=reference, **branches)
+        # A derivative holds what that of any branch needs: of the reference the operands.
+        default = jax.checkpoint(reference)
+        return jax.lax.platform_dependent(*operands, default=default, **branches)
     plain = {"reference": reference, **(others or {})}
     if implementation in plain:
         return plain[implementation](*operands)

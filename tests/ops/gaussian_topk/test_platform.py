@@ -85,6 +85,18 @@ class PlatformTest(parameterized.TestCase):
             exported = jax.export.export(fn, platforms=[lowered_for])(x[:15])
             self.assertEqual(call in exported.mlir_module(), platform == "tpu")
 
+    def test_none_holds_no_scores_for_its_derivative(self):
+        """What the reference would hold is quadratic; a kernel is there, so it does not."""
+        q = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
+
+        def pull(q):
+            return jax.vjp(lambda q: ops.block_attention(q, q, q, causal=True), q)[1]
+
+        with visible("tpu"):
+            held = jax.tree.leaves(jax.eval_shape(pull, q))
+        self.assertLessEqual(max(a.size for a in held), q.size)
+        self.assertLess(sum(a.size for a in held), 6 * q.size)
+
     def test_named_kernels(self):
         def run(implementation, kernels):
             return _platform.dispatch(
