@@ -71,8 +71,9 @@ def dispatch(
                 branches[_PLATFORM[name]] = kernel.run
         if not branches:
             return reference(*operands)
-        # A derivative holds what that of any branch needs: of the reference the operands.
+        # a derivative holds what any branch needs: for the reference its operands
         default = jax.checkpoint(reference)
+        operands = varying(operands, axes_of(operands))
         return jax.lax.platform_dependent(*operands, default=default, **branches)
     plain = {"reference": reference, **(others or {})}
     if implementation in plain:
@@ -93,14 +94,15 @@ def dispatch(
         raise NotImplementedError(
             f"implementation={implementation!r}: {reason}. Pass None or 'reference'."
         )
-    return kernel.run(*operands)
+    return kernel.run(*varying(operands, axes_of(operands)))
 
 
 def jit_kernel(fn: Callable[..., Any], **static: Any) -> Callable[..., Any]:
     """`jax.jit` for what calls a kernel.
 
     Layers of equal shapes then share what it is lowered to. Python numbers have 32 bits
-    in it, as kernels compute with, also where `jax_enable_x64` is set.
+    in it, as kernels compute with, also where `jax_enable_x64` is set. Inside of
+    `jax.shard_map` its results vary as its arguments do: kernels for Hopper do not say.
 
     Args:
       fn: takes arrays of 32 bits or fewer, and what is static.
@@ -119,9 +121,45 @@ def jit_kernel(fn: Callable[..., Any], **static: Any) -> Callable[..., Any]:
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
         with jax.enable_x64(False):
-            return jitted(*args, **kwargs)
+            results = jitted(*args, **kwargs)
+        return varying(results, axes_of((args, kwargs)))
 
     return run
+
+
+def axes_of(tree: Any) -> tuple[str, ...]:
+    """The axes of a mesh over which any array varies, inside of `jax.shard_map`.
+
+    None are known there with `check_vma=False`.
+
+    Args:
+      tree: of arrays, shapes and what is neither.
+
+    Example:
+      >>> axes_of((jnp.ones(2), 1.0))
+      ()
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    found = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    return tuple(sorted(set().union(*found)))
+
+
+def varying(tree: Any, axes: tuple[str, ...]) -> Any:
+    """The same arrays, of which each varies over these axes.
+
+    What varies and what does not then meets in no kernel, and each result varies as all
+    operands do. The gradient of what did not vary is summed over the axes.
+
+    Args:
+      tree: of arrays and Python numbers.
+      axes: of a mesh.
+    """
+
+    def of_one(leaf):
+        missing = set(axes) - jax.typeof(leaf).manual_axis_type.varying
+        return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying")
+
+    return jax.tree.map(of_one, tree) if axes else tree
 
 
 def visible_kernels() -> set[str]:

@@ -1,4 +1,6 @@
-"""What the kernels for TPU share: products as the matrix unit takes them."""
+"""What the kernels for TPU share: products, and what their results are."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,3 +37,19 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
+
+
+def result(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """A result of a kernel, which inside of `jax.shard_map` varies as an operand does.
+
+    Args:
+      shape: of the result.
+      dtype: of the result.
+      like: an operand; `dispatch` makes all of them vary alike.
+
+    Example:
+      >>> result((2, 3), jnp.int32, jnp.ones(1)).dtype.name
+      'int32'
+    """
+    over = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=over)

@@ -8,7 +8,7 @@ and what is shaped like them, come as `[head_dim, queries]`: no tile of them is 
 import jax
 import jax.numpy as jnp
 
-from sparsejax.ops._tpu import dot
+from sparsejax.ops._tpu import dot, result
 from sparsejax.ops.block_attention._gradients import Kernels, Lists, differentiable
 from sparsejax.ops.block_attention._pallas_tpu_walk import (
     INDEX_BITS,
@@ -118,12 +118,12 @@ def forward(
         refs["lse"][...] = lse
         refs["out"][...] = (refs["sum"][...] / total).astype(q.dtype)
 
-    per_query = jax.ShapeDtypeStruct((*q.shape[:2], 1, length), jnp.float32)
+    per_query = result((*q.shape[:2], 1, length), jnp.float32, q)
     out, lse = launch(
         visit,
         finish,
         {"q": q, "k": k, "v": v},
-        {"out": jax.ShapeDtypeStruct(q.shape, q.dtype), "lse": per_query},
+        {"out": result(q.shape, q.dtype, q), "lse": per_query},
         {
             "top": ((1, height), LOWEST),
             "total": ((1, height), 0.0),
@@ -159,9 +159,7 @@ def backward(
         "lse": jnp.pad(lse, padding, constant_values=jnp.inf)[:, :, None],
         "delta": jnp.pad(delta, padding)[:, :, None],
     }
-    like_q, like_k = (
-        jax.ShapeDtypeStruct(operands[name].shape, dtype) for name in ("q", "k")
-    )
+    like_q, like_k = (result(operands[name].shape, dtype, q) for name in ("q", "k"))
 
     def weights_and_ds(refs, bias, seen):
         powers = jnp.exp(_scores(refs, scale, bias) - refs["lse"][...])

@@ -38,9 +38,8 @@ def block_matmul(
     Several devices: XLA cannot cut a kernel, so on sharded arrays under a plain `jit`
     None takes the reference and a named kernel does not lower ("Mosaic kernels cannot
     be automatically partitioned"). Call it inside of `jax.shard_map` over all axes of
-    the mesh, with `check_vma=False`, and build the mask there from the device's own
-    blocks. Where d_in is sharded, `psum` the result, and bias and activation come after
-    the sum:
+    the mesh, and build the mask there from the device's own blocks. Where d_in is
+    sharded, `psum` the result, and bias and activation come after the sum:
 
         def local(x, w, kept):  # x P("data", "k"), w and kept P("k", "n")
             y = block_matmul(x, w, BlockMask.from_blocks(kept, block_shape))

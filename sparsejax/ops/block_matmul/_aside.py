@@ -80,5 +80,7 @@ def is_listed(
         below = read(middle) < wanted
         return jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
 
-    at, _ = jax.lax.while_loop(lambda b: b[0] < b[1], halve, (jnp.int32(0), length))
+    # what is read varies over a mesh, what is computed in a kernel does not
+    bounds = jnp.int32(0), jnp.minimum(length, capacity)
+    at, _ = jax.lax.while_loop(lambda b: b[0] < b[1], halve, bounds)
     return (at < length) & (read(at) == wanted)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sparsejax.formats import BlockMask, block_positions, block_slots
-from sparsejax.ops._tpu import dot
+from sparsejax.ops._tpu import dot, result
 from sparsejax.ops.block_matmul._gradients import Products, differentiable
 from sparsejax.ops.block_matmul._reference import epilogue
 
@@ -152,7 +152,7 @@ def _rows_product(x, w, lists, slots, bias, activation, dtype, *, contract):
     bias_spec = pl.BlockSpec((1, y_width), lambda r, s, at: (0, at.outer[s]))
     y = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((len(x), lists.shape[0]), dtype),
+        out_shape=result((len(x), lists.shape[0]), dtype, x),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(len(x) // tile_rows, count),
@@ -210,7 +210,7 @@ def _grad_w(x, dy, block_mask, w):
         )
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(w.shape, w.dtype),
+        out_shape=result(w.shape, w.dtype, w),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(jnp.maximum(num_kept[0], 1), num_tiles),

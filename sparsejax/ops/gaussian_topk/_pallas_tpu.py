@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import ArrayLike
 
 from sparsejax.ops._activations import Activation
+from sparsejax.ops._tpu import result
 from sparsejax.ops.gaussian_topk._reference import glu
 from sparsejax.ops.gaussian_topk._slopes import glu_back, passed_back, survivors
 
@@ -118,8 +119,8 @@ def _forward(x, z, up, activation, huber_delta, interpret, *, with_statistics):
             mean_ref[...] = mean
             std_ref[...] = std
 
-    scalars = jax.ShapeDtypeStruct(z.shape, jnp.float32)
-    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    scalars = result(z.shape, jnp.float32, x)
+    out = result(x.shape, x.dtype, x)
     outs = (out, scalars, scalars) if with_statistics else (out,)
     return _call(kernel, (x, z, *ups), outs, up, interpret)
 
@@ -147,8 +148,8 @@ def _backward(grad, x, z, up, mean, std, activation, huber_delta, interpret):
         if dup is not None:
             dup_refs[0][...] = dup.astype(dx_ref.dtype)
 
-    total = jax.ShapeDtypeStruct(z.shape, jnp.float32)
-    rows = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    total = result(z.shape, jnp.float32, x)
+    rows = result(x.shape, x.dtype, x)
     outs = (total, rows, *(rows for _ in ups))
     return _call(kernel, (grad, x, z, mean, std, *ups), outs, up, interpret)
 

@@ -86,7 +86,7 @@ class PlatformTest(parameterized.TestCase):
             self.assertEqual(call in exported.mlir_module(), platform == "tpu")
 
     def test_none_holds_no_scores_for_its_derivative(self):
-        """What the reference would hold is quadratic; a kernel is there, so it does not."""
+        """What the reference would hold is quadratic."""
         q = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
 
         def pull(q):
