@@ -70,7 +70,8 @@ def block_attention(
       implementation: "reference" (all scores, quadratic memory), "pallas_tpu",
         "mosaic_gpu" (Hopper), or None for the fastest that serves. The kernel for TPU
         rounds float32 operands to bfloat16 unless `jax.default_matmul_precision` asks
-        for more; whatever more that is, it does not round them then.
+        for more; whatever more that is, it does not round them then. What a kernel does
+        not take, None gives to the reference; by its name the kernel says why.
 
     Returns:
       out `[batch, queries, heads, head_dim]` of `q.dtype`; lse float32 `[batch,

@@ -12,13 +12,13 @@ from sparsejax.ops._tpu import dot, result
 from sparsejax.ops.block_attention._gradients import Kernels, Lists, differentiable
 from sparsejax.ops.block_attention._pallas_tpu_walk import (
     INDEX_BITS,
+    MAX_WORDS,
     launch,
     max_steps,
 )
 from sparsejax.ops.block_attention._rules import LOWEST
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
-_MAX_WORDS = 3 * 2**16  # of 32 bits: 3/4 of the scalar memory of TPU v4 on
 _VMEM_BYTES = 12 * 2**20  # of the 16 MiB that a kernel is given where least
 
 
@@ -40,7 +40,7 @@ def unsupported_reason(q, k, v, block_mask, rules, bias) -> str | None:
     del v
     if q.dtype not in _DTYPES:
         return f"`q`, `k` and `v` must be bfloat16 or float32; got {q.dtype}"
-    batch, _, heads, dim = q.shape
+    heads, dim = q.shape[2:]
     if not dim or dim % 64:
         return f"`head_dim` must be a multiple of 64; got {dim}"
     height, width = block_mask.block_shape
@@ -60,20 +60,17 @@ def unsupported_reason(q, k, v, block_mask, rules, bias) -> str | None:
             "columns times query heads of a key head; got "
             f"{rows} rows and {columns} * {group}"
         )
-    batches, own_heads = block_mask.blocks_shape[:2]
-    if rules.prefix is not None or rules.query_segments is not None:
-        batches = batch  # which blocks are seen is then a matter of the batch
+    own_heads = block_mask.blocks_shape[1]
     if bias is not None:
-        batches = max(batches, bias.shape[0])
         own_heads = max(own_heads, bias.shape[1])
     in_lists = group if own_heads == heads else 1
     by_row = max_steps(block_mask, 1)
     by_column = max_steps(block_mask.T, in_lists)
-    words = batches * max(own_heads * by_row, own_heads // in_lists * by_column)
-    if (words := words * (1 if bias is None else 2)) > _MAX_WORDS:
+    words = max(in_lists * by_row, by_column) * (1 if bias is None else 2)
+    if words > MAX_WORDS:
         return (
-            f"the lists of the mask must fit into {_MAX_WORDS} words of scalar memory, "
-            f"counting their capacity; got {words}"
+            f"the lists of a key head must fit into {MAX_WORDS} words of scalar memory "
+            f"(larger blocks have shorter ones), counting their capacity; got {words}"
         )
     return None
 

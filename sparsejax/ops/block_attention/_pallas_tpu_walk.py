@@ -3,7 +3,8 @@
 The lists of a head are walked one after the other: for outputs and dq those by row, for
 dk and dv those by column. They are in scalar memory before the first step, so the copy
 of a block starts while the one before it is multiplied, and the number of steps is an
-operand: time follows what is kept, not the lists' capacity.
+operand: time follows what is kept, not the lists' capacity. Where the lists of all
+batches and heads do not fit there together, parts of them are called one by one.
 """
 
 import dataclasses
@@ -17,22 +18,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sparsejax.formats import BlockMask, block_positions
+from sparsejax.ops._tpu import result
 from sparsejax.ops.block_attention._gradients import Lists
 
+MAX_WORDS = 3 * 2**16  # of 32 bits: 3/4 of the scalar memory of TPU v4 on
 INDEX_BITS = 14  # of a list, and of an entry; a step is one int32
 _INDEX = (1 << INDEX_BITS) - 1
 _PARTIAL, _ADDS = 1 << 2 * INDEX_BITS, 2 << 2 * INDEX_BITS
 
 
 class Steps(NamedTuple):
-    """What is in scalar memory.
+    """What is in scalar memory; there flat, and `count` the highest alone.
 
     Attributes:
-      code: int32, of each step its list and its entry in it, whether the rules cut
-        through the block, and whether it adds anything. The heads and batches that have
-        lists of their own stand one after the other.
+      code: int32 `[batches, heads, length]` for those that have lists of their own: of
+        each step its list and its entry in it, whether the rules cut through the block,
+        and whether it adds anything.
       bias: float32 of each step, or None.
-      count: int32 `[1]`, steps of the longest.
+      count: int32 `[batches, heads]`, steps of each.
       prefix: of the rules, or None.
     """
 
@@ -131,12 +134,11 @@ def make_steps(
     )
     arrays = [a.reshape(-1, *a.shape[2:]) for a in arrays]
     of_head = functools.partial(_steps_of_head, length=walk.length)
-    code, count, *biases = jax.vmap(of_head)(*arrays)
-    bias = biases[0].reshape(-1) if biases else None
-    steps = Steps(
-        code.reshape(-1), bias, jnp.max(count, keepdims=True), lists.rules.prefix
+    code, count, *biases = (
+        a.reshape(batches, -1, *a.shape[1:]) for a in jax.vmap(of_head)(*arrays)
     )
-    return steps, walk
+    bias = biases[0] if biases else None
+    return Steps(code, bias, count, lists.rules.prefix), walk
 
 
 def _by_column(a: jax.Array, in_lists: int) -> jax.Array:
@@ -184,8 +186,7 @@ def launch(
       The results.
     """
     batch, heads = operands["q"].shape[:2]
-    kv_heads, dim = operands["k"].shape[1::2]
-    height, width = lists.whole.block_shape
+    kv_heads = operands["k"].shape[1]
     steps, walk = make_steps(lists, heads, kv_heads, by_key=by_key)
     rules = lists.rules
     if lists.partial is not None and rules.query_segments is not None:
@@ -194,6 +195,107 @@ def launch(
             "query_segments": rules.query_segments[:, None],
             "key_segments": rules.key_segments[:, :, None],
         }
+    run = functools.partial(_run, visit, finish, sums, lists, walk)
+    words = walk.heads * walk.length * (1 if steps.bias is None else 2)
+    part = batch, kv_heads
+    if walk.batches * words > MAX_WORDS:
+        part = _fitting(batch, kv_heads, words)
+    if part == (batch, kv_heads):
+        return run(steps, operands, results)
+    return _in_parts(run, steps, operands, results, part)
+
+
+def _fitting(batch: int, kv_heads: int, words: int) -> tuple[int, int]:
+    """Batches and key heads whose lists fit together; all heads where one batch does.
+
+    Args:
+      batch: of all.
+      kv_heads: of all.
+      words: of the lists of a batch.
+    """
+
+    def divisor(n, most):
+        return max(d for d in range(1, n + 1) if n % d == 0 and d <= most)
+
+    if words <= MAX_WORDS:
+        return divisor(batch, MAX_WORDS // words), kv_heads
+    return 1, divisor(kv_heads, MAX_WORDS // (words // kv_heads))
+
+
+def _in_parts(
+    run: Callable[..., list[jax.Array]],
+    steps: Steps,
+    operands: dict[str, jax.Array],
+    results: dict[str, jax.ShapeDtypeStruct],
+    part: tuple[int, int],
+) -> list[jax.Array]:
+    """Runs a kernel for some batches and key heads after the other.
+
+    Args:
+      run: takes steps, operands and results of a part.
+      steps: of all.
+      operands: of all.
+      results: of all.
+      part: how many of both; several batches only with all key heads.
+    """
+    batch, kv_heads = (operands["k"].shape[axis] for axis in (0, 1))
+    parts = batch // part[0], kv_heads // part[1]
+
+    def shape_of(shape):
+        return part[0], shape[1] // parts[1], *shape[2:]
+
+    def of_heads(a):
+        a = jnp.broadcast_to(a, (batch, *a.shape[1:]))
+        return a.reshape(-1, *shape_of(a.shape))
+
+    def of_batches(a):  # for each part of the heads again
+        return jnp.repeat(a, parts[1], axis=0).reshape(-1, part[0], *a.shape[1:])
+
+    steps_cut = Steps(
+        of_heads(steps.code),
+        None if steps.bias is None else of_heads(steps.bias),
+        of_heads(steps.count),
+        None if steps.prefix is None else of_batches(steps.prefix),
+    )
+    operands_cut = {
+        name: of_batches(a) if name.endswith("segments") else of_heads(a)
+        for name, a in operands.items()
+    }
+    types = {
+        name: result(shape_of(of_all.shape), of_all.dtype, operands["q"])
+        for name, of_all in results.items()
+    }
+    found = jax.lax.map(lambda given: run(*given, types), (steps_cut, operands_cut))
+    shapes = (of_all.shape for of_all in results.values())
+    return [a.reshape(shape) for a, shape in zip(found, shapes, strict=True)]
+
+
+def _run(
+    visit: Callable[..., None],
+    finish: Callable[[dict[str, Any]], None],
+    sums: dict[str, tuple[tuple[int, int], float]],
+    lists: Lists,
+    walk: Walk,
+    steps: Steps,
+    operands: dict[str, jax.Array],
+    results: dict[str, jax.ShapeDtypeStruct],
+) -> list[jax.Array]:
+    """Runs a kernel over the steps of some batches and heads; see `launch`."""
+    (batch, heads), dim = operands["q"].shape[:2], operands["k"].shape[3]
+    height, width = lists.whole.block_shape
+    rules, by_key = lists.rules, walk.by_key
+    walk = dataclasses.replace(
+        walk,
+        batches=steps.code.shape[0],
+        heads=steps.code.shape[1],
+        programs=heads // walk.group if by_key else heads,
+    )
+    steps = Steps(
+        steps.code.reshape(-1),
+        None if steps.bias is None else steps.bias.reshape(-1),
+        jnp.max(steps.count).reshape(1),
+        steps.prefix,
+    )
     names = [*operands, *results, *sums]
     heads_of_step = walk.group // walk.in_lists if by_key else 1
 
