@@ -138,6 +138,7 @@ JOBS = (
     Job("smollm2_loss", 1, **ANY),
     # what kernels compile to
     Job("compiled_hopper", 10, module="compiled", **ANY),
+    Job("compiled_tpu", 20, **ANY),
     # studies, see RESULTS.md
     Job(
         "smollm2_cast",
