@@ -43,3 +43,13 @@ def to_rank(x: jax.Array, ndim: int) -> jax.Array:
       (1, 3)
     """
     return jnp.expand_dims(x, range(ndim - x.ndim))
+
+
+def along_last(num: int, ndim: int, dtype: DTypeLike | None = None) -> jax.Array:
+    """Gives 0 to `num - 1` along the last of `ndim` axes, as `jnp.arange` does of one.
+
+    Example:
+      >>> along_last(3, 2)
+      Array([[0, 1, 2]], dtype=int32)
+    """
+    return to_rank(jnp.arange(num, dtype=dtype), ndim)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from sparsejax._promotion import to_rank
+from sparsejax._promotion import along_last, to_rank
 from sparsejax.attention._arguments import check_next, check_sequences, check_tokens
 from sparsejax.attention._seer import (
     KEY_POOLS,
@@ -371,5 +371,5 @@ def _normed(x: jax.Array, scale: jax.Array | None) -> jax.Array:
 def _scores(gated_query, gated_key, own) -> jax.Array:
     scores = jnp.einsum("bskd,bnkd->bksn", gated_query, gated_key)
     scores *= gated_key.shape[-1] ** -0.5
-    earlier = to_rank(jnp.arange(scores.shape[-1]), own.ndim + 1) < own[..., None]
+    earlier = along_last(scores.shape[-1], own.ndim + 1) < own[..., None]
     return jnp.where(earlier, scores, -jnp.inf)

@@ -7,7 +7,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax._promotion import to_rank
+from sparsejax._promotion import along_last, to_rank
 from sparsejax.attention._ranking import keep_allowed
 from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import BlockMask
@@ -138,7 +138,7 @@ def threshold_kept(scores: jax.Array, own: jax.Array, threshold: ArrayLike):
 
 
 def _is_own(columns: int, own: jax.Array) -> jax.Array:
-    return to_rank(jnp.arange(columns), own.ndim + 1) == own[..., None]
+    return along_last(columns, own.ndim + 1) == own[..., None]
 
 
 def most_kept(num_kept: ArrayLike) -> int | None:

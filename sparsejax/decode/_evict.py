@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import attention
-from sparsejax._promotion import to_rank
+from sparsejax._promotion import along_last
 from sparsejax.decode._selector import LayerTokens
 from sparsejax.formats import KeyLists
 
@@ -116,7 +116,7 @@ def _with_room(lists: KeyLists, num_later: int) -> KeyLists:
 def _appended(lists: KeyLists, positions: jax.Array) -> KeyLists:
     """Lists with one key more, `positions` `[batch, 1]`, behind all that they have."""
     capacity = lists.indices.shape[-1]
-    places = to_rank(jnp.arange(capacity), lists.indices.ndim)
+    places = along_last(capacity, lists.indices.ndim)
     free = places >= lists.num[..., None]
     return dataclasses.replace(
         lists,

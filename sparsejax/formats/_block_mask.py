@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax._blocks import kept_blocks
-from sparsejax._promotion import to_rank
+from sparsejax._promotion import along_last
 from sparsejax.formats._bits import WORD, bit_of_rank, count_bits, to_words
 from sparsejax.formats._pairs import count_if_few
 from sparsejax.formats._reshape import reshape_stepwise
@@ -246,7 +246,7 @@ class BlockMask:
 
     def to_blocks(self) -> jax.Array:
         """Gives one bool a block, `[..., block_rows, block_columns]`."""
-        places = to_rank(jnp.arange(self.indices.shape[-1]), self.indices.ndim)
+        places = along_last(self.indices.shape[-1], self.indices.ndim)
         listed = places < self.num[..., None]
         columns = self.blocks_shape[-1]
         # an entry beyond the count goes to a column that is dropped

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
-from sparsejax._promotion import to_rank
+from sparsejax._promotion import along_last
 from sparsejax.formats._block_mask import BlockMask
 from sparsejax.formats._rows import put_in_rows
 
@@ -83,9 +83,9 @@ class KeyLists:
           count are within the pages of the cache.
         """
         ndim = self.indices.ndim
-        in_page = to_rank(jnp.arange(self.page_size, dtype=jnp.int32), ndim + 1)
+        in_page = along_last(self.page_size, ndim + 1, jnp.int32)
         positions = self.page_size * self.indices[..., None] + in_page
-        places = to_rank(jnp.arange(self.indices.shape[-1]), ndim)
+        places = along_last(self.indices.shape[-1], ndim)
         listed = places < self.num[..., None]
         length = _trailing(length, positions.ndim)
         valid = listed[..., None] & (positions < length)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, UInt8
 
-from sparsejax._promotion import to_rank
+from sparsejax._promotion import along_last
 from sparsejax.patterns import shape_on_a_device
 
 
@@ -78,7 +78,7 @@ def unpack(packed: UInt8[Array, "*lead bytes"], size: int) -> Bool[Array, "*lead
       Array([ True, False,  True], dtype=bool)
     """
     # not `jnp.unpackbits`: it raises where another axis is empty
-    places = to_rank(jnp.arange(8, dtype=jnp.uint8), packed.ndim + 1)
+    places = along_last(8, packed.ndim + 1, jnp.uint8)
     bits = (packed[..., None] >> places) & 1
     bits = bits.reshape(*packed.shape[:-1], 8 * packed.shape[-1])
     return bits[..., :size].astype(jnp.bool_)

@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
+from sparsejax.ops._varying import axes_of, varying
+
 Implementation: TypeAlias = Literal["reference", "xla", "pallas_tpu", "mosaic_gpu"]
 """The names that `implementation` takes, of which each operation has some."""
 
@@ -125,41 +127,6 @@ def jit_kernel(fn: Callable[..., Any], **static: Any) -> Callable[..., Any]:
         return varying(results, axes_of((args, kwargs)))
 
     return run
-
-
-def axes_of(tree: Any) -> tuple[str, ...]:
-    """The axes of a mesh over which any array varies, inside of `jax.shard_map`.
-
-    None are known there with `check_vma=False`.
-
-    Args:
-      tree: of arrays, shapes and what is neither.
-
-    Example:
-      >>> axes_of((jnp.ones(2), 1.0))
-      ()
-    """
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    found = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    return tuple(sorted(set().union(*found)))
-
-
-def varying(tree: Any, axes: tuple[str, ...]) -> Any:
-    """The same arrays, of which each varies over these axes.
-
-    What varies and what does not then meets in no kernel, and each result varies as all
-    operands do. The gradient of what did not vary is summed over the axes.
-
-    Args:
-      tree: of arrays and Python numbers.
-      axes: of a mesh.
-    """
-
-    def of_one(leaf):
-        missing = set(axes) - jax.typeof(leaf).manual_axis_type.varying
-        return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying")
-
-    return jax.tree.map(of_one, tree) if axes else tree
 
 
 def visible_kernels() -> set[str]:

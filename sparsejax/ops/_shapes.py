@@ -1,6 +1,5 @@
 """What several operations ask of shapes."""
 
-import jax
 import jax.numpy as jnp
 
 
@@ -22,16 +21,3 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
         return jnp.broadcast_shapes(shape, to) == tuple(to)
     except ValueError:
         return False
-
-
-def zeros_beside(like: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """Float32 zeros, cut as `like`, that vary over a mesh where any of the arrays does.
-
-    What a loop begins with must be cut, and in `jax.shard_map` vary, as what it adds.
-
-    Example:
-      >>> print(zeros_beside(jnp.ones(2, jnp.bfloat16), jnp.ones((3, 3))))
-      [0. 0.]
-    """
-    nothing = (jnp.sum(a[:0], dtype=jnp.float32) for a in arrays)  # even of NaN
-    return sum(nothing, jnp.zeros_like(like, jnp.float32))

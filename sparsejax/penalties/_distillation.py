@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from sparsejax._promotion import to_rank
+from sparsejax._promotion import along_last
 from sparsejax._tokens import token_mask
 
 
@@ -92,7 +92,7 @@ def _log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
     A comparison with all classes, not a gather: its gradient is one pass over the
     logits, where that of a gather fills zeros and scatters into them.
     """
-    classes = to_rank(jnp.arange(logits.shape[-1]), logits.ndim)
+    classes = along_last(logits.shape[-1], logits.ndim)
     of_label = classes == labels[..., None]
     found = jnp.sum(jnp.where(of_label, jax.nn.log_softmax(logits), 0), axis=-1)
     is_class = (labels >= 0) & (labels < logits.shape[-1])

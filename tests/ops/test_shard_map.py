@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import sparsejax as sj
 from sparsejax import ops
-from sparsejax.ops import _platform
+from sparsejax.ops import _platform, _varying
 
 SPLIT, WHOLE = P("x"), P()
 
@@ -115,7 +115,7 @@ class ShardMapTest(parameterized.TestCase):
         kernel = _platform.Kernel(product, lambda *operands: None)
 
         def local(x, w):
-            self.assertEqual(_platform.axes_of((x, w)), ("x",))
+            self.assertEqual(_varying.axes_of((x, w)), ("x",))
             return _platform.dispatch(
                 (x, w),
                 "pallas_tpu",

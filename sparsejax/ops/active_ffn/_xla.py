@@ -11,7 +11,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from sparsejax.ops._shapes import zeros_beside
+from sparsejax.ops._varying import zeros_beside
 
 # Rows that one step reads side by side. A core waits for a single row, which lies on
 # pages of its own; with 8 rows in flight `down` is read three times faster than a

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
-from sparsejax.ops._shapes import zeros_beside
+from sparsejax.ops._varying import zeros_beside
 from sparsejax.ops.block_attention._arguments import check_arrays, of_scores
 
 

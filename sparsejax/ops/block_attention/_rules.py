@@ -85,7 +85,7 @@ def elementwise(rules: Rules, num_queries: int, num_keys: int) -> jax.Array:
         query_segments=(
             None if query_segments is None else query_segments[:, None, :, None]
         ),
-        key_segments=(None if key_segments is None else key_segments[:, None, None]),
+        key_segments=None if key_segments is None else key_segments[:, None, None],
     )
 
 
