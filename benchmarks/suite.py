@@ -163,8 +163,8 @@ JOBS = (
         **STUDY,
     ),
     Job("spark_quality", 11, **STUDY),
-    Job("time_to_loss", 24, **STUDY),
-    Job("long_context_training", 20, **STUDY),
+    Job("time_to_loss", 29, **STUDY),
+    Job("long_context_training", 25, **STUDY),
 )
 
 

@@ -95,16 +95,31 @@ def test_spark_quality():
             assert cells["fewer FLOPs"] == f"{line['times_fewer_flops']:.2f}x"
 
 
-def test_time_to_loss():
-    file = "time_to_loss_h200.json"
-    table = table_below("in 60 s")
-    assert {name: cells["loss"] for name, cells in table.items()} == losses(file)
-    for column, head, style in (
-        ("ms_step", "ms a step", "{:.1f}"),
-        ("steps", "steps", "{}"),
-        ("lr", "learning rate", "{:.0e}"),
-    ):
-        for name, of_seeds in seeds(file, column).items():
-            told = style.format(of_seeds[0]).replace("e-0", "e-")
-            assert table[name][head] == told, (name, head)
-            assert table[name]["seeds"] == str(len(of_seeds)), name
+@pytest.mark.parametrize(
+    ("file", "first_cell", "columns"),
+    [
+        ("time_to_loss_h200.json", "in 60 s", {}),
+        (
+            "long_context_training_h200.json",
+            "at 32768 bytes, in 60 s",
+            {"density": ("density", "{:.2f}")},
+        ),
+    ],
+)
+def test_races(file, first_cell, columns):
+    table, found = table_below(first_cell), losses(file)
+    # a run at another rate than that of the table
+    other = found.pop("dense, at the rate of its 10 s", None)
+    assert other is None or f"ends at {other}" in PAGE.replace("\n", " ")
+    assert {name: cells["loss"] for name, cells in table.items()} == found
+    columns = columns | {
+        "ms a step": ("ms_step", "{:.1f}"),
+        "steps": ("steps", "{}"),
+        "learning rate": ("lr", "{:.0e}"),
+    }
+    for head, (column, style) in columns.items():
+        of_methods = seeds(file, column)
+        for name, cells in table.items():
+            told = style.format(of_methods[name][0]).replace("e-0", "e-")
+            assert cells[head] == told, (name, head)
+            assert cells.get("seeds", "1") == str(len(of_methods[name])), name

@@ -348,7 +348,7 @@ def main(
 ) -> None:
     """That of a study: `columns` are those that its arms tell."""
     parser = lm_command.make_parser()
-    parser.add_argument("--seconds", type=float, help="of a run, and a sixth to tune")
+    parser.add_argument("--seconds", type=float, help="of a run; runs to tune scale")
     parser.add_argument(
         "--as-in",
         type=pathlib.Path,
@@ -363,7 +363,8 @@ def main(
     arms = make_arms()
     text = lm_text.load() if args.quick else installed_text.load()
     if args.seconds is not None:
-        lengths = {"seconds": args.seconds, "tuning_seconds": args.seconds / 6}
+        share = sizes.tuning_seconds / sizes.seconds
+        lengths = {"seconds": args.seconds, "tuning_seconds": share * args.seconds}
         sizes = dataclasses.replace(sizes, **lengths)
     rates = None
     if args.as_in is not None:
