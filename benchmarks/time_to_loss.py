@@ -10,8 +10,9 @@ Adam, equal batches, clipping, schedule and grid of rates, and equal seconds:
   75 %, without any sparsity, a control.
 - static random blocks, 75 %.
 - RigL by blocks, 50, 75 and 87.5 %: masks change every 50 steps, dense gradients then
-  and only then; and 50 % of twice the neurons, the FLOPs of the dense model.
-- gradual magnitude pruning to 75 % in the first half of the time: dense at first.
+  and only then; 50 % of twice the neurons, the FLOPs of the dense model; and 75 % with
+  400 steps between masks, in which new blocks, that begin at 0, may grow.
+- gradual magnitude pruning to 50 and 75 % in the first half of the time, dense before.
 
 Kernels of static and RigL begin divided by the root of what is kept, so that outputs
 have the variance of dense ones; those of gradual pruning as dense ones.
@@ -24,11 +25,9 @@ Finished runs are read back from the JSON file, of the same card alone; a pictur
 written beside it if matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a folder, saves
 the next call the compiling.
 
-A step has 16 x 1024 bytes: 11 TFLOP dense, 3.6 at 75 %. From that and from runs of a
-decoder half as wide and twice as deep, 25 and 14 ms are expected of an H200, 2400 and
-4300 steps in the 60 s of a run. 24 runs of 10 s to tune, 8 of 60 s, 6 more for two
-seeds of dense, control and best, and 3 of 48 s of the best: 24 minutes with compiling
-and judging. 10 GB of memory.
+A step has 16 x 1024 bytes: 11 TFLOP dense and 3.6 at 75 %, on an H200 23 and 14 ms. 30
+runs of 10 s to tune, 10 of 60 s, 6 more for two seeds of dense, control and best, and
+3 of 48 s of the best: 29 minutes with compiling and judging. 10 GB of memory.
 
 Papers: https://arxiv.org/abs/1911.11134 (RigL), https://arxiv.org/abs/1710.01878
 (gradual), https://arxiv.org/abs/2303.11525 (wider at equal FLOPs).
@@ -104,8 +103,8 @@ def arms(size: Size, **options: int) -> dict[str, Arm]:
     narrow = dataclasses.replace(dense, d_ff=dense.d_ff // 4)
     kernel: Any = block_training.implementation()
 
-    def sparse(kind: str, sparsity: float, width: int = 1) -> Arm:
-        how = Sparse(kind, sparsity, **options)
+    def sparse(kind: str, sparsity: float, width: int = 1, **own: int) -> Arm:
+        how = Sparse(kind, sparsity, **{**options, **own})
         ffn = functools.partial(
             sj.nn.BlockSparseFFN,
             block_shape=(how.block, how.block),
@@ -123,6 +122,8 @@ def arms(size: Size, **options: int) -> dict[str, Arm]:
         "rigl 75 %": sparse("rigl", 0.75),
         "rigl 87.5 %": sparse("rigl", 0.875),
         "rigl 50 %, 2 x d_ff": sparse("rigl", 0.5, width=2),
+        "rigl 75 %, every 400 steps": sparse("rigl", 0.75, update_every=400),
+        "gradual 50 %": sparse("gradual", 0.5),
         "gradual 75 %": sparse("gradual", 0.75),
     }
 
