@@ -134,7 +134,7 @@ def environment(**settings: Any) -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "num_devices": jax.device_count(),
-        "host": platform.platform(),
+        "host": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         **settings,
     }

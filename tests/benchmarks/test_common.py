@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import math
+import platform
 import time
 
 import jax
@@ -72,6 +73,7 @@ def test_environment_names_device_and_versions():
     assert env["versions"]["jax"] == jax.__version__
     assert env["platform"] == jax.default_backend()
     assert env["repeats"] == 4
+    assert env["host"] == f"{platform.system()} {platform.machine()}"  # no kernel
     assert {"date", "python", "device_kind", "cpu_count"} <= set(env)
 
 
