@@ -18,7 +18,7 @@ seconds. `density` is the share of the pairs in sight that is attended, at the e
     python -m benchmarks.long_context_training --seconds 480 --repeats 1 --minutes 9 \
         --as-in PATH --json LONGER  # the best of them for eight minutes each
 
-Finished runs are read back from the JSON file, of the same card alone; a picture is
+Finished runs are read back from the JSON file, of the same GPU alone; a picture is
 written beside it if matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a folder, saves
 the next call the compiling.
 

@@ -21,7 +21,7 @@ have the variance of dense ones; those of gradual pruning as dense ones.
     python -m benchmarks.time_to_loss --seconds 480 --repeats 1 --minutes 9 \
         --as-in PATH --json LONGER  # the best of them for eight minutes each
 
-Finished runs are read back from the JSON file, of the same card alone; a picture is
+Finished runs are read back from the JSON file, of the same GPU alone; a picture is
 written beside it if matplotlib is installed. JAX_COMPILATION_CACHE_DIR, a folder, saves
 the next call the compiling.
 

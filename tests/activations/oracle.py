@@ -50,7 +50,7 @@ def statistical(x, k, *, where=None, ddof=0, delta=0.0):
 
 
 def statistical_gradient(x, g, k):
-    """The card's formula, row by row, with its sums written out."""
+    """The derivative of `statistical`, row by row, its sums written out."""
     x, g = np.asarray(x, np.float64), np.asarray(g, np.float64)
     d = x.shape[-1]
     z = quantile(1 - k / d)

@@ -19,7 +19,7 @@ TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2, jnp.float16: 2e-3}
 STATIC = ("k", "axis", "ddof", "huber_delta")
 topk = jax.jit(sj.statistical_topk, static_argnames=STATIC)
 threshold = jax.jit(sj.statistical_threshold, static_argnames=STATIC[:3])
-# The card's golden vector, k=2 of 0..7.
+# k=2 of 0..7, from the formula of You et al., 2025, section 3, in float64.
 GOLDEN_THETA = 5.0454502
 GOLDEN = [0, 0, 0, 0, 0, 0, 0.9545498, 1.9545498]
 
@@ -147,7 +147,7 @@ class ValuesTest(parameterized.TestCase):
 
 
 class StatisticsTest(parameterized.TestCase):
-    """The card's laws of the number of survivors."""
+    """The number of survivors, derived for normal rows and simulated for others."""
 
     @parameterized.parameters((500, 4096, 328, 0.96), (1500, 1024, 82, 0.94))
     def test_count_law(self, num_rows, d, k, least_jaccard):

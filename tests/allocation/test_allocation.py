@@ -1,4 +1,4 @@
-"""Allocations against the published fixed point, and against the cards' numbers."""
+"""Allocations against the fixed point of Evci et al., 2020, in Python numbers."""
 
 import math
 
@@ -27,7 +27,7 @@ def densities(allocate, shapes, sparsity, **kwargs):
 
 
 def oracle(raw, sizes, sparsity, *, all_at_once=False):
-    """The released solver, card random-pruning section 2, in Python numbers."""
+    """The solver released with Evci et al., 2020, in Python numbers."""
     density, dense = 1 - sparsity, set()
     while True:
         rest = [i for i in range(len(raw)) if i not in dense]
@@ -54,7 +54,7 @@ def raw_er(shape):
 
 
 class GoldenTest(parameterized.TestCase):
-    """Card random-pruning, sections 5.1 and 5.2."""
+    """Numbers that the released solver's equations give in float64."""
 
     @parameterized.product(
         allocate=[allocation.erdos_renyi, allocation.erdos_renyi_kernel],

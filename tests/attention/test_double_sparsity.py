@@ -117,7 +117,7 @@ class ChannelsTest(parameterized.TestCase):
             self.assertEqual(bool((got == 3).any()), kind != "qk_var", kind)
 
     def test_interleaved_rotation(self):
-        """The card's formula: c goes to (2 c mod d) + floor(2 c / d)."""
+        """As in the released code: c goes to (2 c mod d) + floor(2 c / d)."""
         scores = jnp.zeros((1, 1, 8)).at[0, 0, jnp.array([1, 4, 6])].set(1.0)
         channels = attention.select_channels(scores, num_channels=3)
         moved = attention.interleaved_channels(channels)

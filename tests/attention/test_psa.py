@@ -445,7 +445,7 @@ class LevelsTest(parameterized.TestCase):
     @parameterized.product(min_full=[0.0, 0.06, 0.3], hidden=[False, True])
     def test_mass(self, min_full, hidden):
         importance = self.importance(hidden)
-        bounds = ((1, 0.4), (2, 0.5), (4, 0.6), (8, 0.8))  # the card's, Wan 14B
+        bounds = ((1, 0.4), (2, 0.5), (4, 0.6), (8, 0.8))  # released, Wan 14B
         got = mass_levels(importance, bounds=bounds, min_full=min_full)
         want = np.zeros(importance.shape, int)
         for at in np.ndindex(importance.shape):

@@ -1,4 +1,4 @@
-"""Spark attention against a loop over queries and keys, written from the card."""
+"""Spark attention against a loop over queries and keys (You et al., 2025)."""
 
 import functools
 import statistics
@@ -119,7 +119,7 @@ class SparkAttentionTest(parameterized.TestCase):
 
     @pytest.mark.once
     def test_equal_and_two_valued_scores_keep_the_highest(self):
-        """The card's pitfall: the threshold alone would leave none, and NaN."""
+        """Here the threshold alone would leave none, and NaN."""
         query = jnp.ones((1, 1, 1, 4))
         signs = jnp.where(jnp.arange(64) % 2, 1.0, -1.0)
         key = jnp.broadcast_to(signs[None, :, None, None], (1, 64, 1, 4))

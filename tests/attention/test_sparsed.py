@@ -26,7 +26,7 @@ def softmax_over(scores, columns):
 
 
 def oracle(query, key, num_generated, density, block_shape, isolated, valid=None):
-    """One head's blocks, cell by cell as on the card."""
+    """One head's blocks, cell by cell, from the released code; strict is ours."""
     (height, width), seq = block_shape, len(key)
     valid = np.ones(seq, bool) if valid is None else np.asarray(valid)
     scores = query @ key.T / np.sqrt(key.shape[1])
@@ -154,7 +154,7 @@ class DenoiseTest(parameterized.TestCase):
         (128, 0.2, 27), (10, 0.2, 4), (10, 0.0, 2), (10, 1.0, 10), (1, 0.0, 1)
     )
     def test_dense_steps(self, num_steps, skip, want):
-        """128 and 10 are the card's."""
+        """int(num_steps * skip) + 2 of them, as released: 27 of 128, not 25."""
         self.assertEqual(attention.sparsed_dense_steps(num_steps, skip=skip), want)
         got = attention.sparsed_denoise(
             lambda step, log: log.at[step].set(0),

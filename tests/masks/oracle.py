@@ -1,4 +1,4 @@
-"""The rooms' promises in slow NumPy and Python, written from the cards."""
+"""The rooms' promises in slow NumPy and Python, from the papers' equations."""
 
 import itertools
 import math

@@ -83,7 +83,7 @@ class NMTest(parameterized.TestCase):
         np.testing.assert_array_equal(nm(jnp.ones(2 * m), n, m, 0), want)
 
     @parameterized.product(n_m=[(2, 4), (15, 16), (3, 32)])
-    def test_idempotent(self, n_m):  # card sr-ste, section 5.1
+    def test_idempotent(self, n_m):
         weights = jax.random.normal(jax.random.key(0), (128, 4))
         mask = nm(abs(weights), *n_m, 0)
         again = nm(abs(jnp.where(mask, weights, 0)), *n_m, 0)

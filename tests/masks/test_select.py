@@ -75,7 +75,7 @@ def select_oracle(scores, stacked, kind, sparsity):
 
 
 def drop_and_grow_oracle(mask, stacked, kind, drop, grow, sparsity, fraction):
-    """Card dst-baselines, section 2: keep the best, then grow the best of the rest."""
+    """Evci et al., 2020, section 3: keep the best, then grow the best of the rest."""
 
     def one_layer(mask, drop, grow):
         units = oracle.units(mask.shape, kind)

@@ -28,7 +28,6 @@ class StraightThroughTest(parameterized.TestCase):
         np.testing.assert_array_equal(grad, factors)
 
     def test_equals_the_formula_with_stop_gradient(self):
-        # card sr-ste, section 4: w + stop_gradient(w * mask - w)
         weight = jax.random.normal(jax.random.key(0), (4,))
         formula = lambda w: w + jax.lax.stop_gradient(jnp.where(KEEP, w, 0) - w)  # noqa: E731
         cube = lambda w: (w**3).sum()  # noqa: E731

@@ -1,4 +1,4 @@
-"""Counts of activations against loops; card lazy-neuron, section 5, checks 2 and 3."""
+"""Counts of activations against loops."""
 
 import functools
 import itertools
@@ -26,7 +26,7 @@ def sparse_activations(shape, seed=0, dtype=np.float32):
 
 
 def counts_oracle(a, where=None):
-    """Card lazy-neuron, section 2.1: (nonzeros, entries, per_neuron, tokens)."""
+    """Li et al., 2022: (nonzeros, entries, per_neuron, tokens)."""
     per_neuron, tokens = [0] * a.shape[-1], 0
     for index in np.ndindex(a.shape[:-1]):
         if where is not None and not where[index]:
@@ -61,13 +61,13 @@ class CountsTest(parameterized.TestCase):
         self.assertEqual(got.per_neuron.dtype, jnp.uint32)
         self.assertEqual(got.density.dtype, jnp.float32)
 
-    def test_relu_of_normal_is_half_dense(self):  # check 2
+    def test_relu_of_normal_is_half_dense(self):
         a = jax.nn.relu(jax.random.normal(jax.random.key(0), (2000, 100)))
         self.assertAlmostEqual(float(counts_of(a).density), 0.5, delta=0.005)
         density = jax.jit(metrics.activation_density)(a)
         self.assertAlmostEqual(float(density.mean()), 0.5, delta=0.005)
 
-    def test_padding_does_not_count(self):  # check 2
+    def test_padding_does_not_count(self):
         a = sparse_activations((3, 4))
         padded = np.concatenate([a, np.full((2, 4), np.nan, np.float32)])
         got = counts_of(padded, where=np.arange(5) < 3)
@@ -132,7 +132,7 @@ class CountsTest(parameterized.TestCase):
 
 @settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 12), max_size=4), seed=st.integers(0, 99))
-def test_any_split_gives_the_same_counts(cuts, seed):  # check 2
+def test_any_split_gives_the_same_counts(cuts, seed):
     a = sparse_activations((12, 3), seed)
     where = np.random.default_rng(seed).random(12) < 0.7
     edges = [0, *sorted(cuts), 12]
@@ -197,8 +197,8 @@ class UnionTest(parameterized.TestCase):
             metrics.union_density(jnp.ones(6), 1)
 
 
-def test_gradient_pushes_active_neurons_down():  # check 3
-    # Card section 2.3: at initialization the loss falls when active neurons shrink.
+def test_gradient_pushes_active_neurons_down():
+    # Li et al., 2022: at initialization the loss falls when active neurons shrink.
     d_model, d_ff, classes, inits = 8, 16, 10, 1000
 
     def mean_gradient(key):

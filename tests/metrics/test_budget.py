@@ -1,4 +1,4 @@
-"""The search for a perplexity budget; card sparsing-law, section 5, check 5."""
+"""The search for a perplexity budget (Luo et al., 2024)."""
 
 import math
 
@@ -61,7 +61,7 @@ class SearchTest(parameterized.TestCase):
         self.assertAlmostEqual(found.cett, math.log(1.01), delta=1e-3)
         self.assertIsInstance(found.ratio, float)
 
-    def test_linear_model(self):  # check 5
+    def test_linear_model(self):
         # ReLU features with a linear readout of 16 classes.
         rng = np.random.default_rng(0)
         x = rng.normal(size=(400, 8)).astype(np.float32)

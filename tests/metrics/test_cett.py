@@ -1,4 +1,4 @@
-"""CETT and its threshold against loops; card sparsing-law, section 5, checks 1 to 4."""
+"""CETT and its threshold (Luo et al., 2024) against loops."""
 
 import chex
 import jax
@@ -24,12 +24,12 @@ def layer(tokens=6, d_ff=12, d_model=5, seed=0):
 
 
 def norms_of(a, w_out):
-    """Card section 2.3: v, what each neuron contributes to each token."""
+    """What each neuron contributes to each token."""
     return np.abs(a) * np.linalg.norm(w_out.astype(np.float64), axis=-1)
 
 
 def cett_oracle(a, w_out, threshold, where=None):
-    """Card section 2.2, token by token and neuron by neuron, in float64."""
+    """Token by token and neuron by neuron, in float64."""
     a, w_out = a.astype(np.float64), w_out.astype(np.float64)
     ratios = []
     for token in range(len(a)):
@@ -50,7 +50,7 @@ class CettTest(parameterized.TestCase):
     @parameterized.product(
         quantile=[0.1, 0.5, 0.8, 0.95], masked=[False, True], seed=[0, 1]
     )
-    def test_matches_loop(self, quantile, masked, seed):  # check 1
+    def test_matches_loop(self, quantile, masked, seed):
         a, w_out = layer(seed=seed)
         where = np.array([True, False, True, True, False, True]) if masked else None
         v = np.sort(norms_of(a, w_out).ravel())
@@ -61,7 +61,7 @@ class CettTest(parameterized.TestCase):
         np.testing.assert_allclose(got, want, rtol=2e-6)
         self.assertEqual((got.dtype, got.shape), (jnp.float32, ()))
 
-    def test_ends(self):  # check 1
+    def test_ends(self):
         a, w_out = layer()
         a = np.where(a == 0, 1, a)
         v = norms_of(a, w_out)
@@ -171,7 +171,7 @@ class CettTest(parameterized.TestCase):
 
 class ThresholdTest(parameterized.TestCase):
     @parameterized.product(target=[0.0, 0.05, 0.2, 0.5, 0.99], seed=[0, 1])
-    def test_matches_exhaustive_search(self, target, seed):  # check 2
+    def test_matches_exhaustive_search(self, target, seed):
         # Nothing cancels where all is positive, so CETT is monotone.
         a, w_out = map(np.abs, layer(seed=seed))
         v = np.unique(norms_of(a, w_out))
@@ -186,14 +186,14 @@ class ThresholdTest(parameterized.TestCase):
         np.testing.assert_allclose(exact, first_too_large, rtol=1e-6)
 
     @parameterized.product(target=[0.05, 0.2, 0.6], seed=[0, 1, 2])
-    def test_brackets_the_target(self, target, seed):  # check 2
+    def test_brackets_the_target(self, target, seed):
         a, w_out = layer(tokens=20, seed=seed)
         threshold = cett_threshold(a, w_out, target)
         self.assertLessEqual(float(cett(a, w_out, threshold)), target)
         above = cett(a, w_out, threshold * (1 + 2**-15))
         self.assertGreater(float(above), target)
 
-    def test_monotone_in_the_target(self):  # check 2
+    def test_monotone_in_the_target(self):
         a, w_out = layer(tokens=20)
         targets = jnp.linspace(0, 1, 20)
         got = jax.jit(jax.vmap(metrics.cett_threshold, (None, None, 0)))(
@@ -203,7 +203,7 @@ class ThresholdTest(parameterized.TestCase):
         np.testing.assert_allclose(got[-1], norms_of(a, w_out).max(), rtol=1e-6)
 
     @parameterized.parameters(4.0, 0.125, 3.0)
-    def test_scale_invariance(self, scale):  # check 2
+    def test_scale_invariance(self, scale):
         a, w_out = layer(tokens=20)
         scaled = a * np.float32(scale), w_out / np.float32(scale)
         kept = []
@@ -212,7 +212,7 @@ class ThresholdTest(parameterized.TestCase):
             kept.append(np.abs(x) > metrics.cett_neuron_thresholds(threshold, w))
         np.testing.assert_array_equal(*kept)
 
-    def test_equal_norms_rank_by_magnitude(self):  # check 3
+    def test_equal_norms_rank_by_magnitude(self):
         a, w_out = layer(tokens=20)
         w_out = 0.7 * w_out / np.linalg.norm(w_out, axis=1, keepdims=True)
         threshold = cett_threshold(a, w_out, 0.2)
@@ -222,7 +222,7 @@ class ThresholdTest(parameterized.TestCase):
         self.assertLess(np.abs(a)[weak].max(), np.abs(a)[~weak].min())
 
     @parameterized.parameters(0.0, 0.01, 0.2)
-    def test_dead_neurons_are_weak(self, target):  # check 4
+    def test_dead_neurons_are_weak(self, target):
         a, w_out = layer(tokens=30)
         a = np.maximum(a, 0)
         a[:, 3] = 0

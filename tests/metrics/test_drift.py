@@ -18,7 +18,7 @@ sad = jax.jit(metrics.sad)
 
 
 def sad_oracle(a, b):
-    """Card sr-ste, section 2: the L1 distance of the masks."""
+    """Zhou et al., 2021, section 3: the L1 distance of the masks."""
     pairs = ((np.ravel(a[k]), np.ravel(b[k])) for k in a if a[k] is not None)
     return sum(
         abs(int(x) - int(y)) for p, q in pairs for x, y in zip(p, q, strict=True)
@@ -26,7 +26,7 @@ def sad_oracle(a, b):
 
 
 @given(a=TREE, b=TREE, c=TREE)
-def test_sad_is_a_distance(a, b, c):  # card sr-ste, section 5.4
+def test_sad_is_a_distance(a, b, c):
     assert int(sad(a, b)) == sad_oracle(a, b) == int(sad(b, a))
     assert int(sad(a, a)) == 0
     assert int(sad(a, c)) <= int(sad(a, b)) + int(sad(b, c))

@@ -1,4 +1,4 @@
-"""FLOPs: one row of the card's table each, and what must hold for any model."""
+"""FLOPs: the costs of Evci et al., 2020, and what must hold for any model."""
 
 import math
 
@@ -22,7 +22,7 @@ COSTS = [metrics.sparse_cost, metrics.dense_gradient_cost, metrics.rigl_cost(10)
 
 
 class TableTest(parameterized.TestCase):
-    """Card sparseland, section 2."""
+    """Each cost by hand."""
 
     def test_forward(self):
         self.assertEqual(metrics.forward_flops(SPECS), DENSE)

@@ -67,7 +67,7 @@ class ReportTest(parameterized.TestCase):
         state = nnx.state(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.Param)
         self.assertEqual(metrics.sparsity_report(state).sparsity_all, 0)
 
-    def test_a_live_weight_may_be_zero(self):  # card sparseland, section 5.6
+    def test_a_live_weight_may_be_zero(self):
         zeros = jax.tree.map(jnp.zeros_like, PARAMS)
         self.assertEqual(
             metrics.sparsity_report(MASKS, params=zeros),
@@ -85,7 +85,7 @@ class ReportTest(parameterized.TestCase):
         self.assertEqual(report.leaves[0].sparsity, 0)
         self.assertEqual(report.num_kept, np.prod(shape, dtype=int) + 1)
 
-    def test_a_whole_equals_its_parts(self):  # card sparseland, section 5.5
+    def test_a_whole_equals_its_parts(self):
         whole = metrics.sparsity_report({"a": MASKS, "b": MASKS["kernel"]})
         parts = [metrics.sparsity_report(m) for m in (MASKS, MASKS["kernel"])]
         for attribute in ("size", "num_kept"):

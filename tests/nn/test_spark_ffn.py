@@ -1,4 +1,4 @@
-"""The Spark FFN against NumPy written from the card, in both of its forms."""
+"""The Spark FFN against NumPy, as in You et al., 2025, and as in Gemma 3n."""
 
 import statistics
 

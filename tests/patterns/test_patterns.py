@@ -89,7 +89,7 @@ class ValidationTest(parameterized.TestCase):
 
 
 class FramesTest(parameterized.TestCase):
-    """Golden rows: card progressive-gradient-flow, sections 2 and 5."""
+    """Frames of the code released with Bambhaniya et al., 2024, and others by hand."""
 
     @parameterized.parameters(
         (1, 16, [(15, 16), (8, 16), (4, 16), (2, 16), (1, 16)]),

@@ -18,7 +18,7 @@ def log_softmax(x):
 
 
 def oracle(student, teacher, labels, eta, temperature=1.0, where=None):
-    """Card cast, equation 13, token by token in float64."""
+    """Huang et al., 2025, equation 13, token by token in float64."""
     classes = student.shape[-1]
     rows = zip(
         student.reshape(-1, classes).astype(np.float64),

@@ -1,7 +1,7 @@
 """What the tests of the methods share: slow NumPy oracles, and the loop under test.
 
-Everything here is written from the papers' cards and the design, in float64, one weight
-at a time; trees are flat dicts from a leaf's path to its array.
+Everything here is written from the papers' equations, in float64, one weight at a
+time; trees are flat dicts from a leaf's path to its array.
 """
 
 import dataclasses
@@ -156,7 +156,7 @@ def assert_pattern(mask, spec, sparsity=None):
 
 
 def erk(shapes, sparsity, sizes=None):
-    """Sparsities by the fixed point of the card: saturated leaves become dense."""
+    """Sparsities by the fixed point of Evci et al., 2020: full leaves are dense."""
     density = 1 - sparsity
     raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
     sizes = sizes or {name: math.prod(shape) for name, shape in shapes.items()}
@@ -341,7 +341,7 @@ def loss_fn(params, example):
 
 
 def train_step(tx, params, opt_state, example):
-    """The loop of the design, one step of it."""
+    """One step of the loop of a user."""
     grads = jax.grad(lambda p: loss_fn(sj.forward_params(opt_state, p), example))(
         params
     )

@@ -1,4 +1,4 @@
-"""AdamS against the card of CAST: its equations, golden step sizes and toy problem."""
+"""AdamS: the equations of CAST (Huang et al., 2025), step sizes, a toy problem."""
 
 import pathlib
 import tempfile
@@ -211,7 +211,7 @@ class AdamsTest(parameterized.TestCase):
                 )
 
     def test_n_of_n_takes_the_second_moment_of_mu(self):
-        # the card's item 2: with white noise the root mean square step is 1.01 lr where
+        # Derived: with white noise the root mean square step is 1.01 lr where
         # Adam's is 0.233 lr
         def rms(tx):
             params = {"kernel": jnp.ones((32, 32))}
@@ -246,7 +246,7 @@ def step_sizes(total_steps, l1_decay, eps):
 
 
 class GoldenTest(parameterized.TestCase):
-    """The card's item 3 [own]: step sizes of a losing weight without gradient."""
+    """Step sizes of a losing weight without gradient: algorithm 1 in NumPy."""
 
     @parameterized.parameters((200, 1.6878), (2000, 1.4139), (20000, 1.0511))
     def test_step_sizes_do_not_depend_on_the_decay(self, total_steps, last):
@@ -285,7 +285,7 @@ def test_the_ramp_runs_from_0_to_just_below_1_and_stays_below_1_after():
 
 @pytest.fixture(scope="module")
 def toy():
-    """The card's item 6 [own]: linear regression 32 -> 16, 600 steps, cosine lr.
+    """Linear regression 32 -> 16, 600 steps, cosine lr; NumPy gives the numbers below.
 
     Returns for each decay: S = |w m|_1 / |w|_1 over the run; at its end the mean losing
     by the mean kept weight; the relative change of the output by the hard prune.
@@ -332,19 +332,19 @@ def toy():
 
 def test_toy_succeeds_with_a_pull_of_the_gradients_size(toy):
     share, ratio, change = toy
-    assert ratio[0] < 1e-3 and change[0] < 2e-3  # the card: 2e-4 and 0.03 %
+    assert ratio[0] < 1e-3 and change[0] < 2e-3  # NumPy: 2e-4 and 0.03 %
     assert 1 - share[0, -1] < 1e-3
 
 
 def test_toy_fails_without_pull(toy):
     _, ratio, change = toy
-    assert 0.29 < ratio[-1] < 0.38 and change[-1] > 0.3  # the card: 0.31-0.35, 45-55 %
+    assert 0.29 < ratio[-1] < 0.38 and change[-1] > 0.3  # NumPy: 0.31-0.35, 45-55 %
 
 
 def test_toy_is_ordered_and_the_share_of_kept_weight_grows(toy):
     share, ratio, change = toy
     assert (np.diff(ratio) > 0).all() and (np.diff(change[1:]) > 0).all()
-    assert 0.08 < ratio[2] < 0.2 and 0.15 < change[2] < 0.4  # the card: 0.13, 33 %
+    assert 0.08 < ratio[2] < 0.2 and 0.15 < change[2] < 0.4  # NumPy: 0.13, 33 %
     means = share[:2].reshape(2, 12, 50).mean(2)
     assert (np.diff(means) > -1e-4).all() and (means[:, -1] > means[:, 0] + 0.1).all()
 

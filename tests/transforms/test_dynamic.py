@@ -27,7 +27,7 @@ def random_scores(problem, key):
 def dynamic_oracle(
     method, problem, pattern, sparsities, inner, *, every, stop, fraction_at
 ):
-    """The card's step, one a method; f(t) is the share replaced."""
+    """The step of each method's paper; f(t) is the share replaced."""
     specs = problem.specs(pattern)
     params = oracle.wide(problem.params)
     inner.init(params)

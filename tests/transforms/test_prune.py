@@ -11,7 +11,7 @@ from absl.testing import parameterized
 import sparsejax as sj
 from tests.transforms import _oracles as oracle
 
-CARD_SHAPES = {  # random-pruning card, section 5, item 2
+CONV_SHAPES = {
     "conv1": (3, 3, 3, 16),
     "conv2": (3, 3, 16, 16),
     "conv3": (3, 3, 16, 32),
@@ -62,13 +62,13 @@ class PruneTest(parameterized.TestCase):
         (0.8, [0.945732, 0.269534, 0.191511, 0.124127, 1]),
         (0.5, [1, 0.782707, 0.556134, 0.360457, 1]),
     )
-    def test_erdos_renyi_kernel_matches_the_card(self, sparsity, densities):
+    def test_erdos_renyi_kernel(self, sparsity, densities):
         rng = np.random.default_rng(2)
         params = {
             name: rng.standard_normal(shape).astype(np.float32)
-            for name, shape in CARD_SHAPES.items()
+            for name, shape in CONV_SHAPES.items()
         }
-        solved = oracle.erk(CARD_SHAPES, sparsity)
+        solved = oracle.erk(CONV_SHAPES, sparsity)
         for value, density in zip(solved.values(), densities, strict=True):
             np.testing.assert_allclose(1 - value, density, atol=1e-6)
         got = oracle.jit(

@@ -200,7 +200,7 @@ class SrSteTest(parameterized.TestCase):
 
 @pytest.mark.once
 def test_masks_flicker_less_the_stronger_the_pull():
-    """The card's item 5 [own], smaller: normalised SAD a step falls with the decay.
+    """Zhou et al., 2021, in small: normalised SAD a step falls with the decay.
 
     A teacher and a student of two hidden layers, 2:4 on both hidden matrices, SGD with
     momentum 0.9, cosine to 0; mean of four seeds over the second half of the run.

@@ -1,4 +1,4 @@
-"""Weight scaling of CAST: equations 11 and 12 of its card, loop by loop."""
+"""Weight scaling of CAST (Huang et al., 2025), equations 11-12, loop by loop."""
 
 import jax
 import jax.numpy as jnp
