@@ -160,8 +160,14 @@ def main(argv=None) -> list[dict]:
             weights = method.forward(state.opt_state, state.params)
             loss = bits_per_byte(weights, validation[::8])
             masks = method.masks(state.opt_state)
-            leaves = sj.metrics.leaf_metrics(masks, weights)
-            metrics = {"validation_bits_per_byte": loss, **leaves}
+            leaves = sj.metrics.leaf_metrics(masks, weights).items()
+            metrics = {
+                "validation_bits_per_byte": loss,
+                "leaf_sparsity": {name: of.sparsity for name, of in leaves},
+                "leaf_pruned_magnitude": {
+                    name: of.pruned_magnitude for name, of in leaves
+                },
+            }
             if sparse_layers(args):
                 density = densities(weights, validation[0])
                 metrics["density"] = {

@@ -34,5 +34,6 @@ from sparsejax.metrics._plots import plot_density as plot_density
 from sparsejax.metrics._report import LeafSparsity as LeafSparsity
 from sparsejax.metrics._report import SparsityReport as SparsityReport
 from sparsejax.metrics._report import sparsity_report as sparsity_report
+from sparsejax.metrics._shares import LeafMetrics as LeafMetrics
 from sparsejax.metrics._shares import leaf_metrics as leaf_metrics
 from sparsejax.metrics._shares import mask_sparsity as mask_sparsity

@@ -1,10 +1,19 @@
 """Shares of a whole mask tree, traced or not: what a loop logs at every step."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from sparsejax.typing import MaskTree, Params, is_none, plain_path
+
+
+class LeafMetrics(NamedTuple):
+    """Shares of one leaf, fractions in [0, 1]."""
+
+    sparsity: float  # of zeros in the mask
+    pruned_magnitude: float  # of the weights' L1 norm, outside the mask
 
 
 def mask_sparsity(masks: MaskTree) -> Float32[Array, ""]:
@@ -25,34 +34,35 @@ def mask_sparsity(masks: MaskTree) -> Float32[Array, ""]:
     return 1 - kept_share(masks)
 
 
-def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, dict[str, float]]:
-    """What `training.draw_report` shows of each governed leaf.
+def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, LeafMetrics]:
+    """How sparse each governed leaf is, and how much it would lose by its mask.
+
+    A soft method has to bring `pruned_magnitude` to 0 before the hard prune.
 
     Args:
       masks: True = kept, None = not governed; or a tree without leaves.
       weights: those of the forward, with the same leaves in the same order.
 
     Returns:
-      By the dotted name of the leaf, `leaf_sparsity`: the share of zeros in the mask,
-      and `leaf_pruned_magnitude`: the share of the weights' L1 norm that lies outside
-      the mask, which a soft method has to bring to 0 before the hard prune.
+      The shares by the dotted name of the leaf; empty where nothing is governed.
 
     Example:
       >>> masks = {"kernel": jnp.array([True, True, True, False])}
       >>> leaf_metrics(masks, {"kernel": jnp.array([2.0, 1.0, 4.0, 1.0])})
-      {'leaf_sparsity': {'kernel': 0.25}, 'leaf_pruned_magnitude': {'kernel': 0.125}}
+      {'kernel': LeafMetrics(sparsity=0.25, pruned_magnitude=0.125)}
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_none)
     leaves = jax.tree.leaves(weights, is_leaf=is_none) if flat else []
-    sparsity, magnitude = {}, {}
+    found = {}
     for (path, mask), weight in zip(flat, leaves, strict=True):
         if mask is not None:
-            name = ".".join(plain_path(path))
-            sparsity[name] = float(mask_sparsity(mask))
             size = jnp.abs(weight).astype(jnp.float32)  # float16 ends at 65504
             norm, outside = jnp.sum(size), jnp.sum(size, where=~mask)
-            magnitude[name] = float(jnp.where(norm > 0, outside / norm, 0))
-    return {"leaf_sparsity": sparsity, "leaf_pruned_magnitude": magnitude}
+            found[".".join(plain_path(path))] = LeafMetrics(
+                float(mask_sparsity(mask)),
+                float(jnp.where(norm > 0, outside / norm, 0)),
+            )
+    return found
 
 
 def kept_share(masks: MaskTree) -> jax.Array:

@@ -66,8 +66,8 @@ def draw_report(
     Args:
       path: of the PNG; replaced as a whole.
       rows: what `Run.rows` returns. Used are `bits_per_byte`, `mask_changes`,
-        `validation_bits_per_byte`, and the dicts by leaf `leaf_sparsity` and
-        `leaf_pruned_magnitude` of `metrics.leaf_metrics`.
+        `validation_bits_per_byte`, and, dicts by leaf, `leaf_sparsity` and
+        `leaf_pruned_magnitude`: the shares that `metrics.leaf_metrics` measures.
       title: stands above.
       mask: True = kept.
       mask_name: stands above the mask.

@@ -37,18 +37,16 @@ class MaskSparsityTest(parameterized.TestCase):
 class LeafMetricsTest(parameterized.TestCase):
     def test_counts_by_leaf(self):
         found = metrics.leaf_metrics(MASKS, WEIGHTS)
-        self.assertEqual(found["leaf_sparsity"], {"a.kernel": 0.25, "b.kernel": 1.0})
-        pruned = found["leaf_pruned_magnitude"]
-        self.assertEqual(list(pruned), ["a.kernel", "b.kernel"])
-        self.assertAlmostEqual(pruned["a.kernel"], 0.2, delta=1e-6)
-        self.assertEqual(pruned["b.kernel"], 0)
-        empty = metrics.leaf_metrics({}, WEIGHTS)
-        self.assertEqual(empty, {"leaf_sparsity": {}, "leaf_pruned_magnitude": {}})
+        self.assertEqual(list(found), ["a.kernel", "b.kernel"])
+        self.assertEqual(found["a.kernel"].sparsity, 0.25)
+        self.assertAlmostEqual(found["a.kernel"].pruned_magnitude, 0.2, delta=1e-6)
+        self.assertEqual(found["b.kernel"], (1, 0))
+        self.assertEqual(metrics.leaf_metrics({}, WEIGHTS), {})
 
     @parameterized.parameters(jnp.float16, jnp.bfloat16)
     def test_of_narrow_weights(self, dtype):
         """2**16 is beyond float16, and bfloat16 has steps of 512 there."""
         weights = {"kernel": jnp.full(2**16, 1, dtype)}
         masks = {"kernel": jnp.arange(2**16) >= 12345}
-        pruned = metrics.leaf_metrics(masks, weights)["leaf_pruned_magnitude"]
-        self.assertAlmostEqual(pruned["kernel"], 12345 / 2**16, delta=1e-6)
+        pruned = metrics.leaf_metrics(masks, weights)["kernel"].pruned_magnitude
+        self.assertAlmostEqual(pruned, 12345 / 2**16, delta=1e-6)
