@@ -319,7 +319,7 @@ def claim(rows: Sequence[lm_report.Row], better: str, worse: str) -> list[str]:
 
 def draw(path: pathlib.Path, lines: Sequence[lm_report.Row], *, title: str) -> None:
     """Loss against the pattern: at equal steps, and at equal FLOPs."""
-    from matplotlib.figure import Figure  # of the extra `examples`
+    from matplotlib.figure import Figure  # of the extra `metrics`
 
     by_name = {line["method"]: line for line in lines}
     figure = Figure(figsize=(11, 4.5), layout="constrained")

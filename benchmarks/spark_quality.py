@@ -281,7 +281,7 @@ def draw(
     rows: Sequence[lm_report.Row],
 ) -> None:
     """Loss against FLOPs, and the used neurons over training."""
-    from matplotlib.figure import Figure  # of the extra `examples`
+    from matplotlib.figure import Figure  # of the extra `metrics`
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     quality, share = figure.subplots(1, 2)

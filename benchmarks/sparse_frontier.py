@@ -228,7 +228,7 @@ def conclusions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def picture(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Mean and worst accuracy against the realised density, a line a method."""
-    from matplotlib.figure import Figure  # of the extra `examples`
+    from matplotlib.figure import Figure  # of the extra `metrics`
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)

@@ -75,7 +75,11 @@ def declared_dependencies() -> tuple[set[str], set[str]]:
         names = {re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in requirements}
         return {IMPORT_NAMES.get(name, name) for name in names} - {"sparsejax"}
 
-    shown = [r for name in ("examples", "models", "torch") for r in extras[name]]
+    shown = [
+        requirement
+        for name in ("metrics", "examples", "models", "torch")
+        for requirement in extras[name]
+    ]
     return import_names(project["dependencies"]), import_names(shown)
 
 

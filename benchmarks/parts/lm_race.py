@@ -306,7 +306,7 @@ def picture(
     title: str,
 ) -> None:
     """The loss of each arm's first seed over the seconds of its training."""
-    from matplotlib.figure import Figure  # of the extra `examples`
+    from matplotlib.figure import Figure  # of the extra `metrics`
     from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(9, 6), layout="constrained")

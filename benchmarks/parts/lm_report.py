@@ -119,7 +119,7 @@ def picture(
     path: pathlib.Path, lines: Sequence[Row], *, title: str, dense: str
 ) -> None:
     """A line a method, from the loss before the prune to that after it."""
-    from matplotlib.figure import Figure  # of the extra `examples`
+    from matplotlib.figure import Figure  # of the extra `metrics`
 
     figure = Figure(figsize=(8, 1 + 0.4 * len(lines)), layout="constrained")
     axes = figure.subplots()

@@ -183,7 +183,7 @@ def _line(x: np.ndarray, y: np.ndarray) -> _Line | None:
 def _least_squares(
     residuals: Callable[[np.ndarray], np.ndarray], start: tuple[float, ...]
 ) -> list[float]:
-    with Extra("examples"):
+    with Extra("metrics"):
         from scipy import optimize
 
     with np.errstate(over="ignore", invalid="ignore"):  # a wild step is rejected

@@ -60,7 +60,7 @@ def plot_density(
             f"`names` must have one entry for each of the {num_layers} layers; got "
             f"{len(names)}."
         )
-    with Extra("examples"):
+    with Extra("metrics"):
         from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,6 +1,8 @@
 """The picture of densities shows the numbers that it was given."""
 
 import io
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -45,3 +47,6 @@ class PlotDensityTest(parameterized.TestCase):
             metrics.plot_density(STEPS, DENSITIES * 100 + (DENSITIES == 0))
         with self.assertRaisesRegex(ValueError, "each of the 2 layers; got 1"):
             metrics.plot_density(STEPS, DENSITIES, names=["in"])
+        gone = mock.patch.dict(sys.modules, {"matplotlib.figure": None})
+        with gone, self.assertRaisesRegex(ModuleNotFoundError, r"sparsejax\[metrics\]"):
+            metrics.plot_density(STEPS, DENSITIES)
