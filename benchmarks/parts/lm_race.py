@@ -293,7 +293,7 @@ def conclusions(
         gains = [lm_report.gain(rows, of, dense, "loss") for of in (name, less)]
         verdicts = [lm_report.verdict(*found) for found in gains if found is not None]
         notes.append(
-            f"the aim, a loss below the dense one in equal time or in {LESS:g} of it: "
+            f"{name}, a loss below the dense one in equal time or in {LESS:g} of it: "
             + min(verdicts, key=lm_report.VERDICTS.index)
         )
     return notes + lm_report.ends_of_grids(rows, arms)
