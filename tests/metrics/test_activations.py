@@ -195,26 +195,3 @@ class UnionTest(parameterized.TestCase):
             metrics.union_density(jnp.ones((6, 2)), 0)
         with self.assertRaisesRegex(ValueError, r"tokens, d_ff\]; got shape \(6,\)"):
             metrics.union_density(jnp.ones(6), 1)
-
-
-def test_gradient_pushes_active_neurons_down():
-    # Li et al., 2022: at initialization the loss falls when active neurons shrink.
-    d_model, d_ff, classes, inits = 8, 16, 10, 1000
-
-    def mean_gradient(key):
-        keys = jax.random.split(key, 4)
-        x = jax.random.normal(keys[0], (4, d_model))
-        up = jax.random.normal(keys[1], (d_model, d_ff)) / d_model**0.5
-        down = jax.random.normal(keys[2], (d_ff, classes)) / d_ff**0.5
-        labels = jax.random.randint(keys[3], (4,), 0, classes)
-        a = jax.nn.relu(x @ up)
-
-        def loss(a):
-            logits = jax.nn.log_softmax(a @ down)
-            return -jnp.take_along_axis(logits, labels[:, None], axis=1).sum()
-
-        return jnp.mean(jax.grad(loss)(a), where=a > 0)
-
-    means = jax.jit(jax.vmap(mean_gradient))(jax.random.split(jax.random.key(0), inits))
-    sigma = np.std(means, ddof=1) / inits**0.5
-    assert np.mean(means) > 5 * sigma, (np.mean(means), sigma)

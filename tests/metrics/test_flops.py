@@ -52,8 +52,12 @@ class TableTest(parameterized.TestCase):
     def test_gradual_is_the_mean_over_steps(self, cost):
         steps = [[1.0] * 3, [0.5, 0.4, 1.0], [0.1, 0.2, 1.0]]
         got = metrics.gradual_training_flops(SPECS, iter(steps), cost=cost)
-        want = sum(metrics.training_flops(SPECS, s, cost=cost) for s in steps) / 3
-        self.assertAlmostEqual(got, want)
+        sizes = 2 * 32 * 10, 2 * 144 * 25, 2 * 2 * 2 * 4 * 5 * 7
+        each = [
+            cost(sum(d * size for d, size in zip(s, sizes, strict=True)), DENSE)
+            for s in steps
+        ]
+        self.assertAlmostEqual(got, sum(each) / 3)
         # linear in the densities, so the mean density gives the same
         mean = [sum(column) / 3 for column in zip(*steps, strict=True)]
         self.assertAlmostEqual(got, metrics.training_flops(SPECS, mean, cost=cost))

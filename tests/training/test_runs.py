@@ -26,7 +26,8 @@ def test_starts_then_refuses_then_resumes(tmp_path):
 
 def test_resume_without_a_run_starts_it(tmp_path):
     training.open_run(tmp_path / "a", CONFIG, resume=True)
-    training.open_run(tmp_path / "a", CONFIG, resume=True)
+    stored = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert stored["config"] == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 def test_a_crash_while_starting_is_no_obstacle(tmp_path):
     (tmp_path / "config.json.partial").write_text('{"conf')
     training.open_run(tmp_path, CONFIG, resume=False)
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == CONFIG
 
 
 @pytest.mark.parametrize(
