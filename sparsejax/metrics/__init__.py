@@ -37,3 +37,6 @@ from sparsejax.metrics._report import sparsity_report as sparsity_report
 from sparsejax.metrics._shares import LeafMetrics as LeafMetrics
 from sparsejax.metrics._shares import leaf_metrics as leaf_metrics
 from sparsejax.metrics._shares import mask_sparsity as mask_sparsity
+from sparsejax.metrics._updates import changed_weights as changed_weights
+from sparsejax.metrics._updates import dense_update as dense_update
+from sparsejax.metrics._updates import update_sparsity as update_sparsity

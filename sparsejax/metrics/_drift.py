@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from sparsejax.typing import MaskTree, is_none
+from sparsejax.metrics._aligned import aligned
+from sparsejax.typing import MaskTree
 
 
 def sad(masks_a: MaskTree, masks_b: MaskTree) -> Int32[Array, ""]:
@@ -34,7 +35,7 @@ def sad(masks_a: MaskTree, masks_b: MaskTree) -> Int32[Array, ""]:
     References:
       Zhou et al., 2021, https://arxiv.org/abs/2102.04010, section 3.
     """
-    changed = [jnp.sum(a != b, dtype=jnp.int32) for a, b in _aligned(masks_a, masks_b)]
+    changed = [jnp.sum(a != b, dtype=jnp.int32) for a, b in _pairs(masks_a, masks_b)]
     return sum(changed, jnp.zeros([], jnp.int32))
 
 
@@ -62,41 +63,20 @@ def mask_drift(masks_a: MaskTree, masks_b: MaskTree) -> MaskTree:
         [
             jnp.sum(a != b, dtype=jnp.int32).astype(jnp.float32)
             / jnp.float32(max(a.size, 1))
-            for a, b in _aligned(masks_a, masks_b)
+            for a, b in _pairs(masks_a, masks_b)
         ]
     )
     return jax.tree.map(lambda _: next(drifts), masks_a)
 
 
-def _aligned(masks_a: MaskTree, masks_b: MaskTree) -> list[tuple[jax.Array, jax.Array]]:
-    """Pairs of masks; where both trees have None there is no pair."""
-    flat_a = jax.tree_util.tree_flatten_with_path(masks_a, is_leaf=is_none)[0]
-    flat_b = jax.tree.leaves(masks_b, is_leaf=is_none)
-    if len(flat_a) != len(flat_b):
-        raise ValueError(
-            "the mask trees must mirror each other; got "
-            f"{len(flat_a)} and {len(flat_b)} leaves. Make both from the same params."
-        )
-    pairs = []
-    for (path, a), b in zip(flat_a, flat_b, strict=True):
-        if a is None and b is None:
-            continue
-        name = jax.tree_util.keystr(path)
-        if a is None or b is None:
-            raise ValueError(
-                "both trees must have a mask, or both None, at a leaf; got None in "
-                f"`{'masks_a' if a is None else 'masks_b'}` only at {name}."
-            )
-        for mask in (a, b):
-            if jnp.result_type(mask) != jnp.bool_:
+def _pairs(masks_a: MaskTree, masks_b: MaskTree) -> list[tuple[jax.Array, jax.Array]]:
+    for masks in (masks_a, masks_b):
+        for path, mask in jax.tree_util.tree_leaves_with_path(masks):
+            if jnp.result_type(mask) != jnp.bool_:  # packed ones have other shapes too
                 raise TypeError(
                     f"masks must be bool, True = kept; got {jnp.result_type(mask)} at "
-                    f"{name}. Read those of an optimizer state by `masks_of`."
+                    f"{jax.tree_util.keystr(path)}. Read those of an optimizer state "
+                    "by `masks_of`."
                 )
-        if jnp.shape(a) != jnp.shape(b):
-            raise ValueError(
-                f"the masks of a leaf must have one shape; got {jnp.shape(a)} and "
-                f"{jnp.shape(b)} at {name}."
-            )
-        pairs.append((jnp.asarray(a), jnp.asarray(b)))
-    return pairs
+    found = aligned(masks_a, masks_b, ("masks_a", "masks_b"))
+    return [(a, b) for _, a, b in found]

@@ -69,7 +69,7 @@ class DriftTest(parameterized.TestCase):
             fn(a, {"x": a["x"]})
         with self.assertRaisesRegex(ValueError, r"None in `masks_b` only at \['y'\]"):
             fn(a, a | {"y": None})
-        with self.assertRaisesRegex(ValueError, r"got \(3,\) and \(4,\) at \['y'\]"):
+        with self.assertRaisesRegex(ValueError, r"got \(3,\).* \(4,\) .*at \['y'\]"):
             fn(a, a | {"y": jnp.ones(4, bool)})
         with self.assertRaisesRegex(TypeError, r"got uint8 at \['x'\].*`masks_of`"):
             fn(a, a | {"x": jnp.ones((2, 1), jnp.uint8)})
