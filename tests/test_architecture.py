@@ -52,9 +52,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 ROOMS = {*MAY_IMPORT, "training"}
 MAY_IMPORT["training"] = ROOMS
 MAY_IMPORT["__init__"] = ROOMS  # the front door
-# Lone modules that every room may import: arrays in blocks, tokens that count,
-# versions of jax, promotion by name, packages that are missing.
-FOR_ALL = {"_blocks", "_compat", "_extras", "_governed", "_promotion", "_tokens"}
+# Lone modules that every room may import: each is about one thing that is no room's.
+FOR_ALL = {
+    "_blocks",
+    "_compat",
+    "_extras",
+    "_governed",
+    "_ints",
+    "_promotion",
+    "_tokens",
+}
 MAY_IMPORT |= {name: set() for name in FOR_ALL}
 
 # Third-party packages that only some rooms may import.

@@ -1,6 +1,5 @@
 """Activation sparsity: which entries of an activation survive; pure functions."""
 
-from sparsejax.activations._arguments import check_int as check_int
 from sparsejax.activations._arguments import check_k as check_k
 from sparsejax.activations._arguments import quantile as quantile
 from sparsejax.activations._block import (

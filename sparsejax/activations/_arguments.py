@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from sparsejax import ops
+from sparsejax._ints import check_int
 from sparsejax._promotion import common_dtype
 
 
@@ -49,13 +50,6 @@ def check_broadcasts(name: str, value: jax.Array, x: jax.Array) -> None:
             f"`{name}` must broadcast to the shape of `x`, {x.shape}; got "
             f"{value.shape}."
         )
-
-
-def check_int(name: str, value: Any) -> int:
-    """`value` as a Python int, or a TypeError that names the argument."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` must be a Python int; got {value!r}.")
-    return int(value)
 
 
 def check_k(k: Any, *, at_least: float = 1) -> Any:

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparsejax import ops
+from sparsejax._ints import check_int
 from sparsejax._promotion import common_dtype
 from sparsejax.activations import _arguments
 
@@ -64,7 +65,7 @@ def block_statistical_topk(
       entries are skewed, so that the number of kept tiles is somewhat off k / block.
     """
     x = _arguments.check_values(x, axis)
-    _arguments.check_int("block", block)
+    check_int("block", block)
     if block < 1 or x.shape[axis] % block:
         raise ValueError(
             f"`block` must divide the length of the axis; got block={block} for axis "

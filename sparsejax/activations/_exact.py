@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax import ops
+from sparsejax._ints import check_int
 from sparsejax.activations import _arguments
 
 
@@ -46,7 +47,7 @@ def topk_activation(
       which ranks by magnitude and rescales; this ranks by value and does not.
     """
     x = _arguments.check_values(x, axis)
-    k = _arguments.check_k(_arguments.check_int("k", k))
+    k = check_int("k", k, least=1)
     if k >= x.shape[axis]:
         return x, jnp.ones(x.shape, jnp.bool_)
     rows = jax.lax.stop_gradient(jnp.moveaxis(x, axis, -1))

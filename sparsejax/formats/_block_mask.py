@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax._blocks import kept_blocks
+from sparsejax._ints import check_int
 from sparsejax._promotion import along_last
 from sparsejax.formats._bits import WORD, bit_of_rank, count_bits, to_words
 from sparsejax.formats._pairs import count_if_few
 from sparsejax.formats._reshape import reshape_stepwise
 from sparsejax.formats._rows import put_in_rows
-from sparsejax.patterns import check_whole
 
 Capacity: TypeAlias = int | tuple[int | None, int | None] | None
 """Room for kept blocks: `(in a block row, in a block column)`, one number for a block
@@ -194,7 +194,7 @@ class BlockMask:
         scores = jax.lax.stop_gradient(jnp.asarray(scores))
         if not jnp.issubdtype(scores.dtype, jnp.floating):
             raise TypeError(f"`scores` must be floating; got {jax.typeof(scores)}.")
-        check_whole("num_kept", num_kept)
+        check_int("num_kept", num_kept)
         columns = scores.shape[-1] if scores.ndim else 0
         if not 1 <= num_kept <= columns:
             raise ValueError(
@@ -312,7 +312,7 @@ def check_block_shape(block_shape: tuple[int, int]) -> tuple[int, int]:
             f"{block_shape!r}."
         )
     for size in sizes:
-        check_whole("block_shape", size)
+        check_int("block_shape", size)
     if min(sizes) < 1:
         raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
     return int(sizes[0]), int(sizes[1])
@@ -325,9 +325,7 @@ def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
     for room in asked:
         if room is None:
             continue
-        check_whole("capacity", room)
-        if room < 1:
-            raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
+        check_int("capacity", room, least=1)
     row_room, column_room = (math.inf if room is None else room for room in asked)
     return int(min(row_room, columns)), int(min(column_room, rows))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
+from sparsejax._ints import check_int
 from sparsejax._promotion import along_last
 from sparsejax.formats._block_mask import BlockMask
 from sparsejax.formats._rows import put_in_rows
@@ -63,8 +64,7 @@ class KeyLists:
           TypeError: if `kept` is not bool.
           ValueError: if there are no pages, or a size or the capacity is below 1.
         """
-        if page_size < 1:
-            raise ValueError(f"`page_size` must be at least 1; got {page_size}.")
+        check_int("page_size", page_size, least=1)
         rows = BlockMask.from_blocks(  # one row of blocks, whose list is the one wanted
             jnp.asarray(kept)[..., None, :], (1, page_size), capacity=capacity
         )

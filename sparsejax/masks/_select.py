@@ -37,7 +37,8 @@ def num_kept(sparsity: ArrayLike, size: int) -> int | jax.Array:
       1
     """
     if isinstance(sparsity, int | float):
-        return max(size - round(sparsity * size), min(size, 1))
+        dropped = round(min(max(sparsity, 0), 1) * size)
+        return max(size - dropped, min(size, 1))
     dropped = jnp.round(jnp.clip(sparsity, 0, 1).astype(jnp.float32) * size)
     return jnp.maximum(size - dropped.astype(jnp.int32), min(size, 1))
 

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import activations, attention
+from sparsejax._ints import check_int
 from sparsejax.nn._attention import Attention, filled
 from sparsejax.nn._rope import apply_rope
 
@@ -66,7 +67,7 @@ class SparkAttention(Attention):
         rngs: nnx.Rngs,
     ):
         self.k = activations.check_k(k)
-        self.split = activations.check_int("split", split)
+        self.split = check_int("split", split)
         super().__init__(
             d_model,
             num_heads,

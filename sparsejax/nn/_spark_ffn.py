@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from sparsejax import activations, ops
+from sparsejax._ints import check_int
 from sparsejax.nn._gated_ffn import apply_down
 from sparsejax.nn._linear import linear
 
@@ -70,7 +71,7 @@ class SparkFFN(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.k = activations.check_k(k)
-        self.split = None if split is None else activations.check_int("split", split)
+        self.split = None if split is None else check_int("split", split)
         if split is not None and not 0 < split < d_model:
             raise ValueError(
                 "`split` must be in [1, d_model - 1], or None for a gate that sees all "

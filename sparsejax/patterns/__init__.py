@@ -14,5 +14,4 @@ from sparsejax.patterns._patterns import Block as Block
 from sparsejax.patterns._patterns import Channel as Channel
 from sparsejax.patterns._patterns import Pattern as Pattern
 from sparsejax.patterns._patterns import Unstructured as Unstructured
-from sparsejax.patterns._patterns import check_whole as check_whole
 from sparsejax.patterns._sparsity import check_sparsity as check_sparsity

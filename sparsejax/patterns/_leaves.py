@@ -8,7 +8,6 @@ trees of other node types (a dict here, an `nnx.State` there) align by order.
 import dataclasses
 import itertools
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -18,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType
 
+from sparsejax._ints import check_int
 from sparsejax.patterns._patterns import NM, Pattern, Unstructured
 from sparsejax.typing import KeyPath, Params, Where, is_none, plain_path
 
@@ -212,11 +212,8 @@ def governed(
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
     stacks = _per_leaf(stacked, params, flat, name="stacked")
     for (path, _), stack in zip(flat, stacks, strict=True):
-        if stack is not None and not isinstance(stack, numbers.Integral):
-            raise TypeError(
-                "`stacked` must be a whole number of axes; got "
-                f"{stack!r} at {_name(path)}."
-            )
+        if stack is not None:
+            check_int("stacked", stack, at=_name(path))
     if where is None or (callable(where) and not isinstance(where, type)):
         rule = is_default_governed if where is None else where
         extra = stacks if where is None else [None] * len(flat)
@@ -287,10 +284,7 @@ def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
             "`pattern` must be Unstructured(), NM(...), Block(...) or Channel(...); "
             f"got {pattern!r} at {name}."
         )
-    if not isinstance(stacked, numbers.Integral):
-        raise TypeError(
-            f"`stacked` must be a whole number of axes; got {stacked!r} at {name}."
-        )
+    check_int("stacked", stacked, at=name)
     if not 0 <= stacked <= len(shape):
         raise ValueError(
             f"`stacked` must count leading axes of the leaf; got {stacked} for shape "

@@ -6,9 +6,10 @@ blocks or channels. N:M differs: its units are single weights too, but each grou
 """
 
 import dataclasses
-import numbers
 from collections.abc import Iterable
 from typing import TypeAlias
+
+from sparsejax._ints import check_int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +63,9 @@ class NM:
     axis: int = -2
 
     def __post_init__(self):
-        check_whole("n", self.n)
-        check_whole("m", self.m)
-        check_whole("axis", self.axis)
+        check_int("n", self.n)
+        check_int("m", self.m)
+        check_int("axis", self.axis)
         if not 0 < self.n <= self.m:
             raise ValueError(f"N:M needs 0 < n <= m; got n={self.n}, m={self.m}.")
 
@@ -120,7 +121,7 @@ class Block:
             )
         object.__setattr__(self, "shape", tuple(self.shape))
         for size in self.shape:
-            check_whole("shape", size)
+            check_int("shape", size)
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"`shape` must hold positive sizes; got {self.shape}.")
 
@@ -172,7 +173,7 @@ class Channel:
     axis: int = -1
 
     def __post_init__(self):
-        check_whole("axis", self.axis)
+        check_int("axis", self.axis)
 
     def unit_shape(self, shape: tuple[int, ...], stacked: int) -> tuple[int, ...]:
         """The shape of the array of channels: size 1 on every pooled axis.
@@ -191,23 +192,6 @@ class Channel:
 
 
 Pattern: TypeAlias = Unstructured | NM | Block | Channel
-
-
-def check_whole(name: str, value: object) -> None:
-    """Raises unless a value is a whole Python or NumPy number.
-
-    Args:
-      name: of the argument, for the message.
-      value: anything.
-
-    Raises:
-      TypeError: if it is no whole number.
-
-    Example:
-      >>> check_whole("axis", -1)
-    """
-    if not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` must hold whole numbers; got {value!r}.")
 
 
 def _own_axis(axis: int, shape: tuple[int, ...], stacked: int) -> int:

@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 
 from sparsejax import masks
+from sparsejax._ints import check_int
 from sparsejax.patterns import Leaf, shape_on_a_device
 from sparsejax.transforms._state import SparseState
 from sparsejax.typing import Params, is_none
@@ -37,13 +38,8 @@ def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
       TypeError: if it is none: a float, or a value that `inject_hyperparams` traces.
       ValueError: if it is too small.
     """
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(
-            f"`{name}` must be a whole number of steps; got {_words(value)}. Under "
-            "`optax.inject_hyperparams`, name it in `static_args`."
-        )
-    if int(value) < at_least:
-        raise ValueError(f"`{name}` must be at least {at_least}; got {value}.")
+    hint = "Under `optax.inject_hyperparams`, name it in `static_args`."
+    check_int(name, value, least=at_least, hint=hint)
 
 
 def check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:

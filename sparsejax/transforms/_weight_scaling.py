@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sparsejax import masks as mask_room
+from sparsejax._ints import check_int
 from sparsejax.patterns import StackedTree, governed
 from sparsejax.typing import MaskTree, Params, Where, is_none
 
@@ -37,6 +38,7 @@ def init(
     Raises:
       ValueError: if a leaf has not two axes beyond the stacked ones, or `num_groups`
         does not divide its inputs.
+      TypeError: if `num_groups` is no whole number.
 
     Example:
       >>> scales = init({"bias": jnp.ones(2), "kernel": jnp.ones((8, 2))})
@@ -47,6 +49,7 @@ def init(
       Huang et al., 2025 (CAST), https://arxiv.org/abs/2509.25996, equations 11-12; the
       blocks are contiguous, which the paper leaves open.
     """
+    check_int("num_groups", num_groups, least=1)
     leaves = governed(params, where=where, stacked=stacked)
     flat, treedef = jax.tree.flatten(params, is_leaf=is_none)
     scales = []
@@ -61,7 +64,7 @@ def init(
                 "Exclude the leaf by `where`."
             )
         *lead, d_in, d_out = leaf.shape
-        if num_groups < 1 or d_in % num_groups:
+        if d_in % num_groups:
             raise ValueError(
                 f"`num_groups` must divide the input axis; got {num_groups} for "
                 f"shape {leaf.shape} at {leaf.name}."

@@ -96,7 +96,7 @@ class ExactTest(parameterized.TestCase):
                 sj.topk_activation(x, k)
         with self.assertRaisesRegex(TypeError, "`k` must be a Python int; got"):
             jax.jit(sj.topk_activation)(x, 2)
-        with self.assertRaisesRegex(ValueError, "`k` must be at least 1; got k=0"):
+        with self.assertRaisesRegex(ValueError, "`k` must be at least 1; got 0"):
             sj.topk_activation(x, 0)
         with self.assertRaisesRegex(TypeError, "`x` must be floating; got int32"):
             sj.topk_activation(jnp.arange(4), 2)

@@ -102,7 +102,7 @@ EVERY = {"update_every": 2, "stop_step": 9, "key": suite.KEY}
         ),
         (
             lambda: sj.structure_decay(SGD, [sj.NM(2, 4)], ["1"]),
-            "`boundaries` must be a whole number .* '1'",
+            "`boundaries` must be a Python int; got '1'",
         ),
     ],
 )

@@ -125,7 +125,14 @@ class IsMadeOfTest(parameterized.TestCase):
 
 class NumKeptTest(parameterized.TestCase):
     @parameterized.parameters(
-        (0.9, 7, 1), (0.9, 100, 10), (0.0, 7, 7), (0.999, 7, 1), (0.5, 0, 0), (1, 5, 1)
+        (0.9, 7, 1),
+        (0.9, 100, 10),
+        (0.0, 7, 7),
+        (0.999, 7, 1),
+        (0.5, 0, 0),
+        (1, 5, 1),
+        (-0.5, 8, 8),
+        (1.5, 8, 1),
     )
     def test_values(self, sparsity, size, want):
         self.assertEqual(masks.num_kept(sparsity, size), want)

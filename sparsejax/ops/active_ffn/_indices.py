@@ -6,12 +6,11 @@ Everything is elementwise or a small reduction. On a GPU it is a matter of how m
 programs that takes, as each waits for the one before: here four.
 """
 
-import operator
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from sparsejax._ints import check_int
 from sparsejax.formats import (
     WORD,
     bit_of_rank,
@@ -72,14 +71,7 @@ def _check(active, capacity) -> None:
             "`active` must have one axis, the neurons, and not be empty; got shape "
             f"{active.shape}. For a batch take `jnp.any(active, axis=0)`."
         )
-    try:
-        capacity = operator.index(capacity)
-    except TypeError:
-        raise TypeError(
-            f"`capacity` must be a Python int, a static length; got {capacity!r}."
-        ) from None
-    if capacity < 1:
-        raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
+    check_int("capacity", capacity, least=1, hint="It is a static length.")
 
 
 def _pack(active: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparsejax._ints import check_int
 from sparsejax.formats import KeyLists
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.highest_pages import _reference
@@ -76,8 +77,7 @@ def highest_pages(
             f"divides heads; got {query.shape}, {low.shape}, {high.shape} and "
             f"{jax.typeof(lengths)}."
         )
-    if page_size < 1:
-        raise ValueError(f"`page_size` must be at least 1; got {page_size}.")
+    check_int("page_size", page_size, least=1)
     if not 1 <= num_kept <= low.shape[1]:
         raise ValueError(
             f"`num_kept` must be in [1, {low.shape[1]}], the pages; got {num_kept}."

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax._ints import check_int
 from sparsejax.formats import are_few
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.keep_highest import _reference
@@ -48,8 +49,7 @@ def keep_highest(
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"`x` must have rows with entries; got shape {x.shape}.")
     if isinstance(num_kept, int):
-        if num_kept < 1:
-            raise ValueError(f"`num_kept` must be at least 1; got {num_kept}.")
+        check_int("num_kept", num_kept, least=1)
     elif not jnp.issubdtype(jnp.asarray(num_kept).dtype, jnp.integer):
         raise TypeError(
             f"`num_kept` must be of integers; got {jax.typeof(jnp.asarray(num_kept))}."

@@ -81,8 +81,11 @@ class ActiveIndicesTest(parameterized.TestCase):
             active_indices(jnp.ones(0, bool), 2)
         with pytest.raises(ValueError, match="`capacity` must be at least 1; got 0"):
             active_indices(jnp.ones(3, bool), 0)
-        with pytest.raises(TypeError, match=r"`capacity` must be a Python int.*2\.5"):
-            active_indices(jnp.ones(3, bool), 2.5)
+        for wrong in (2.5, True):
+            with pytest.raises(
+                TypeError, match=f"`capacity` .* Python int; got {wrong}"
+            ):
+                active_indices(jnp.ones(3, bool), wrong)
 
 
 @settings(max_examples=50)
