@@ -60,9 +60,10 @@ FOR_ALL = {
     "_governed",
     "_ints",
     "_promotion",
+    "_safetensors",
     "_tokens",
 }
-MAY_IMPORT |= {name: set() for name in FOR_ALL}
+MAY_IMPORT |= {name: {"typing"} for name in FOR_ALL}
 
 # Third-party packages that only some rooms may import.
 ONLY_IN = {

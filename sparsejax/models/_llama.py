@@ -11,12 +11,13 @@ import numpy as np
 from flax import nnx
 
 from sparsejax import nn
+from sparsejax._safetensors import named_leaves
 from sparsejax.models._checkpoint import Checkpoint, stored_name
 from sparsejax.models._config import DecoderConfig
 from sparsejax.models._decoder import Decoder
 from sparsejax.models._gguf import open_gguf
 from sparsejax.models._llama_folder import DTYPES, NAMES, open_folder, write_folder
-from sparsejax.typing import Params, plain_path
+from sparsejax.typing import Params
 
 
 def llama_config(path: str | Path) -> DecoderConfig:
@@ -92,7 +93,7 @@ def load_llama(path: str | Path, config: DecoderConfig | None = None) -> Decoder
     abstract = nnx.eval_shape(build)
     in_file = nnx.All(nnx.Param, nnx.Not(nn.GateParam))
     graph, params, _ = nnx.split(abstract, in_file, ...)
-    leaves, treedef = _named_leaves(params)
+    leaves, treedef = named_leaves(params)
     stored = _stored_names(leaves, checkpoint.names)
     _require_alike(checkpoint, leaves, stored)
     loaded = []
@@ -130,8 +131,9 @@ def save_llama(
         memory that writing takes, unless a single weight is larger.
 
     Raises:
-      ValueError: A leaf is missing, unexpected, or of another shape or dtype; the
-        layers or the dtype are not those of Llama; `settings` repeats an entry.
+      ValueError: A leaf is missing, unexpected, or of another shape or dtype, or two
+        would have one name; the layers or the dtype are not those of Llama; `settings`
+        repeats an entry.
       FileExistsError: The folder holds a model.
 
     Example:
@@ -148,8 +150,8 @@ def save_llama(
         )
     _require_dense(config)
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    wanted, _ = _named_leaves(nnx.state(abstract, nnx.Param))
-    leaves, _ = _named_leaves(params)
+    wanted, _ = named_leaves(nnx.state(abstract, nnx.Param))
+    leaves, _ = named_leaves(params)
     if unmatched := wanted.keys() ^ leaves.keys():
         raise ValueError(
             "`params` must be the weights of a decoder of `config`, no more and no "
@@ -194,11 +196,6 @@ def _open(path: str | Path) -> Checkpoint:
         f"`path` must be a folder with config.json and safetensors, or a GGUF file; "
         f"there is nothing at {path}."
     )
-
-
-def _named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
-    paths, treedef = jax.tree.flatten_with_path(tree)
-    return {".".join(plain_path(path)): leaf for path, leaf in paths}, treedef
 
 
 def _turned(name: str, x: np.ndarray) -> np.ndarray:

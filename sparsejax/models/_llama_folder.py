@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax._extras import Extra
+from sparsejax._safetensors import opened
 from sparsejax.models._checkpoint import Checkpoint, FileSettings, StoredTensor
 from sparsejax.models._config import DecoderConfig
 
@@ -226,41 +227,30 @@ def _indexed(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:
-    with Extra("models"):
-        from safetensors import SafetensorError, safe_open
-
     if not file.is_file():
         raise FileNotFoundError(
             f"there must be a file {file}, or an index {_INDEX} beside it; there is "
             "none. Convert weights of another format to safetensors."
         )
     found = {}
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # it is no mapping
-                stored = opened.get_slice(name)
-                if (dtype := stored.get_dtype()) not in _STORED_DTYPES:
-                    if name.endswith(_DERIVED):
-                        continue
-                    raise NotImplementedError(
-                        f"{name} in {file} must be {', '.join(_STORED_DTYPES)}; got "
-                        f"{dtype}. Save the model in one of these."
-                    )
-                read = functools.partial(_read_tensor, file, name)
-                found[name] = StoredTensor(file, tuple(stored.get_shape()), read)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is not a sound safetensors file: {error}. Get it again from where "
-            "it was written."
-        ) from error
+    with opened(file, "numpy") as tensors:
+        for name in tensors.keys():  # it is no mapping
+            stored = tensors.get_slice(name)
+            if (dtype := stored.get_dtype()) not in _STORED_DTYPES:
+                if name.endswith(_DERIVED):
+                    continue
+                raise NotImplementedError(
+                    f"{name} in {file} must be {', '.join(_STORED_DTYPES)}; got "
+                    f"{dtype}. Save the model in one of these."
+                )
+            read = functools.partial(_read_tensor, file, name)
+            found[name] = StoredTensor(file, tuple(stored.get_shape()), read)
     return found
 
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="numpy") as opened:
-        return opened.get_tensor(name)
+    with opened(file, "numpy") as tensors:
+        return tensors.get_tensor(name)
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from sparsejax._extras import Extra
+from sparsejax._safetensors import named_leaves, opened
 from sparsejax.training._files import write_atomic
-from sparsejax.typing import plain_path
 
 Tree = TypeVar("Tree")
 
@@ -39,7 +39,7 @@ def save_weights(path: str | Path, params: object, metadata: Mapping[str, str]) 
     with Extra("models"):
         from safetensors.numpy import save
 
-    named, _ = _named_leaves(params)
+    named, _ = named_leaves(params)
     # in order, as its bytes are taken; `ascontiguousarray` gives a scalar an axis
     tensors = {name: np.asarray(leaf, order="C") for name, leaf in named.items()}
     for name, tensor in tensors.items():
@@ -79,38 +79,15 @@ def load_weights(path: str | Path, like: Tree) -> tuple[Tree, dict[str, str]]:
       >>> print(loaded["kernel"], metadata)
       [[1. 0.]] {'pattern': '1:2'}
     """
-    with Extra("models"):
-        from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} must be a safetensors file; it is no file at all.")
-    wanted, treedef = _named_leaves(like)
-    try:
-        with safe_open(path, framework="flax") as file:
-            _require_alike(path, file, wanted)
-            leaves = [file.get_tensor(name) for name in wanted]
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a sound safetensors file: {error}. Get it again from "
-            "where it was written."
-        ) from error
+    wanted, treedef = named_leaves(like)
+    with opened(path, "flax") as file:
+        _require_alike(path, file, wanted)
+        leaves = [file.get_tensor(name) for name in wanted]
+        metadata = file.metadata() or {}
     return treedef.unflatten(leaves), metadata
-
-
-def _named_leaves(tree: object) -> tuple[dict[str, Any], Any]:
-    paths, treedef = jax.tree.flatten_with_path(tree)
-    named = {}
-    for key_path, leaf in paths:
-        name = ".".join(plain_path(key_path))
-        if name in named:
-            raise ValueError(
-                f"each leaf must have a name of its own; got two named {name!r}, one "
-                f"at {jax.tree_util.keystr(key_path)}. Rename a key with a dot in it."
-            )
-        named[name] = leaf
-    return named, treedef
 
 
 def _require_alike(path: Path, file: Any, wanted: Mapping[str, Any]) -> None:

@@ -88,6 +88,7 @@ def test_two_leaves_of_one_name_are_refused(tmp_path):
     for call in (
         lambda: training.save_weights(tmp_path / "w", params, {}),
         lambda: training.load_weights(tmp_path / "w", params),
+        lambda: models.save_llama(tmp_path / "w", params, models.DecoderConfig()),
     ):
         with pytest.raises(ValueError, match=r"name of its own; got two named 'a.b'"):
             call()
