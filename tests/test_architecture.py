@@ -61,6 +61,7 @@ FOR_ALL = {
     "_ints",
     "_promotion",
     "_safetensors",
+    "_straight_through",
     "_tokens",
 }
 MAY_IMPORT |= {name: {"typing"} for name in FOR_ALL}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparsejax import ops
+from sparsejax import _straight_through, ops
 from sparsejax._ints import check_int
 from sparsejax.activations import _arguments
 
@@ -53,16 +53,6 @@ def topk_activation(
     rows = jax.lax.stop_gradient(jnp.moveaxis(x, axis, -1))
     mask = jnp.moveaxis(ops.keep_highest(rows, k), -1, axis)
     values = jnp.where(mask, x, 0)
-    return (_straight_through(x, values) if straight_through else values), mask
-
-
-@jax.custom_jvp
-def _straight_through(x: jax.Array, values: jax.Array) -> jax.Array:
-    """`values`, bit for bit; the gradient goes to `x` whole."""
-    del x
-    return values
-
-
-@_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    return primals[1], tangents[0]
+    if straight_through:
+        values = _straight_through.straight_through(x, values)
+    return values, mask

@@ -11,7 +11,6 @@ from sparsejax.masks._select import is_made_of as is_made_of
 from sparsejax.masks._select import num_kept as num_kept
 from sparsejax.masks._select import select as select
 from sparsejax.masks._select import select_across as select_across
-from sparsejax.masks._straight_through import straight_through as straight_through
 from sparsejax.masks._topk import global_topk as global_topk
 from sparsejax.masks._topk import topk_mask as topk_mask
 from sparsejax.masks._trees import apply_masks as apply_masks

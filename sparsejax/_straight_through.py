@@ -1,4 +1,7 @@
-"""Straight-through: a projected value in the forward, all of the gradient behind it."""
+"""Straight-through: a projected value in the forward, all of the gradient behind it.
+
+Every room may import this module; it imports none of them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ def straight_through(weight: jax.Array, projected: jax.Array) -> jax.Array:
     """Returns `projected`; `weight` gets its gradient unchanged, `projected` none.
 
     Args:
-      weight: the dense weight, any shape and floating dtype.
+      weight: the dense weight, or an activation; any shape and floating dtype.
       projected: what the forward uses in its place, same shape and dtype.
 
     Returns:

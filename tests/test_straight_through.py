@@ -5,15 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from sparsejax import masks
+from sparsejax._straight_through import straight_through
 
 KEEP = np.array([True, False, True, False])
 
 
 def project(weight):
-    return masks.straight_through(
-        weight, jnp.where(KEEP, weight, 0).astype(weight.dtype)
-    )
+    return straight_through(weight, jnp.where(KEEP, weight, 0).astype(weight.dtype))
 
 
 class StraightThroughTest(parameterized.TestCase):
@@ -36,7 +34,7 @@ class StraightThroughTest(parameterized.TestCase):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
     def test_no_gradient_to_the_projected_value(self):
-        fn = lambda p: masks.straight_through(jnp.ones(4), p).sum()  # noqa: E731
+        fn = lambda p: straight_through(jnp.ones(4), p).sum()  # noqa: E731
         np.testing.assert_array_equal(jax.grad(fn)(jnp.ones(4)), np.zeros(4))
 
     def test_jvp(self):
@@ -51,7 +49,7 @@ class StraightThroughTest(parameterized.TestCase):
         got = jax.vmap(jax.grad(loss))(weights)
         np.testing.assert_array_equal(got, 2 * np.where(KEEP, weights, 0))
         # only one of the two operands has the mapped axis
-        fn = lambda w, p: masks.straight_through(w, p)  # noqa: E731
+        fn = lambda w, p: straight_through(w, p)  # noqa: E731
         out = jax.vmap(fn, (None, 0))(jnp.ones(4), weights)
         np.testing.assert_array_equal(out, weights)
         shared = lambda w: jax.vmap(fn, (None, 0))(w, weights).sum()  # noqa: E731
