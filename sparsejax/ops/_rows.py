@@ -18,9 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
-
-COLUMNS = 256  # the longest side of a piece that one bulk copy takes
-SHARED_BYTES = 200 * 1024  # of a multiprocessor, less what reductions and barriers use
+from sparsejax.ops._hopper import COLUMNS, NUM_SMS, SHARED_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Tiles:
     slots: int
     blocks_per_sm: int
     chunk: int = 4096
-    num_sms: int = 132
+    num_sms: int = NUM_SMS
 
     @classmethod
     def default(cls, slot_bytes: int, *, heavy: bool = False) -> "Tiles":

@@ -25,7 +25,7 @@ from sparsejax.ops.active_ffn._values import gate_values
 
 _PIECE = 128  # neurons that one copy of gates brings, one for each thread
 _ALIGNED = 8  # neurons: a copy begins at a multiple of 16 bytes
-_GATES_BYTES = 10 * 1024  # of shared memory; see `_tiles.SHARED_BYTES`
+_GATES_BYTES = 10 * 1024  # of shared memory; see `_hopper.SHARED_BYTES`
 
 
 class Walk(NamedTuple):

@@ -20,9 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.ops._activations import Activation, unsupported_activation
+from sparsejax.ops._hopper import COLUMNS, SHARED_BYTES, THREADS
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops.active_ffn._dealing import Dealing, Found, Listed
-from sparsejax.ops.active_ffn._tiles import COLUMNS, SHARED_BYTES, THREADS, Tiles
+from sparsejax.ops.active_ffn._tiles import Tiles
 
 _MAX_BATCH = 16
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)

@@ -2,10 +2,8 @@
 
 import dataclasses
 
-COLUMNS = 256  # the longest side of a piece that one bulk copy takes
-THREADS = 128  # of a warpgroup
-# of a multiprocessor, less what reductions, barriers and the gates of `Found` use
-SHARED_BYTES = 200 * 1024
+from sparsejax.ops._hopper import COLUMNS, NUM_SMS, SHARED_BYTES, THREADS
+
 _MAX_SUMS = 128  # float32 sums that a thread can hold beside its other registers
 _MAX_SLOTS = 8
 
@@ -27,7 +25,7 @@ class Tiles:
     parts: int = 1
     blocks_per_sm: int = 1
     chunk: int = 1024
-    num_sms: int = 132
+    num_sms: int = NUM_SMS
 
     @classmethod
     def default(cls, batch: int, d_in: int, d_model: int, itemsize: int) -> "Tiles":

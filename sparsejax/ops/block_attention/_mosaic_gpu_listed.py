@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import KeyLists
+from sparsejax.ops._hopper import MOST_OF_CLUSTER, NUM_SMS, THREADS
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._warpgroups import smem
 from sparsejax.ops.block_attention._mosaic_gpu import unsupported_operands
@@ -36,9 +37,6 @@ from sparsejax.ops.block_attention._walk import (
     spread,
 )
 
-_NUM_SMS = 132
-_MOST_PARTS = 16  # programs of a cluster
-_THREADS = 128  # of a warpgroup, each with an entry of a row when rows are merged
 _EIGHT = 8  # rows of a tile of shared memory
 
 
@@ -71,7 +69,7 @@ class Tiles:
         tiles = cls(1)
         of_part = tiles.warpgroups * tiles.columns
         # as many as run side by side, with a tile for each warpgroup
-        most = min(_MOST_PARTS, _NUM_SMS // lists, keys // of_part)
+        most = min(MOST_OF_CLUSTER, NUM_SMS // lists, keys // of_part)
         parts = 2 ** (max(most, 1).bit_length() - 1)
         return dataclasses.replace(tiles, parts=parts)
 
@@ -149,7 +147,7 @@ def _of_rows(q, k, v, key_lists, length, scale, tiles):
     room, of_page = key_lists.indices.shape[-1], size // columns
     workers = tiles.parts * tiles.warpgroups
     whole_rows = -(-rows // _EIGHT) * _EIGHT
-    width = max(dim, _THREADS)
+    width = max(dim, THREADS)  # each thread merges an entry of a row
     flat = q.reshape(-1, dim)
     flat = padded(flat, max(len(flat), whole_rows), axis=0)
     tile_shape, to_log2 = (ROWS, columns), scale * LOG2_E

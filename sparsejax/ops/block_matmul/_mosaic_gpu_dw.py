@@ -9,14 +9,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import BlockMask, block_slots
+from sparsejax.ops._hopper import NUM_SMS, SHARED_BYTES
 from sparsejax.ops._warpgroups import COMPUTING, smem
 from sparsejax.ops.block_matmul._aside import is_listed, spread_out
 from sparsejax.ops.block_matmul._dw_tiles import SUMS, Grid, Work
 from sparsejax.ops.block_matmul._pipeline import DEPTH, Task, run
 from sparsejax.ops.block_matmul._schedule import add_up
 from sparsejax.ops.block_matmul._split import may_cut, most_pieces
-
-_RING_BYTES = 200 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Tiles:
     """
 
     stages: int = 5
-    num_sms: int = 132
+    num_sms: int = NUM_SMS
     cut: bool = True
 
 
@@ -67,7 +66,7 @@ def grad_w(
         "sums_shape": (DEPTH, grid.columns),
         "num_sums": SUMS,
         "no_tile": (-1, 0, 0, 0, 0, 0),
-        "stages": max(2, min(tiles.stages, _RING_BYTES // grid.slot_bytes)),
+        "stages": max(2, min(tiles.stages, SHARED_BYTES // grid.slot_bytes)),
         "copies": 1 + grid.in_tile,
         "programs": programs,
     }

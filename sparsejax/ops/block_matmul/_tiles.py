@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+from sparsejax.ops._hopper import NUM_SMS
+
 _MAX_ROWS = 256  # of x in one product, as many as the tensor cores take
 _MAX_BYTES = 512  # of a column of the result, held in registers during the next tile
 _MAX_NARROW_ROWS = 128  # for each warpgroup, so that four slots fit
@@ -52,7 +54,7 @@ class Tiles:
     room: int = 2
     window: int = 4
     together: bool = True
-    num_sms: int = 132
+    num_sms: int = NUM_SMS
 
     @classmethod
     def default(

@@ -14,8 +14,9 @@ from jax.typing import ArrayLike
 
 from sparsejax.ops import _rows
 from sparsejax.ops._activations import Activation, without_custom_rules
+from sparsejax.ops._hopper import COLUMNS, SHARED_BYTES
 from sparsejax.ops._platform import jit_kernel
-from sparsejax.ops._rows import COLUMNS, SHARED_BYTES, Tiles
+from sparsejax.ops._rows import Tiles
 from sparsejax.ops.gaussian_topk._reference import glu
 from sparsejax.ops.gaussian_topk._slopes import glu_back, passed_back, survivors
 

@@ -17,13 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
 from sparsejax.formats import KeyLists
+from sparsejax.ops._hopper import MOST_OF_CLUSTER, THREADS
 from sparsejax.ops._order import ordered
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._warpgroups import smem
 
 _ROWS = 64  # pages of a program, or entries
-_THREADS = 128  # of a program
-_MOST_PARTS = 16  # programs of a cluster
 _MOST_HEADS = 16
 _FOUR = 4  # entries of a list are copied by 16 bytes
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -53,11 +52,9 @@ def unsupported_reason(query, low, high, lengths) -> str | None:
     if query.shape[-1] not in _HEAD_DIMS:
         return f"`head_dim` must be one of {_HEAD_DIMS}; got {query.shape[-1]}"
     pages, kv_heads = low.shape[1:3]
-    if pages % _ROWS or pages > _MOST_PARTS * _ROWS:
-        return (
-            f"pages must be a multiple of {_ROWS}, and at most {_MOST_PARTS * _ROWS}; "
-            f"got {pages}"
-        )
+    most = MOST_OF_CLUSTER * _ROWS
+    if pages % _ROWS or pages > most:
+        return f"pages must be a multiple of {_ROWS}, and at most {most}; got {pages}"
     if query.shape[1] > _MOST_HEADS * kv_heads:
         return (
             f"at most {_MOST_HEADS} heads may share a key head; got {query.shape[1]} "
@@ -97,7 +94,7 @@ def highest_pages(
     layout = plgpu.Layout.WGMMA
     of_query = (
         plgpu.Layout.WG_STRIDED((dim,), vec_size=1)
-        if dim % _THREADS == 0
+        if dim % THREADS == 0
         else layout.reduce(0)
     )
     load = functools.partial(_compat.mosaic_gpu_load, plgpu)

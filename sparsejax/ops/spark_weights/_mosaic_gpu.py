@@ -14,8 +14,9 @@ from jax.typing import ArrayLike
 
 from sparsejax import _compat
 from sparsejax.ops import _rows
+from sparsejax.ops._hopper import COLUMNS, SHARED_BYTES
 from sparsejax.ops._platform import jit_kernel
-from sparsejax.ops._rows import COLUMNS, SHARED_BYTES, Tiles
+from sparsejax.ops._rows import Tiles
 from sparsejax.ops.gaussian_topk import num_entries
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
