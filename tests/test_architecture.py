@@ -59,6 +59,7 @@ FOR_ALL = {
     "_extras",
     "_governed",
     "_ints",
+    "_order",
     "_promotion",
     "_safetensors",
     "_straight_through",

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sparsejax._order import below, ordered
 from sparsejax.masks._check import check_floating
 
 EXCLUDED = 0
@@ -21,16 +22,9 @@ def ordered_keys(scores: jax.Array, among: jax.Array | None = None) -> jax.Array
     """
     scores = jnp.asarray(scores)
     check_floating(scores)
-    width = scores.dtype.itemsize * 8
-    unsigned = jnp.dtype(f"uint{width}")
-    sign = unsigned.type(1 << (width - 1))
-    bits = jax.lax.bitcast_convert_type(scores, unsigned)
-    # one bit pattern for both zeros: they are equal as scores (a test by `== 0` would
-    # also flush subnormals on a CPU)
-    bits = jnp.where(bits == sign, unsigned.type(0), bits)
-    # negative floats count downwards: flip them whole; shift the others above them
-    keys = jnp.where(bits >= sign, ~bits, bits | sign)
-    keys = jnp.where(jnp.isnan(scores), unsigned.type(1), keys)
-    if among is not None:
-        keys = jnp.where(among, keys, unsigned.type(EXCLUDED))
-    return keys
+    signed = ordered(scores)
+    unsigned = jax.lax.bitcast_convert_type(
+        signed ^ below(signed.dtype),  # the lowest becomes 0
+        jnp.dtype(f"uint{8 * signed.dtype.itemsize}"),
+    )
+    return unsigned if among is None else jnp.where(among, unsigned, EXCLUDED)

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
+from sparsejax._order import ordered
 from sparsejax.formats import KeyLists
 from sparsejax.ops._hopper import MOST_OF_CLUSTER, THREADS
-from sparsejax.ops._order import ordered
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._warpgroups import smem
 

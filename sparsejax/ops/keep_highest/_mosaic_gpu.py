@@ -16,12 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax import _compat
-from sparsejax.ops._order import BELOW, mirrored, ordered
+from sparsejax._order import below, mirrored, ordered
 from sparsejax.ops._platform import jit_kernel
 
 _ROWS = 64  # of a program
 _COLUMNS = 64  # rows are padded to a multiple
 _MOST_COLUMNS = 256  # more would not fit into the registers
+_BELOW = below(jnp.int32)  # every key
 _TINY = 2**23  # the key of the least normal number
 
 
@@ -93,9 +94,9 @@ def _search(x: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
             return count(x >= spread(bound)) >= wanted
 
         zero = constant(0)
-        split = bisect(jnp.where(enough(zero), zero, constant(BELOW)), 2**30, enough)
+        split = bisect(jnp.where(enough(zero), zero, constant(_BELOW)), 2**30, enough)
         # too few numbers: NaN are kept too
-        split = jnp.where(split != BELOW, split, BELOW + 1)
+        split = jnp.where(split != _BELOW, split, _BELOW + 1)
         keys = ordered(x)
         left = wanted - count(keys > spread(split))
         column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
