@@ -54,7 +54,7 @@ def select(scores: jax.Array, leaf: Leaf, sparsity: ArrayLike | None) -> jax.Arr
     Args:
       scores: float, of the leaf's shape; NaN ranks lowest.
       leaf: its pattern and stacked axes.
-      sparsity: share of zeros; not read under N:M, where it follows from the pattern.
+      sparsity: share of zeros; not read where the pattern fixes it.
 
     Returns:
       An elementwise mask of the same shape; ties go to the lower index.
@@ -89,7 +89,7 @@ def is_made_of(mask: jax.Array, leaf: Leaf) -> jax.Array:
       False
     """
     mask = jnp.asarray(mask)
-    if isinstance(leaf.pattern, NM):
+    if leaf.pattern.sparsity is not None:
         made = select(mask.astype(jnp.float32), leaf, None)
     else:
         made = expand(kept_units(mask, leaf), leaf, mask)
@@ -148,7 +148,7 @@ def drop_and_grow(
       leaf: its pattern and stacked axes.
       drop_scores: float, like `mask`; higher stays. NaN is dropped first.
       grow_scores: float, like `mask`; higher grows. NaN grows last.
-      sparsity: share of zeros afterwards; not read under N:M.
+      sparsity: share of zeros afterwards; not read where the pattern fixes it.
       drop_fraction: share of the kept units to drop, in [0, 1]. The product with the
         count is taken in float32: above 2**21 units it may be off by one.
 
@@ -172,7 +172,7 @@ def drop_and_grow(
     active = kept_units(mask, leaf)
     axes = tuple(range(leaf.stacked, active.ndim))
     num_active = jnp.sum(active, axis=axes, dtype=jnp.int32)
-    if isinstance(leaf.pattern, NM):
+    if leaf.pattern.sparsity is not None:
         target = num_active
     else:
         assert sparsity is not None

@@ -2,12 +2,12 @@
 
 A pattern divides a leaf into *units* that are kept or dropped whole: single weights,
 blocks or channels. N:M differs: its units are single weights too, but each group of
-`m` neighbours keeps exactly `n`, so its sparsity is fixed.
+`m` neighbours keeps exactly `n`, so its `sparsity` is fixed; that of others is None.
 """
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from sparsejax._ints import check_int
 
@@ -20,6 +20,8 @@ class Unstructured:
       >>> Unstructured().unit_shape((8, 4), stacked=0)
       (8, 4)
     """
+
+    sparsity: ClassVar[float | None] = None
 
     def unit_shape(self, shape: tuple[int, ...], stacked: int) -> tuple[int, ...]:
         """The shape of the array of units: one unit a weight."""
@@ -111,6 +113,7 @@ class Block:
       (2, 3)
     """
 
+    sparsity: ClassVar[float | None] = None
     shape: tuple[int, ...]
 
     def __post_init__(self):
@@ -170,6 +173,7 @@ class Channel:
       (1, 4)
     """
 
+    sparsity: ClassVar[float | None] = None
     axis: int = -1
 
     def __post_init__(self):

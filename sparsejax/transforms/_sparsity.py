@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 from sparsejax import allocation as allocations
 from sparsejax import masks
 from sparsejax.patterns import (
-    NM,
     Leaf,
     Unstructured,
     broadcast_prefix,
@@ -90,7 +89,7 @@ class Sparsity:
         if not self._single:
             given = broadcast_prefix(self._value, params, name="sparsity")
             leaves = tuple(
-                leaf if leaf and (value is not None or _is_nm(leaf)) else None
+                leaf if leaf and (value is not None or _is_fixed(leaf)) else None
                 for leaf, value in zip(leaves, given, strict=True)
             )
             if not any(leaves):
@@ -107,7 +106,7 @@ class Sparsity:
     def given(
         self, params: Params, leaves: tuple[Leaf | None, ...], step: ArrayLike
     ) -> list[Any]:
-        """As `at`, but under N:M too, where one was given."""
+        """As `at`, but where the pattern fixes it too, if one was given."""
         return [
             None if leaf is None else value
             for leaf, value in zip(leaves, self._raw(params, leaves, step), strict=True)
@@ -116,9 +115,9 @@ class Sparsity:
     def at(
         self, params: Params, leaves: tuple[Leaf | None, ...], step: ArrayLike
     ) -> list[Any]:
-        """One sparsity for each leaf, None where it is dense or under N:M."""
+        """One sparsity for each leaf, None where dense or fixed by the pattern."""
         return [
-            None if leaf and _is_nm(leaf) else value
+            None if leaf and _is_fixed(leaf) else value
             for leaf, value in zip(
                 leaves, self.given(params, leaves, step), strict=True
             )
@@ -200,19 +199,16 @@ def _settle(value: Any) -> Any:
     return float(value) if is_array and not isinstance(value, Tracer) else value
 
 
-def _is_nm(leaf: Leaf) -> bool:
-    return isinstance(leaf.pattern, NM)
+def _is_fixed(leaf: Leaf) -> bool:
+    return leaf.pattern.sparsity is not None
 
 
 def _check(leaf: Leaf, value: Any, *, scheduled: bool) -> None:
-    if isinstance(leaf.pattern, NM):
-        wrong = scheduled or (
-            isinstance(value, int | float) and abs(value - leaf.pattern.sparsity) > 1e-6
-        )
-        if wrong:
+    fixed = leaf.pattern.sparsity
+    if fixed is not None:
+        if scheduled or (isinstance(value, int | float) and abs(value - fixed) > 1e-6):
             raise ValueError(
-                f"under {leaf.pattern.n}:{leaf.pattern.m} the sparsity is "
-                f"{leaf.pattern.sparsity}; got "
+                f"under {leaf.pattern} the sparsity is {fixed}; got "
                 f"{'a schedule' if scheduled else value} at {leaf.name}. Omit "
                 "`sparsity`, or leave this leaf out of it."
             )

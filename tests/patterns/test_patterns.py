@@ -86,6 +86,7 @@ class ValidationTest(parameterized.TestCase):
     def test_patterns_are_static(self):
         for pattern in (Unstructured(), NM(2, 4), Block([2, 4]), Channel()):
             self.assertEqual(hash(pattern), hash(type(pattern)(**vars(pattern))))
+            self.assertEqual(pattern.sparsity, 0.5 if pattern == NM(2, 4) else None)
 
 
 class FramesTest(parameterized.TestCase):

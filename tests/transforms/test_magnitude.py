@@ -261,7 +261,7 @@ BAD = {
     "missing": (dict(), "`sparsity` must be given.*'kernel'"),
     "contradiction": (
         dict(sparsity=0.6, pattern=sj.NM(2, 4)),
-        "under 2:4 the sparsity is 0.5; got 0.6 at.*'kernel'",
+        r"under NM\(.*\) the sparsity is 0.5; got 0.6 at.*'kernel'",
     ),
     "schedule": (dict(sparsity=lambda t: 0.5, pattern=sj.NM(2, 4)), "a schedule at"),
     "pattern": (dict(pattern=sj.NM(2, 3)), "m=3.*'kernel'"),
