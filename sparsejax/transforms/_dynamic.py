@@ -162,11 +162,19 @@ def rigl(
     Example:
       >>> tx = rigl(optax.adam(1e-3), 0.5, update_every=100, stop_step=750,
       ...           key=jax.random.key(0), allocation=sj.erdos_renyi_kernel)
-      >>> params = {"kernel": jnp.ones((4, 2))}
+      >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
       >>> state = tx.init(params)
-      >>> updates, state = tx.update({"kernel": jnp.ones((4, 2))}, state, params)
-      >>> int((optax.apply_updates(params, updates)["kernel"] != 0).sum() <= 4)
-      1
+      >>> print(sj.masks_of(state)["kernel"])
+      [[False  True  True  True]
+       [False False  True False]]
+      >>> grads = {"kernel": jnp.array([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 9.0]])}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> print(sj.masks_of(state)["kernel"])  # smallest weight out, steepest in
+      [[False False  True  True]
+       [False False  True  True]]
+      >>> print(optax.apply_updates(params, updates)["kernel"])  # grown ones are 0
+      [[0. 0. 3. 4.]
+       [0. 0. 7. 0.]]
 
     References:
       Evci et al., 2020, https://arxiv.org/abs/1911.11134, algorithm 1. The released

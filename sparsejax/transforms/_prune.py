@@ -1,4 +1,4 @@
-"""One-shot magnitude pruning: a percentage, now."""
+"""One-shot magnitude pruning: masks of the largest weights, with no training."""
 
 from collections.abc import Callable
 
