@@ -54,13 +54,17 @@ MAY_IMPORT["training"] = ROOMS
 MAY_IMPORT["__init__"] = ROOMS  # the front door
 # Lone modules that every room may import: each is about one thing that is no room's.
 FOR_ALL = {
+    "_bits",
     "_blocks",
     "_compat",
     "_extras",
     "_governed",
+    "_indexing",
     "_ints",
     "_order",
+    "_pairs",
     "_promotion",
+    "_reshape",
     "_safetensors",
     "_straight_through",
     "_tokens",

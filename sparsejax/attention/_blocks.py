@@ -16,11 +16,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax import activations
+from sparsejax._reshape import reshape_stepwise
 from sparsejax.attention._arguments import check_blocks
 from sparsejax.attention._ranking import keep_allowed, ranked
 from sparsejax.attention._slots import lengths_of
 from sparsejax.attention._spark import spark_selection
-from sparsejax.formats import BlockMask, reshape_stepwise
+from sparsejax.formats import BlockMask
 
 Pool: TypeAlias = Callable[..., jax.Array]
 """Reduces the tokens of a block to one, called as `pool(x, axis=1)`, and with `where=`

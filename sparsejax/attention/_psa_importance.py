@@ -6,10 +6,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
+from sparsejax._reshape import reshape_stepwise
 from sparsejax.attention._arguments import check_whole_blocks
 from sparsejax.attention._blocks import in_sight, to_heads
 from sparsejax.attention._slots import lengths_of
-from sparsejax.formats import reshape_stepwise
 
 # Of the rows of causal attention: earlier ones see fewer columns, and no others are
 # computed.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Shaped
 
-from sparsejax.formats import map_rows
+from sparsejax._indexing import map_rows
 
 
 def change_slots(

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax._bits import WORD, bit_of_rank, count_bits, to_words
 from sparsejax._blocks import kept_blocks
+from sparsejax._indexing import put_in_rows
 from sparsejax._ints import check_int
+from sparsejax._pairs import count_if_few
 from sparsejax._promotion import along_last
-from sparsejax.formats._bits import WORD, bit_of_rank, count_bits, to_words
-from sparsejax.formats._pairs import count_if_few
-from sparsejax.formats._reshape import reshape_stepwise
-from sparsejax.formats._rows import put_in_rows
+from sparsejax._reshape import reshape_stepwise
 
 Capacity: TypeAlias = int | tuple[int | None, int | None] | None
 """Room for kept blocks: `(in a block row, in a block column)`, one number for a block

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
+from sparsejax._indexing import put_in_rows
 from sparsejax._ints import check_int
 from sparsejax._promotion import along_last
 from sparsejax.formats._block_mask import BlockMask
-from sparsejax.formats._rows import put_in_rows
 
 
 @jax.tree_util.register_dataclass

@@ -10,14 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from sparsejax._bits import WORD, bit_of_rank, count_bits, to_words
 from sparsejax._ints import check_int
-from sparsejax.formats import (
-    WORD,
-    bit_of_rank,
-    count_bits,
-    count_if_few,
-    to_words,
-)
+from sparsejax._pairs import count_if_few
 
 _ROUNDS = 3  # of the search for a word
 

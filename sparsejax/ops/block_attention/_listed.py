@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sparsejax.formats import KeyLists, map_rows
+from sparsejax._indexing import map_rows
+from sparsejax.formats import KeyLists
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.block_attention._arguments import (
     check_arrays,

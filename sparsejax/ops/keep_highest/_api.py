@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax._ints import check_int
-from sparsejax.formats import are_few
+from sparsejax._pairs import are_few
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.keep_highest import _reference
 

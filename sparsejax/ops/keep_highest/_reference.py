@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sparsejax._pairs import count_if_few
 from sparsejax._promotion import to_rank
-from sparsejax.formats import count_if_few
 
 
 def keep_highest(x: jax.Array, num_kept: int | jax.Array) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Flags packed into words, and the search for a flag within a word."""
+"""Flags packed into words, and the search for a flag within a word.
+
+Every room may import this module; it imports none of them.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""Where comparing all pairs of a row is faster than sorting or scanning it."""
+"""Where comparing all pairs of a row is faster than sorting or scanning it.
+
+Every room may import this module; it imports none of them.
+"""
 
 from collections.abc import Callable
 from typing import Any

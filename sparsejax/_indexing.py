@@ -1,4 +1,7 @@
-"""Reading and writing by position, in each row or each sequence."""
+"""Reading and writing by position, in each row or each sequence.
+
+Every room may import this module; it imports none of them.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""Reshaping what a mesh cuts."""
+"""Reshaping what a mesh cuts.
+
+Every room may import this module; it imports none of them.
+"""
 
 import math
 
