@@ -57,6 +57,7 @@ FOR_ALL = {
     "_bits",
     "_blocks",
     "_compat",
+    "_devices",
     "_extras",
     "_governed",
     "_indexing",

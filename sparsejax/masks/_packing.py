@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, UInt8
 
+from sparsejax._devices import shape_on_a_device
 from sparsejax._promotion import along_last
-from sparsejax.patterns import shape_on_a_device
 
 
 def pack(mask: Bool[Array, "*lead d"]) -> UInt8[Array, "*lead bytes"]:

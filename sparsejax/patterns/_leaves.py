@@ -6,19 +6,17 @@ trees of other node types (a dict here, an `nnx.State` there) align by order.
 """
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.sharding import AxisType
 
+from sparsejax._devices import shape_on_a_device
 from sparsejax._ints import check_int
 from sparsejax.patterns._patterns import NM, Pattern, Unstructured
+from sparsejax.patterns._prefix import broadcast_prefix, leaf_name
 from sparsejax.typing import KeyPath, Params, Where, is_none, plain_path
 
 PatternTree: TypeAlias = Pattern | Callable[[KeyPath, Any], Pattern] | Any
@@ -111,73 +109,6 @@ def is_default_governed(path: KeyPath, leaf: Any, stacked: int = 0) -> bool:
     )
 
 
-def broadcast_prefix(
-    prefix: Any, params: Params, *, name: str, none: str = "leaves it dense"
-) -> list[Any]:
-    """Spreads one value, or a tree prefix of values, over the leaves of `params`.
-
-    Nodes are matched by their names, not their types: a dict is a valid prefix of an
-    `nnx.State`. `None` is a value, in `prefix` and in `params`.
-
-    Args:
-      prefix: a value, or a tree whose leaves sit at or above the leaves of `params`.
-      params: the tree to cover.
-      name: what the prefix is called in an error.
-      none: what None at a leaf does, or when it may stand there, likewise.
-
-    Returns:
-      One value for each leaf of `params`, in flattening order.
-
-    Raises:
-      ValueError: if a leaf of `params` is not covered, or a value covers none.
-
-    Example:
-      >>> params = {"mlp": {"bias": 0.0, "kernel": 0.0}, "out": 0.0}
-      >>> broadcast_prefix({"mlp": 0.9, "out": None}, params, name="sparsity")
-      [0.9, 0.9, None]
-    """
-    entries = {
-        plain_path(path): value
-        for path, value in jax.tree_util.tree_flatten_with_path(
-            prefix, is_leaf=is_none
-        )[0]
-    }
-    # what `optax.partition` and `masked` hide may have entries all the same
-    holes = [
-        plain_path(path)
-        for path, node in jax.tree_util.tree_flatten_with_path(
-            params, is_leaf=_is_empty
-        )[0]
-        if _is_empty(node)
-    ]
-    values, used = [], set()
-    for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]:
-        names = plain_path(path)
-        found = [names[:i] for i in range(len(names) + 1) if names[:i] in entries]
-        if not found:
-            raise ValueError(
-                f"`{name}` must be one value or a tree prefix of the params; it has "
-                f"no entry at or above {_name(path)}. Add one (None {none})."
-            )
-        values.append(entries[found[-1]])
-        used.add(found[-1])
-    unused = [
-        names
-        for names in entries
-        if names and names not in used and not any(names[: len(h)] == h for h in holes)
-    ]
-    if unused:
-        raise ValueError(
-            f"`{name}` must be one value or a tree prefix of the params; its entry at "
-            f"{'/'.join(unused[0])} is above no leaf. Remove it."
-        )
-    return values
-
-
-def _is_empty(node: Any) -> bool:
-    return node is not None and not jax.tree.leaves(node, is_leaf=is_none)
-
-
 def governed(
     params: Params,
     *,
@@ -213,7 +144,7 @@ def governed(
     stacks = _per_leaf(stacked, params, flat, name="stacked")
     for (path, _), stack in zip(flat, stacks, strict=True):
         if stack is not None:
-            check_int("stacked", stack, at=_name(path))
+            check_int("stacked", stack, at=leaf_name(path))
     if where is None or (callable(where) and not isinstance(where, type)):
         rule = is_default_governed if where is None else where
         extra = stacks if where is None else [None] * len(flat)
@@ -228,7 +159,7 @@ def governed(
             if keep is not None and not isinstance(keep, bool | np.bool_):
                 raise TypeError(
                     "`where` must be a predicate `(path, leaf) -> bool`, a tree prefix "
-                    f"of bools, or None; got {keep!r} at {_name(path)}."
+                    f"of bools, or None; got {keep!r} at {leaf_name(path)}."
                 )
     kept = [
         (path, leaf if keep else None)
@@ -243,7 +174,7 @@ def governed(
     )
     if not any(leaves):
         seen = ", ".join(
-            f"{_name(path)} {jnp.shape(leaf)}"
+            f"{leaf_name(path)} {jnp.shape(leaf)}"
             for path, leaf in flat[:5]
             if leaf is not None
         )
@@ -254,11 +185,6 @@ def governed(
             "the weights to prune; by default these have two axes beyond `stacked`."
         )
     return leaves
-
-
-def _name(path: KeyPath) -> str:
-    """A leaf's path in words, also of params that are one bare array."""
-    return jax.tree_util.keystr(path) or "the root"
 
 
 def _per_leaf(
@@ -272,7 +198,7 @@ def _per_leaf(
 
 
 def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
-    name = _name(path)
+    name = leaf_name(path)
     shape = jnp.shape(leaf)
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
         raise TypeError(
@@ -317,38 +243,3 @@ def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
             "axis, or over fewer devices."
         )
     return found
-
-
-def shape_on_a_device(leaf: Any) -> tuple[int, ...]:
-    """The shape of the part of a leaf that one device holds.
-
-    Known of concrete arrays, of `ShapeDtypeStruct`s with a sharding and, under jit, of
-    explicit meshes; else the whole shape. Inside `shard_map` and `pmap` an array is
-    already what lies on one device along the manual axes.
-
-    Args:
-      leaf: an array or a `ShapeDtypeStruct`.
-
-    Returns:
-      As many sizes as the leaf has axes.
-
-    Example:
-      >>> shape_on_a_device(jnp.ones((4, 2)))
-      (4, 2)
-    """
-    if isinstance(leaf, Tracer):
-        leaf = jax.typeof(leaf)
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        return jnp.shape(leaf)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or AxisType.Manual not in mesh.axis_types:
-        return sharding.shard_shape(leaf.shape)
-    # the spec names the other axes alone, and jax has no `shard_shape` for these
-    cuts = (() if part is None else part for part in sharding.spec)
-    names = ((cut,) if isinstance(cut, str) else cut for cut in cuts)
-    parts = (math.prod(mesh.shape[name] for name in own) for own in names)
-    return tuple(
-        size // part
-        for size, part in itertools.zip_longest(leaf.shape, parts, fillvalue=1)
-    )

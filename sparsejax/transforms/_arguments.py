@@ -11,8 +11,9 @@ import optax
 from jax.core import Tracer
 
 from sparsejax import masks
+from sparsejax._devices import shape_on_a_device
 from sparsejax._ints import check_int
-from sparsejax.patterns import Leaf, shape_on_a_device
+from sparsejax.patterns import Leaf
 from sparsejax.transforms._state import SparseState
 from sparsejax.typing import Params, is_none
 

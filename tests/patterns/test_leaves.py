@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sparsejax as sj
+from sparsejax._devices import shape_on_a_device
 from sparsejax.patterns import (
     NM,
     Block,
@@ -18,7 +19,6 @@ from sparsejax.patterns import (
     Unstructured,
     broadcast_prefix,
     governed,
-    shape_on_a_device,
 )
 
 PARAMS = {
