@@ -453,7 +453,7 @@ BAD = {
     "fraction": (dict(drop_fraction=1.5), r"`drop_fraction`.*\[0, 1\]; got 1.5"),
     "missing": (dict(sparsity=None), "`sparsity` must be given under Unstructured"),
     "sparsity": (dict(sparsity=-0.1), r"\[0, 1\); got -0.1"),
-    "contradiction": (dict(pattern=sj.NM(1, 4)), "under 1:4.*0.75; got 0.5 at"),
+    "contradiction": (dict(pattern=sj.NM(1, 4)), "under NM.*0.75; got 0.5 at"),
     "no leaf": (dict(where=lambda path, leaf: False), "at least one leaf"),
 }
 
