@@ -62,6 +62,7 @@ FOR_ALL = {
     "_governed",
     "_indexing",
     "_ints",
+    "_jaxpr",
     "_order",
     "_pairs",
     "_promotion",

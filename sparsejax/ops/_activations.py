@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from sparsejax._jaxpr import bind, called, evaluate
+
 Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 """An elementwise function. Kernels take one that closes over no array, of the
 operations that they have: GELU in its tanh form, SiLU and ReLU, but neither GELU in its
@@ -62,8 +64,7 @@ def _operations(jaxpr) -> Iterator[str]:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in _CALLS:
-            inner = eqn.params.get("call_jaxpr") or eqn.params["jaxpr"]
-            yield from _operations(inner.jaxpr)
+            yield from _operations(called(eqn).jaxpr)
         elif name == "integer_pow" and eqn.params["y"] < 2:
             yield f"{name} of {eqn.params['y']}"
         else:
@@ -88,30 +89,15 @@ def without_custom_rules(fn: Callable[..., Any]) -> Callable[..., Any]:
       2.0
     """
 
-    def evaluate(jaxpr, consts, *args):
-        values = dict(zip(jaxpr.constvars, consts, strict=True))
-        values |= zip(jaxpr.invars, args, strict=True)
-
-        def read(atom):
-            # a literal has its value; to ask for its class would load pallas
-            return atom.val if hasattr(atom, "val") else values[atom]
-
-        for eqn in jaxpr.eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            inner = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
-            if eqn.primitive.name == "add_any":
-                out = jax.lax.add(*operands)
-            elif inner is None:
-                out = eqn.primitive.bind(*operands, **eqn.params)
-            else:
-                out = evaluate(inner.jaxpr, inner.consts, *operands)
-            several = eqn.primitive.multiple_results or inner is not None
-            values |= zip(eqn.outvars, out if several else [out], strict=True)
-        return [read(atom) for atom in jaxpr.outvars]
+    def run(eqn, operands):
+        if eqn.primitive.name == "add_any":
+            return [jax.lax.add(*operands)]
+        inner = called(eqn)
+        return bind(eqn, operands) if inner is None else evaluate(inner, operands, run)
 
     def without_rules(*args):
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-        out = evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
+        out = evaluate(closed, jax.tree.leaves(args), run)
         return jax.tree.unflatten(jax.tree.structure(shape), out)
 
     return without_rules

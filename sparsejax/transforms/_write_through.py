@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from sparsejax._jaxpr import bind, evaluate, is_literal
+
 Edit = Callable[[jax.Array], jax.Array]
 
 
@@ -29,34 +31,27 @@ def update_from_edited_state(
       The updates and the edited state.
     """
     closed, shapes = jax.make_jaxpr(update, return_shape=True)()
-    jaxpr = closed.jaxpr
     updates_tree, state_tree = (jax.tree.structure(shape) for shape in shapes)
     num_updates = updates_tree.num_leaves
     edited = dict(enumerate(edits, start=num_updates))
     # a value that is two outputs, or no output of an equation, is edited at the end
     positions: dict[Any, int | None] = {}
-    for position, var in enumerate(jaxpr.outvars):
-        if not _is_literal(var):
+    for position, var in enumerate(closed.jaxpr.outvars):
+        if not is_literal(var):
             positions[var] = None if var in positions else position
-    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     done = set()
 
-    def read(var):
-        return var.val if _is_literal(var) else values[var]
-
-    for eqn in jaxpr.eqns:
-        params = eqn.primitive.get_bind_params(eqn.params)
-        with eqn.ctx.manager:
-            found = eqn.primitive.bind(*map(read, eqn.invars), **params)
-        outs = found if eqn.primitive.multiple_results else [found]
-        for var, value in zip(eqn.outvars, outs, strict=True):
+    def run(eqn, operands):
+        outs = list(bind(eqn, operands))
+        for i, var in enumerate(eqn.outvars):
             position = positions.get(var)
             edit = None if position is None else edited.get(position)
             if edit is not None:  # not an update
-                value = edit(value)
+                outs[i] = edit(outs[i])
                 done.add(position)
-            values[var] = value
-    outs = [read(var) for var in jaxpr.outvars]
+        return outs
+
+    outs = evaluate(closed, [], run)
     for position, edit in edited.items():
         if position not in done:
             outs[position] = edit(outs[position])
@@ -64,8 +59,3 @@ def update_from_edited_state(
         updates_tree.unflatten(outs[:num_updates]),
         state_tree.unflatten(outs[num_updates:]),
     )
-
-
-def _is_literal(var: Any) -> bool:
-    """Whether an operand is a constant; asking `jax.extend` would load pallas."""
-    return hasattr(var, "val")
