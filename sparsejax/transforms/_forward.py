@@ -17,6 +17,7 @@ from sparsejax.transforms._state import (
     Masked,
     Plain,
     Projected,
+    Settings,
     SparseState,
     align,
     array,
@@ -193,25 +194,19 @@ def _check_shape(weight: Any, entry: Entry) -> None:
 
 
 def _forward_leaf(weight: jax.Array, entry: Entry) -> jax.Array:
-    state, leaf = entry.state, _leaf(entry)
-    match state.settings.forward:
+    state = entry.state
+    forward = state.settings.forward
+    match forward:
         case Plain():
             return weight
         case Masked():
-            mask = leaf_mask(entry.stored, leaf)
+            mask = leaf_mask(entry.stored, _leaf(entry))
             return project(weight, mask, None, straight_through=True)
-        case Projected(straight_through):
-            mask = by_magnitude(weight, leaf, state.settings.sparsities[entry.index])
+        case Projected() | Framed():
+            mask = soft_mask(weight, state.settings, entry.index, state.arrays)
             factor = state.arrays.get("factor")
             factor = None if factor is None else array(factor)
-            return project(weight, mask, factor, straight_through)
-        case Framed(frames, straight_through):
-            sparsity = state.settings.sparsities[entry.index]
-            candidates = [frame[entry.index] for frame in frames]
-            mask = frame_mask(
-                weight, candidates, array(state.arrays["frame"]), sparsity
-            )
-            return project(weight, mask, None, straight_through)
+            return project(weight, mask, factor, forward.straight_through)
 
 
 def _sparse_leaf(weight: jax.Array, entry: Entry) -> jax.Array:
@@ -219,33 +214,42 @@ def _sparse_leaf(weight: jax.Array, entry: Entry) -> jax.Array:
     if isinstance(entry.state.settings.forward, Masked):
         mask = leaf_mask(entry.stored, leaf)
     else:
-        mask = by_magnitude(weight, leaf, entry.state.settings.sparsities[entry.index])
+        mask = _by_magnitude(weight, leaf, entry.state.settings.sparsities[entry.index])
     return jnp.where(mask, weight, jnp.zeros_like(weight))
 
 
-def by_magnitude(weight: jax.Array, leaf: Leaf, sparsity: float | None) -> jax.Array:
+def _by_magnitude(weight: jax.Array, leaf: Leaf, sparsity: float | None) -> jax.Array:
     """The mask of one leaf by magnitude."""
     return masks.select(scores.magnitude(weight), leaf, sparsity)
 
 
-def frame_mask(
-    weight: jax.Array,
-    frames: list[Leaf | None],
-    frame: jax.Array,
-    sparsity: float | None,
+def soft_mask(
+    weight: jax.Array, settings: Settings, index: int, arrays: dict[str, Any]
 ) -> jax.Array:
-    """The mask of the current frame: 0 is dense, i is `frames[i - 1]`, None dense too.
+    """The mask by magnitude of a leaf that a soft method governs.
 
-    A frame governs fewer leaves than the last one where a sparsity is None: that leaves
+    In frame 0 all is dense, and in frame `i` what `frames[i - 1]` does not govern: a
+    frame governs fewer leaves than the last one where a sparsity is None, which leaves
     dense what its pattern does not fix.
-    """
 
-    def branch(leaf, weight):
+    Args:
+      weight: dense.
+      settings: of the method.
+      index: of the leaf, into `settings.leaves`.
+      arrays: of its state; holds the frame where the forward is `Framed`.
+    """
+    sparsity = settings.sparsities[index]
+
+    def of_leaf(leaf, weight):
         if leaf is None:
             return jnp.ones_like(weight, jnp.bool_)
-        return by_magnitude(weight, leaf, sparsity)
+        return _by_magnitude(weight, leaf, sparsity)
 
-    branches = [functools.partial(branch, leaf) for leaf in (None, *frames)]
+    if not isinstance(settings.forward, Framed):
+        return of_leaf(settings.leaves[index], weight)
+    leaves = (None, *(frame[index] for frame in settings.forward.frames))
+    branches = [functools.partial(of_leaf, leaf) for leaf in leaves]
+    frame = array(arrays["frame"])
     return jax.lax.switch(frame, branches, jax.lax.stop_gradient(weight))
 
 

@@ -22,14 +22,13 @@ from sparsejax.transforms._arguments import (
     check_update,
     optimizer,
 )
-from sparsejax.transforms._forward import by_magnitude, frame_mask
+from sparsejax.transforms._forward import soft_mask
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
     Framed,
     Projected,
     Settings,
     SparseState,
-    array,
     settled,
     store_masks,
 )
@@ -135,14 +134,7 @@ def current_masks(
       arrays: of its state; holds the frame where the forward is `Framed`.
     """
     flat = jax.tree.leaves(params, is_leaf=is_none)
-    found: list[jax.Array | None] = []
-    for i, (weight, leaf) in enumerate(zip(flat, settings.leaves, strict=True)):
-        if leaf is None:
-            found.append(None)
-        elif isinstance(settings.forward, Framed):
-            frames = [frame[i] for frame in settings.forward.frames]
-            frame = array(arrays["frame"])
-            found.append(frame_mask(weight, frames, frame, settings.sparsities[i]))
-        else:
-            found.append(by_magnitude(weight, leaf, settings.sparsities[i]))
-    return found
+    return [
+        None if leaf is None else soft_mask(weight, settings, i, arrays)
+        for i, (weight, leaf) in enumerate(zip(flat, settings.leaves, strict=True))
+    ]
