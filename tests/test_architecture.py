@@ -215,7 +215,9 @@ def init_violations(path: str, tree: ast.Module) -> list[str]:
         for alias in node.names:
             # A whole module, such as transforms.weight_scaling, comes from the room.
             whole = node.module == here
-            inside = (node.module or "").startswith(here + ".")
+            module = node.module or ""
+            lone = module.removeprefix("sparsejax.") in FOR_ALL
+            inside = lone or module.startswith(here + ".")
             want = alias.name.lstrip("_") if whole else alias.name
             if alias.asname != want or not (whole or inside):
                 found.append(
@@ -343,6 +345,7 @@ class CheckerTest(parameterized.TestCase):
         ("training/_a.py", "import orbax.checkpoint as ocp"),
         ("__init__.py", "import importlib\nimportlib.import_module('sparsejax.nn')"),
         ("masks/__init__.py", "'''.'''\nfrom sparsejax.masks._topk import x as x"),
+        ("masks/__init__.py", "'''.'''\nfrom sparsejax._compat import x as x"),
         (
             "transforms/__init__.py",
             "'''.'''\nfrom sparsejax.transforms import _weights as weights",

@@ -1,5 +1,6 @@
 """Scores and a pattern make masks: selection, trees of masks, packing, gradients."""
 
+from sparsejax._straight_through import straight_through as straight_through
 from sparsejax.masks._block import block_mask as block_mask
 from sparsejax.masks._check import check_scores as check_scores
 from sparsejax.masks._nm import nm_mask as nm_mask

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import _straight_through, masks, scores
+from sparsejax import masks, scores
 from sparsejax._governed import governed_twice
 from sparsejax._promotion import common_dtype
 from sparsejax.patterns import Leaf
@@ -159,9 +159,7 @@ def project(
         dtype = common_dtype(weight.dtype, factor.dtype)
         pruned = (weight.astype(dtype) * factor.astype(dtype)).astype(weight.dtype)
     projected = jnp.where(mask, weight, pruned)
-    if straight_through:
-        return _straight_through.straight_through(weight, projected)
-    return projected
+    return masks.straight_through(weight, projected) if straight_through else projected
 
 
 def _map_owned(opt_state: optax.OptState, params: Params, fn) -> Params:
