@@ -114,6 +114,11 @@ class TopKTest(parameterized.TestCase):
                 kept = np.concatenate([np.ravel(mask[i]) for mask in got])
                 np.testing.assert_array_equal(kept, oracle.topk(flat, count))
 
+    def test_no_number_has_the_key_of_what_is_excluded(self):
+        # of these floats the lowest has all bits set
+        lowest = np.array([0xFF], np.uint8).view(jnp.dtype("float8_e4m3fnuz"))
+        self.assertGreater(int(_order.ordered_keys(lowest)[0]), _order.EXCLUDED)
+
     @parameterized.parameters(-1, 7)
     def test_count_out_of_range(self, num_kept):
         with self.assertRaisesRegex(ValueError, rf"in \[0, 6\].*got {num_kept}"):
