@@ -146,8 +146,3 @@ def visible_kernels() -> set[str]:
     if all(d.platform == "gpu" for d in devices) and capability == {"9.0"}:
         return {"mosaic_gpu"}
     return set()
-
-
-def sees_gpu() -> bool:
-    """Whether one of the visible devices is a GPU, of any kind."""
-    return any(device.platform == "gpu" for device in jax.devices())

@@ -47,19 +47,20 @@ class ShardingTest(parameterized.TestCase):
         for a, b in zip(fn(*sharded), want, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
-    def test_on_a_mesh_of_explicit_axes(self):
+    @parameterized.parameters(P("data", "model"), P("data", None))
+    def test_on_a_mesh_of_explicit_axes(self, *spec):
         explicit = jax.make_mesh(
             (2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2
         )
         x = operands()[0]
         with jax.set_mesh(explicit):
-            sharding = NamedSharding(explicit, P("data", "model"))
+            sharding = NamedSharding(explicit, P(*spec))
             for fn in (
                 lambda x: sj.statistical_topk(x, 6),
                 lambda x: sj.block_statistical_topk(x, 16, 4)[0],
             ):
                 got = jax.jit(fn)(jax.device_put(x, sharding))
-                self.assertEqual(got.sharding.spec, P("data", "model"))
+                self.assertEqual(got.sharding.spec, P(*spec))
                 np.testing.assert_allclose(got, fn(x), atol=1e-6)
 
     @parameterized.parameters(("model", False), (("data", "model"), True))

@@ -6,7 +6,6 @@ before, two programs for a long row. Parts of a row are merged then by their cou
 means and squared distances (Chan, Golub, LeVeque, 1979).
 """
 
-import functools
 from collections.abc import Hashable
 
 import jax
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax._promotion import common_dtype
-from sparsejax.ops._platform import sees_gpu
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 """Mesh axis or axes over which rows are sharded, in `shard_map`; None for none."""
@@ -44,12 +42,13 @@ def mean_and_std(
     if where is not None:
         where = jnp.broadcast_to(where, x.shape)
         x = jnp.where(where, x, 0)
-    two = functools.partial(_two_passes, axis_name=axis_name)
     few = x.size <= _FEW_ROWS * x.shape[-1] and 0 < x.shape[-1] < _LONGEST
-    if few and axis_name is None and sees_gpu():
-        mean, var = jax.lax.platform_dependent(x, where, cuda=_one_pass, default=two)
+    # a row that is cut is reduced by sums, part by part
+    whole = axis_name is None and jax.typeof(x).sharding.spec[-1] is None
+    if few and whole:
+        mean, var = _of_few_rows(x, where)
     else:
-        mean, var = two(x, where)
+        mean, var = _two_passes(x, where, axis_name)
     # sqrt has an infinite slope at 0, which would make the gradient NaN
     std = jnp.where(var == 0, 0, jnp.sqrt(jnp.where(var == 0, 1, var)))
     return mean, std
@@ -104,7 +103,27 @@ def _two_passes(x, where, axis_name=None) -> tuple[jax.Array, jax.Array]:
     return mean, mean_of(jnp.square(centered))
 
 
-@jax.custom_jvp
+@jax.custom_jvp  # one for both, which holds nothing for the one that is not taken
+def _of_few_rows(x, where) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance; `x` is 0 where it does not count."""
+    return jax.lax.platform_dependent(x, where, cuda=_one_pass, default=_two_passes)
+
+
+@_of_few_rows.defjvp
+def _of_few_rows_jvp(primals, tangents):
+    x, where = primals
+    dx = tangents[0]
+    mean, var = _of_few_rows(x, where)
+    weight = 1 / jnp.maximum(num_entries(x, where=where), 1)
+    if where is not None:
+        weight = jnp.where(where, weight, 0)
+
+    def mean_of(values):
+        return jnp.sum(weight * values, axis=-1, keepdims=True)
+
+    return (mean, var), (mean_of(dx), 2 * mean_of((x - mean) * dx))
+
+
 def _one_pass(x, where) -> tuple[jax.Array, jax.Array]:
     """As `_two_passes`."""
     if where is None:
@@ -127,18 +146,3 @@ def _merged(a, b):
     step = (other_mean - mean) * (other_count / jnp.maximum(total, 1))
     squares = squares + other_squares + step * (other_mean - mean) * count
     return total, mean + step, squares
-
-
-@_one_pass.defjvp
-def _one_pass_jvp(primals, tangents):
-    x, where = primals
-    dx = tangents[0]
-    mean, var = _one_pass(x, where)
-    weight = 1 / jnp.maximum(num_entries(x, where=where), 1)
-    if where is not None:
-        weight = jnp.where(where, weight, 0)
-
-    def mean_of(values):
-        return jnp.sum(weight * values, axis=-1, keepdims=True)
-
-    return (mean, var), (mean_of(dx), 2 * mean_of((x - mean) * dx))
