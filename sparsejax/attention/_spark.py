@@ -180,18 +180,19 @@ def _products(query, key) -> jax.Array:
     """
     query = jnp.moveaxis(query, 1, 3)
     last = query.ndim - 1
-    if jax.default_backend() == "cpu" and math.prod(query.shape[2:last]) < key.shape[3]:
-        # of few queries: its product would transpose the keys instead, which are more
+
+    def of_queries(query, key):
+        axes = ((last,), (3,)), ((0, 1), (0, 2))
+        return jax.lax.dot_general(query, key, axes, preferred_element_type=jnp.float32)
+
+    def of_keys(query, key):
+        axes = ((3,), (last,)), ((0, 2), (0, 1))
         products = jax.lax.dot_general(
-            key,
-            query,
-            (((3,), (last,)), ((0, 2), (0, 1))),
-            preferred_element_type=jnp.float32,
+            key, query, axes, preferred_element_type=jnp.float32
         )
         return jnp.moveaxis(products, 2, -1)
-    return jax.lax.dot_general(
-        query,
-        key,
-        (((last,), (3,)), ((0, 1), (0, 2))),
-        preferred_element_type=jnp.float32,
-    )
+
+    if math.prod(query.shape[2:last]) >= key.shape[3]:
+        return of_queries(query, key)
+    # of few queries, a CPU would transpose the keys instead, which are more
+    return jax.lax.platform_dependent(query, key, cpu=of_keys, default=of_queries)

@@ -92,6 +92,28 @@ class SparkAttentionTest(parameterized.TestCase):
         np.testing.assert_array_equal(got[1], want[1][:, :, -1:])
         np.testing.assert_allclose(got[0], want[0][:, -1:], rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.once
+    def test_of_few_queries_the_order_of_the_product_is_that_of_the_platform(self):
+        """So it is in the gradient, which is the same."""
+        query, key, _ = operands(seq=24)
+        query = query[:, -1:]
+
+        def loss(query, key):
+            return jnp.sum(jnp.sin(attention.scaled_scores(query, key)))
+
+        def plain(query, key):
+            key = jnp.repeat(key, 2, axis=2)
+            return jnp.sum(jnp.sin(jnp.einsum("bqhd,bkhd->bhqk", query, key) / 8**0.5))
+
+        grad = jax.jit(jax.grad(loss, (0, 1)))
+        for platform, found in (("cpu", "2x2x24x2x1"), ("cuda", "2x2x2x1x24")):
+            exported = jax.export.export(grad, platforms=[platform])(query, key)
+            self.assertRegex(
+                exported.mlir_module(), rf"dot_general.* -> tensor<{found}xf32>"
+            )
+        want = jax.grad(plain, (0, 1))(query, key)
+        chex.assert_trees_all_close(grad(query, key), want, atol=1e-5)
+
     def test_a_traced_k_gives_the_same(self):
         x, valid = operands(), causal(24)
         run = jax.jit(
