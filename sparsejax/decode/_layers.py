@@ -101,24 +101,35 @@ def gathered_attention(
     # a gather reads a row for each head, the dense products for each key head
     capacity = math.ceil(min(key.shape[1], factor * layer.k))
     rows = capacity * (layer.num_heads // layer.num_kv_heads)
-    waits = jax.default_backend() == "gpu" and key.nbytes + value.nbytes < _WAIT_BYTES
-    if rows >= key.shape[1] or waits:
-        return layer.attend(query, key, value, valid)[0], jnp.int32(0)
-    scores = attention.scaled_scores(
-        query[..., : layer.split], key[..., : layer.split]
-    )[..., 0, :]
-    attended = attention.spark_selection(scores, valid, k=layer.k)
-    overflowed = jnp.any(jnp.sum(attended, axis=-1) > capacity)
 
-    def sparse():
-        rest = query[:, 0, :, layer.split :].reshape(*scores.shape[:3], -1)
-        top = ops.highest(scores, where=valid)
-        return _gathered(layer, scores, attended, top, rest, key, value, capacity)
+    def dense(query, key, value, valid):
+        y, _ = layer.attend(query, key, value, valid)
+        return y, jnp.zeros_like(y, jnp.int32, shape=())  # varies as that of the other
 
-    def dense():
-        return layer.attend(query, key, value, valid)[0]
+    def sparse(query, key, value, valid):
+        scores = attention.scaled_scores(
+            query[..., : layer.split], key[..., : layer.split]
+        )[..., 0, :]
+        attended = attention.spark_selection(scores, valid, k=layer.k)
+        overflowed = jnp.any(jnp.sum(attended, axis=-1) > capacity)
 
-    return jax.lax.cond(overflowed, dense, sparse), overflowed.astype(jnp.int32)
+        def gathered():
+            rest = query[:, 0, :, layer.split :].reshape(*scores.shape[:3], -1)
+            top = ops.highest(scores, where=valid)
+            return _gathered(layer, scores, attended, top, rest, key, value, capacity)
+
+        def all_read():
+            return dense(query, key, value, valid)[0]
+
+        y = jax.lax.cond(overflowed, all_read, gathered)
+        return y, overflowed.astype(jnp.int32)
+
+    operands = query, key, value, valid
+    if rows >= key.shape[1]:
+        return dense(*operands)
+    if key.nbytes + value.nbytes >= _WAIT_BYTES:
+        return sparse(*operands)
+    return jax.lax.platform_dependent(*operands, cuda=dense, default=sparse)
 
 
 def _gathered(layer, scores, attended, top, rest, key, value, capacity):

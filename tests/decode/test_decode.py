@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from sparsejax import decode, models, nn, ops
 from sparsejax.decode import _layers
@@ -177,6 +179,28 @@ class StepTest(parameterized.TestCase):
         got, overflowed = _layers.active_ffn(ffn, up, x, factor=2.0)
         self.assertEqual(int(overflowed), 0)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.once
+    @parameterized.parameters(
+        (1024, "cpu", True), (1024, "cuda", False), (2**19, "cuda", True)
+    )
+    def test_a_gpu_reads_a_short_cache_whole(self, slots, platform, gathers):
+        """By the platform that the program is lowered for; also inside of a map."""
+        layer = make("spark").blocks[0].attention
+        cached = jax.ShapeDtypeStruct((2, slots, 2, 8), jnp.float32)
+        query = jax.ShapeDtypeStruct((2, 1, 4, 8), jnp.float32)
+        valid = jax.ShapeDtypeStruct((2, 1, 1, slots), jnp.bool_)
+
+        def attend(*operands):
+            y, overflow = _layers.gathered_attention(layer, *operands, factor=2.0)
+            return y, overflow[None]
+
+        rows = P("rows")
+        mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+        mapped = jax.shard_map(attend, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows)
+        exported = jax.export.export(jax.jit(mapped), platforms=[platform])
+        text = exported(query, cached, cached, valid).mlir_module()
+        self.assertEqual("stablehlo.gather" in text, gathers)
 
 
 def greedy_oracle(model, tokens, lengths, num_tokens):
