@@ -210,6 +210,7 @@ class Attention(nnx.Module):
         *,
         lengths: Int[Array, " batch"] | None = None,
         with_density: bool = False,
+        **options: Any,
     ) -> Any:
         """Applies the layer.
 
@@ -218,12 +219,13 @@ class Attention(nnx.Module):
           positions: of each token, for the rotation.
           lengths: see `attend`.
           with_density: return `(y, density)`.
+          **options: for `mix`, where a subclass takes more.
 
         Returns:
           y `[batch, seq, d_model]`; density float32 `[batch, seq]`, the share of the
           tokens in sight that was attended, a mean over heads.
         """
-        y, density = self.mix(x, positions, **filled(lengths))
+        y, density = self.mix(x, positions, **filled(lengths), **options)
         y = self.combine(y)
         return (y, density) if with_density else y
 

@@ -1,7 +1,5 @@
 """Spark attention: part of each head decides which keys are needed at all."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -126,20 +124,16 @@ class SparkAttention(Attention):
         density = jnp.where(num_valid > 0, share, 1)
         return y, density.astype(jnp.float32)
 
-    def __call__(
+    def mix(
         self,
         x: Float[Array, "batch seq d_model"],
         positions: Int[Array, "batch seq"],
         *,
-        k: ArrayLike | None = None,
         lengths: Int[Array, " batch"] | None = None,
-        with_density: bool = False,
-    ) -> Any:
-        """As `Attention`; a `k` given here is used instead of the layer's own.
+        k: ArrayLike | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `Attention`; a `k` given to a call is used instead of the layer's own.
 
         It may be traced, so that layers of different `k` can share one `nnx.scan`.
         """
-        projected = self.project(x, positions)
-        y, density = self.attend(*projected, k=k, **filled(lengths))
-        y = self.combine(y)
-        return (y, density) if with_density else y
+        return self.attend(*self.project(x, positions), k=k, **filled(lengths))
