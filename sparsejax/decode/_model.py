@@ -155,7 +155,7 @@ def _selectors(model: Decoder, select_keys) -> tuple[KeySelector | None, ...]:
 
 def _own_rule(layer: Any) -> str | None:
     """What chooses the keys that a layer reads; None where it reads all."""
-    if isinstance(layer, nn.SparkAttention):
+    if layer.selects_keys:
         return f"{type(layer).__name__} chooses its keys itself"
     if layer.window is not None:
         return f"a window of {layer.window} chooses them"
@@ -204,14 +204,14 @@ def _check_attention(layer: object, at: int) -> None:
             "each layer must attend by a subclass of `sj.nn.Attention`, whose parts "
             f"decoding needs one by one; got {type(layer).__name__} in blocks.{at}."
         )
-    for name in ("__call__", "project", "mix"):
-        ours = nn.Attention, nn.SparkAttention, nn.SeerAttention
-        if all(getattr(type(layer), name) is not getattr(own, name) for own in ours):
-            raise TypeError(
-                f"decoding does not call `{name}`, which {type(layer).__name__} in "
-                f"blocks.{at} has of its own. Override what it calls: `unrotated`, "
-                "`rotate`, `attend` or `combine`."
-            )
+    if not layer.decodes:
+        raise TypeError(
+            "each layer must attend in decoding as in training; got a "
+            f"{type(layer).__name__} in blocks.{at}, which overrides `__call__`, "
+            "`project` or `mix`, and decoding calls none of these. Override what it "
+            "calls, `unrotated`, `rotate`, `attend` or `combine`; or set `decodes = "
+            "True` in the class, if they give the same."
+        )
     try:
         inspect.signature(layer.attend).bind(None, None, None, lengths=None)
     except TypeError:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,11 @@ class Attention(nnx.Module):
 
     Four kernels `[d_in, d_out]` without bias: `query`, `key`, `value`, `out`; after
     `join`, two: `joined` and `out`. Softmax is taken in float32.
+
+    `sj.decode` calls `unrotated`, `rotate`, `attend` and `combine` alone. Of a subclass
+    that overrides `__call__`, `project` or `mix`, `decodes` is therefore False, unless
+    the class says that the others give the same: `decodes = True`. One that attends to
+    some of the valid keys only says so too: `selects_keys = True`.
 
     Args:
       d_model: width of input and output.
@@ -46,6 +51,18 @@ class Attention(nnx.Module):
       >>> attention(jnp.ones((2, 5, 64)), positions).shape
       (2, 5, 64)
     """
+
+    decodes: ClassVar[bool] = True
+    selects_keys: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "decodes" not in vars(cls):
+            base = next(base for base in cls.__bases__ if issubclass(base, Attention))
+            cls.decodes = base.decodes and all(
+                getattr(cls, name) is getattr(base, name)
+                for name in ("__call__", "project", "mix")
+            )
 
     def __init__(
         self,

@@ -76,6 +76,8 @@ class SeerAttention(Attention):
       not shown; a model that is fine-tuned with its gate is.
     """
 
+    decodes = True  # to all tokens
+
     def __init__(
         self,
         d_model: int,

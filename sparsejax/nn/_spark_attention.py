@@ -49,6 +49,9 @@ class SparkAttention(Attention):
       the parts are not stated there.
     """
 
+    decodes = True
+    selects_keys = True
+
     def __init__(
         self,
         d_model: int,

@@ -427,8 +427,22 @@ def test_attention_that_cannot_decode_is_named():
         def mix(self, x, positions, **options):
             return super().mix(2 * x, positions, **options)
 
+    class Doubled:
+        def __call__(self, x, *args, **options):
+            return super().__call__(2 * x, *args, **options)
+
+    class Mixed(Doubled, nn.SparkAttention):
+        pass
+
+    class Declared(Scaled):
+        decodes = True
+
     for attention, message in [
-        (Scaled, r"does not call `mix`, which Scaled in blocks\.0 has"),
+        (Scaled, r"a Scaled in blocks\.0, which overrides .*`decodes = True`"),
+        (
+            functools.partial(Mixed, **SPARK["attention"].keywords),
+            r"a Mixed in blocks\.0, which overrides",
+        ),
         (Short, r"`attend` must take `lengths`.* Short in blocks\.0 does not"),
         (
             (nn.Attention, Other),
@@ -438,6 +452,8 @@ def test_attention_that_cannot_decode_is_named():
         config = dataclasses.replace(CONFIG, attention=attention)
         with pytest.raises(TypeError, match=message):
             decode.prepare(models.Decoder(config, rngs=nnx.Rngs(0)))
+    config = dataclasses.replace(CONFIG, attention=Declared)
+    decode.prepare(models.Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def biased(d_in, d_out):

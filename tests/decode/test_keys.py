@@ -173,10 +173,18 @@ SPARK = functools.partial(nn.SparkAttention, k=4, split=4)
 WINDOW = functools.partial(nn.Attention, window=4)
 
 
+class Own(nn.Attention):
+    selects_keys = True
+
+
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("attention", "rule"),
-    [(SPARK, "SparkAttention chooses its keys"), (WINDOW, "a window of 4 chooses")],
+    [
+        (SPARK, "SparkAttention chooses its keys"),
+        (Own, "Own chooses its keys"),
+        (WINDOW, "a window of 4 chooses"),
+    ],
 )
 def test_a_selector_for_a_layer_with_a_rule_of_its_own_raises(attention, rule):
     quest = decode.Quest(2, page_size=PAGE)
