@@ -63,6 +63,7 @@ FOR_ALL = {
     "_indexing",
     "_ints",
     "_jaxpr",
+    "_lengths",
     "_order",
     "_pairs",
     "_promotion",

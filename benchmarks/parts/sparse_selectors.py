@@ -189,14 +189,16 @@ def psa(
 
 
 def quest(cached: Cached, density: float, page_size: int = 16) -> KeyLists:
-    bounds = attention.page_bounds(cached.key, cached.length, page_size=page_size)
+    bounds = attention.page_bounds(
+        cached.key, lengths=cached.length, page_size=page_size
+    )
     pages = bounds.low.shape[1]
     num_kept = min(max(round(density * pages), 1), pages) - 1  # and the query's own
     return attention.quest(cached.query, bounds, num_kept=num_kept)
 
 
 def double_sparsity(cached: Cached, density: float) -> KeyLists:
-    labels = attention.key_labels(cached.key, cached.channels, cached.length)
+    labels = attention.key_labels(cached.key, cached.channels, lengths=cached.length)
     num_slots = cached.key.shape[1]
     num_kept = min(max(round(density * num_slots), SINK + LOCAL), num_slots)
     return attention.double_sparsity(

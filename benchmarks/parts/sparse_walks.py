@@ -193,7 +193,7 @@ def gate_cache(layer: long_context_model.Gated, key, length) -> attention.SeerCa
     """What the gate keeps of a cache of keys before their rotation."""
     gate = layer.decode_gate.get_value()
     return attention.seer_cache(
-        gate, key, length, block=layer.block, rotate=layer.rotate
+        gate, key, block=layer.block, rotate=layer.rotate, lengths=length
     )
 
 

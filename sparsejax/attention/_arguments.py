@@ -4,8 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from sparsejax import ops
+from sparsejax._lengths import of_sequences
 
 ENDS = "the `local` last and `sink` first that are always kept"
 
@@ -153,3 +155,18 @@ def check_next(name: str, x: Any, batch: int, heads: int, head_dim: int) -> None
             f"`{name}` must be of one position in each sequence of the cache, {want}; "
             f"got shape {x.shape}."
         )
+
+
+def prompt_lengths(query: Any, key: Any, lengths: ArrayLike | None) -> jax.Array | None:
+    """The tokens of each prompt, int32 `[batch]`, at least 1; None where all are."""
+    if lengths is None:
+        return None
+    longer = max(query.shape[1], key.shape[1])
+    return of_sequences("lengths", lengths, len(key), 1, longer)
+
+
+def cache_lengths(key: Any, lengths: ArrayLike | None) -> jax.Array:
+    """The keys of each sequence of a cache, int32 `[batch]`; all slots by default."""
+    batch, num_slots = key.shape[:2]
+    numbers: ArrayLike = num_slots if lengths is None else lengths
+    return of_sequences("lengths", numbers, batch, 0, num_slots)

@@ -43,7 +43,8 @@ def block_sparse(
 
     Raises:
       ValueError: if shapes disagree, a block is longer than the sequence, or `num_kept`
-        is more than its blocks or below what is always kept; or `causal` is False.
+        is more than its blocks or below what is always kept; `causal` is False; or
+        `lengths` are not integers in their range that fit.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
@@ -61,6 +62,7 @@ def block_sparse(
     columns = -(-length // block_shape[1])
     least = min(_blocks.most_diagonal(block_shape) + 2, columns)
     _arguments.check_count("num_kept", num_kept, least, columns, "blocks")
+    lengths = _arguments.prompt_lengths(query, key, lengths)
     scores = _blocks.block_scores(
         query, key, block_shape=block_shape, per_head=per_head, lengths=lengths
     )

@@ -17,9 +17,8 @@ from jaxtyping import Array, Float
 
 from sparsejax import activations
 from sparsejax._reshape import reshape_stepwise
-from sparsejax.attention._arguments import check_blocks
+from sparsejax.attention._arguments import check_blocks, prompt_lengths
 from sparsejax.attention._ranking import keep_allowed, ranked
-from sparsejax.attention._slots import lengths_of
 from sparsejax.attention._spark import spark_selection
 from sparsejax.formats import BlockMask
 
@@ -63,7 +62,7 @@ def block_scores(
 
     Raises:
       ValueError: if shapes disagree, a side of a block is below 1, or `lengths` are not
-        integers that fit.
+        integers in their range that fit.
 
     Example:
       >>> query = jnp.arange(4.0).reshape(1, 4, 1, 1)
@@ -76,6 +75,7 @@ def block_scores(
       which pools likewise, by several functions, and learns projections of the pooled.
     """
     check_blocks(query, key, block_shape)
+    lengths = prompt_lengths(query, key, lengths)
     query, key = jax.lax.stop_gradient((query, key))
     query = pooled(query, block_shape[0], pool, lengths)
     key = pooled(key, block_shape[1], pool, lengths)
@@ -140,6 +140,7 @@ def topk_blocks(
     check_blocks(query, key, block_shape)
     columns = -(-key.shape[1] // block_shape[1])
     _check_count("num_kept", num_kept, columns, block_shape, causal)
+    lengths = prompt_lengths(query, key, lengths)
     options = {"pool": pool, "per_head": per_head, "lengths": lengths}
     scores = block_scores(query, key, block_shape=block_shape, **options)
     sizes = query.shape[1], key.shape[1]
@@ -207,6 +208,7 @@ def statistical_topk_blocks(
     columns = -(-key.shape[1] // block_shape[1])
     if capacity is not None:
         _check_count("capacity", capacity, columns, block_shape, causal)
+    lengths = prompt_lengths(query, key, lengths)
     options = {"pool": pool, "per_head": per_head, "lengths": lengths}
     scores = block_scores(query, key, block_shape=block_shape, **options)
     sizes = query.shape[1], key.shape[1]
@@ -226,7 +228,7 @@ def to_heads(x: jax.Array, heads: int) -> jax.Array:
 
 
 def pooled(
-    x: jax.Array, size: int, pool: Pool, lengths: ArrayLike | None = None
+    x: jax.Array, size: int, pool: Pool, lengths: jax.Array | None = None
 ) -> jax.Array:
     """One float32 token for every `size`, and for those that are left at the end.
 
@@ -237,7 +239,7 @@ def pooled(
         x = x.astype(jnp.float32)
     if lengths is not None:
         x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * len(rest)))
-        real = jnp.arange(x.shape[1])[None] < lengths_of(x, lengths)[:, None]
+        real = jnp.arange(x.shape[1])[None] < lengths[:, None]
         # what a block of filler alone pools must be finite, also for gradients
         x = jnp.where(real[(..., *[None] * len(rest))], x, 0)
         num = x.shape[1] // size
@@ -266,7 +268,7 @@ def in_sight(
     num_keys: int,
     block_shape: tuple[int, int],
     causal: bool,
-    lengths: ArrayLike | None = None,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Which blocks may be kept, and which must.
 
@@ -276,7 +278,7 @@ def in_sight(
     height, width = block_shape
     query_end, key_end = num_queries, num_keys
     if lengths is not None:
-        query_end = key_end = jnp.asarray(lengths).reshape(-1, 1, 1, 1)
+        query_end = key_end = lengths[:, None, None, None]
     first = height * jnp.arange(-(-num_queries // height))[None, None, :, None]
     columns = jnp.arange(-(-num_keys // width))[None, None, None]
     if not causal:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from sparsejax.attention import _arguments
 from sparsejax.attention._label_channels import LabelChannels
 from sparsejax.attention._ranking import keep_highest
-from sparsejax.attention._slots import change_slots, lengths_of
+from sparsejax.attention._slots import change_slots
 from sparsejax.formats import KeyLists
 
 
@@ -49,8 +49,8 @@ class KeyLabels:
 def key_labels(
     key: Float[Array, "batch slots kv_heads head_dim"],
     channels: LabelChannels,
-    lengths: ArrayLike | None = None,
     *,
+    lengths: ArrayLike | None = None,
     bits: int | None = None,
 ) -> KeyLabels:
     """Labels the keys of a cache.
@@ -58,13 +58,14 @@ def key_labels(
     Args:
       key: rotated keys, or a cache of them with slots for more.
       channels: of this layer.
-      lengths: int32 `[batch]` or one integer, keys that are there; all by default.
+      lengths: int32 `[batch]` or one integer, in `[0, slots]`: keys that are there;
+        all by default.
       bits: codes of so many bits, 1 to 8, rounded between the least and the greatest
         entry of each label; None for full precision.
 
     Raises:
       ValueError: if `channels` are of another model or of several layers, `lengths` are
-        not integers that fit the keys, or `bits` is out of range.
+        not integers in their range that fit the keys, or `bits` is out of range.
 
     Example:
       >>> key = jnp.array([4.0, 9.0, 1.0, 6.0]).reshape(1, 1, 1, 4)
@@ -76,7 +77,7 @@ def key_labels(
     _check_channels("key", key, channels, channels.num_kv_heads)
     if bits is not None and not 1 <= bits <= 8:
         raise ValueError(f"`bits` must be in [1, 8], or None; got {bits}.")
-    lengths = lengths_of(key, lengths)
+    lengths = _arguments.cache_lengths(key, lengths)
     stored = _stored(_label(jax.lax.stop_gradient(key), channels), bits)
     return KeyLabels(*stored, lengths, channels, bits)
 

@@ -8,7 +8,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax.attention import _arguments
-from sparsejax.attention._slots import lengths_of
 from sparsejax.attention._vertical_slash import (
     blocks_of_lines,
     highest_lines,
@@ -80,7 +79,7 @@ def flex_prefill(
     _arguments.check_count("min_budget", min_budget, max(sink, local), keys, "keys")
     if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be in [0, 1], a share; got {alpha}.")
-    lengths = None if lengths is None else lengths_of(key, lengths)
+    lengths = _arguments.prompt_lengths(query, key, lengths)
     asked = window
     if lengths is not None:
         asked = jnp.minimum(lengths, window).astype(jnp.float32)[:, None, None]

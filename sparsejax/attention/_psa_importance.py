@@ -7,9 +7,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from sparsejax._reshape import reshape_stepwise
-from sparsejax.attention._arguments import check_whole_blocks
+from sparsejax.attention._arguments import check_whole_blocks, prompt_lengths
 from sparsejax.attention._blocks import in_sight, to_heads
-from sparsejax.attention._slots import lengths_of
 
 # Of the rows of causal attention: earlier ones see fewer columns, and no others are
 # computed.
@@ -47,7 +46,7 @@ def antidiagonal_importance(
 
     Raises:
       ValueError: if shapes disagree, `stride` does not divide, a block is longer than
-        the sequence, or `lengths` are not integers that fit.
+        the sequence, or `lengths` are not integers in their range that fit.
 
     References:
       Xu et al., 2025, https://arxiv.org/abs/2503.16428 (XAttention), as it is used by
@@ -59,11 +58,12 @@ def antidiagonal_importance(
             f"`stride` must divide both sides of a block; got {stride} and "
             f"{block_shape}."
         )
+    lengths = prompt_lengths(query, key, lengths)
     query, key = jax.lax.stop_gradient((query, key))
     (num_queries, heads, dim), num_keys = query.shape[1:], key.shape[1]
     query_end, key_end = num_queries, num_keys
     if lengths is not None:
-        query, key, lengths = _without_filler(query, key, lengths)
+        query, key = _without_filler(query, key, lengths)
         query_end = key_end = lengths[:, None, None, None]
     rows, columns = _blocks(num_queries, num_keys, block_shape)
     query = _squares(query, rows * block_shape[0], stride)
@@ -145,7 +145,7 @@ def sampled_importance(
 
     Raises:
       ValueError: if shapes disagree, `fraction` is out of range, a block is longer than
-        the sequence, or `lengths` are not integers that fit.
+        the sequence, or `lengths` are not integers in their range that fit.
 
     References:
       PSA, 2025, https://arxiv.org/abs/2512.04025, the code for video.
@@ -153,10 +153,11 @@ def sampled_importance(
     check_whole_blocks(query, key, block_shape)
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be in (0, 1]; got {fraction}.")
+    lengths = prompt_lengths(query, key, lengths)
     query, key = jax.lax.stop_gradient((query, key))
     (num_queries, heads, dim), num_keys = query.shape[1:], key.shape[1]
     if lengths is not None:
-        query, key, lengths = _without_filler(query, key, lengths)
+        query, key = _without_filler(query, key, lengths)
     rows, columns = _blocks(num_queries, num_keys, block_shape)
     at_query = _draw(random_key, heads, num_queries, block_shape[0], fraction, lengths)
     # one draw for both where their blocks are alike
@@ -195,16 +196,15 @@ def _squares(x: jax.Array, length: int, stride: int) -> jax.Array:
 
 
 def _without_filler(
-    query: jax.Array, key: jax.Array, lengths: ArrayLike
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """With 0 for what comes after `lengths`, and these as int32 `[batch]`."""
-    lengths = lengths_of(key, lengths)
+    query: jax.Array, key: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """With 0 for what comes after `lengths`."""
 
     def cut(x: jax.Array) -> jax.Array:
         real = jnp.arange(x.shape[1])[None] < lengths[:, None]
         return jnp.where(real[..., None, None], x, 0)
 
-    return cut(query), cut(key), lengths
+    return cut(query), cut(key)
 
 
 def _draw(

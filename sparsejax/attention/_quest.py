@@ -9,8 +9,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax import ops
-from sparsejax.attention._arguments import check_count, check_next, check_tokens
-from sparsejax.attention._slots import change_slots, lengths_of
+from sparsejax.attention._arguments import (
+    cache_lengths,
+    check_count,
+    check_next,
+    check_tokens,
+)
+from sparsejax.attention._slots import change_slots
 from sparsejax.formats import KeyLists
 
 
@@ -37,25 +42,25 @@ class PageBounds:
 
 def page_bounds(
     key: Float[Array, "batch slots kv_heads head_dim"],
-    lengths: ArrayLike | None = None,
     *,
+    lengths: ArrayLike | None = None,
     page_size: int = 16,
 ) -> PageBounds:
     """Bounds the keys of a cache, page by page.
 
     Args:
       key: rotated keys, or a cache of them with slots for more.
-      lengths: int32 `[batch]` or one integer, keys that are there; what lies in the
-        slots behind them is not read. All by default.
+      lengths: int32 `[batch]` or one integer, in `[0, slots]`: keys that are there;
+        what lies in the slots behind them is not read. All by default.
       page_size: keys of a page; the last page may have fewer.
 
     Raises:
-      ValueError: if `key` has other axes, `lengths` are not integers that fit it, or
-        `page_size` is below 1 or above the slots.
+      ValueError: if `key` has other axes, `lengths` are not integers in their range
+        that fit it, or `page_size` is below 1 or above the slots.
 
     Example:
       >>> key = jnp.array([3.0, 1.0, 2.0, 9.0]).reshape(1, 4, 1, 1)
-      >>> bounds = sj.attention.page_bounds(key, 3, page_size=2)
+      >>> bounds = sj.attention.page_bounds(key, lengths=3, page_size=2)
       >>> print(bounds.low.ravel(), bounds.high.ravel())
       [1. 2.] [3. 2.]
     """
@@ -67,7 +72,7 @@ def page_bounds(
             f"{page_size}. Choose smaller pages, or attend to all of so short a cache."
         )
     key = jax.lax.stop_gradient(key)
-    lengths = lengths_of(key, lengths)
+    lengths = cache_lengths(key, lengths)
     there = (jnp.arange(num_slots)[None] < lengths[:, None])[..., None, None]
 
     def reduced(reduce, fill):
@@ -93,7 +98,8 @@ def append_key(
       ValueError: if `key` does not fit `bounds`.
 
     Example:
-      >>> bounds = sj.attention.page_bounds(jnp.ones((1, 4, 1, 1)), 2, page_size=2)
+      >>> key = jnp.ones((1, 4, 1, 1))
+      >>> bounds = sj.attention.page_bounds(key, lengths=2, page_size=2)
       >>> bounds = sj.attention.append_key(bounds, jnp.full((1, 1, 1, 1), 5.0))
       >>> print(bounds.low.ravel(), bounds.lengths)
       [1. 5.] [3]
@@ -135,7 +141,8 @@ def page_scores(
       ValueError: if `query` does not fit `bounds`.
 
     Example:
-      >>> bounds = sj.attention.page_bounds(jnp.ones((1, 4, 1, 2)), 2, page_size=2)
+      >>> key = jnp.ones((1, 4, 1, 2))
+      >>> bounds = sj.attention.page_bounds(key, lengths=2, page_size=2)
       >>> print(sj.attention.page_scores(jnp.array([[[[1.0, -2.0]]]]), bounds))
       [[[ -1. -inf]]]
     """

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.attention import _blocks
-from sparsejax.attention._arguments import check_sequences
+from sparsejax.attention._arguments import check_sequences, prompt_lengths
 
 Rotate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """Gives `[batch, seq, heads, dim]` the positions `[1 | batch, seq]`; the model's own
@@ -119,7 +119,7 @@ def seer_scores(
 
     Raises:
       ValueError: if shapes disagree, also those of `gate` and `positions`, or `block`
-        is out of range.
+        or `lengths` are out of range.
 
     Example:
       >>> gate = init_seer_gate(2, 2, 8, d_gate=8, key=jax.random.key(0))
@@ -146,6 +146,7 @@ def seer_scores(
             f"`positions` must be {query.shape[:2]}, one for each token, or of batch "
             f"1; got shape {positions.shape}."
         )
+    lengths = prompt_lengths(query, key, lengths)
     query, key = jax.lax.stop_gradient((query, key))
     gated_query = _blocks.pooled(query, block, jnp.mean, lengths)
     if gate.query is not None:
@@ -165,7 +166,7 @@ def seer_scores(
 
 
 def key_features(
-    key: jax.Array, block: int, lengths: ArrayLike | None = None
+    key: jax.Array, block: int, lengths: jax.Array | None = None
 ) -> jax.Array:
     """Pooled keys `[batch, blocks, kv_heads, 3 head_dim]`, float32."""
     pools = [_blocks.pooled(key, block, pool, lengths) for pool in KEY_POOLS]

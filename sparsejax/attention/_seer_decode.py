@@ -8,7 +8,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax._promotion import along_last, to_rank
-from sparsejax.attention._arguments import check_next, check_sequences, check_tokens
+from sparsejax.attention._arguments import (
+    cache_lengths,
+    check_next,
+    check_sequences,
+    check_tokens,
+)
 from sparsejax.attention._seer import (
     KEY_POOLS,
     Rotate,
@@ -17,7 +22,7 @@ from sparsejax.attention._seer import (
     key_features,
 )
 from sparsejax.attention._seer_select import most_kept, threshold_kept, topk_kept
-from sparsejax.attention._slots import change_slots, lengths_of
+from sparsejax.attention._slots import change_slots
 from sparsejax.formats import KeyLists
 
 
@@ -135,10 +140,10 @@ def seer_decode_scores(
 def seer_cache(
     gate: SeerDecodeGate,
     key: Float[Array, "batch slots kv_heads head_dim"],
-    lengths: ArrayLike | None = None,
     *,
     block: int,
     rotate: Rotate,
+    lengths: ArrayLike | None = None,
 ) -> SeerCache:
     """Pools and projects the finished blocks of a cache of keys.
 
@@ -148,14 +153,14 @@ def seer_cache(
       gate: weights.
       key: keys before rotation, or a cache of them with slots for more; what is
         appended beyond its slots is not scored.
-      lengths: int32 `[batch]` or one integer, keys that are there, 0 for an empty
-        cache; what lies in the slots behind them is not read. All by default.
       block: tokens of a block, in `[1, slots]`.
       rotate: see `Rotate`.
+      lengths: int32 `[batch]` or one integer, in `[0, slots]`: keys that are there;
+        what lies in the slots behind them is not read. All by default.
 
     Raises:
       ValueError: if `key` has other axes or does not fit `gate`, `lengths` are not
-        integers that fit it, or `block` is out of range.
+        integers in their range that fit it, or `block` is out of range.
     """
     check_tokens("key", key)
     num_slots = key.shape[1]
@@ -170,7 +175,7 @@ def seer_cache(
             f"`block` must be in [1, {num_slots}], the slots of the cache; got "
             f"{block}. Choose smaller blocks or a longer cache."
         )
-    lengths = lengths_of(key, lengths)
+    lengths = cache_lengths(key, lengths)
     whole, finished = num_slots // block, (lengths // block)[:, None]
     features = key_features(key[:, : whole * block], block)
     gated = _gated_key(gate, features, block * jnp.arange(whole)[None], rotate)
@@ -244,7 +249,7 @@ def seer_cached_scores(
       >>> gate = init_seer_decode_gate(2, 2, 8, d_gate=8, key=jax.random.key(0))
       >>> x = jax.random.normal(jax.random.key(1), (1, 10, 2, 8))
       >>> slots = jnp.pad(x, [(0, 0), (0, 6), (0, 0), (0, 0)])
-      >>> cache = seer_cache(gate, slots, 9, block=4, rotate=rotate)
+      >>> cache = seer_cache(gate, slots, lengths=9, block=4, rotate=rotate)
       >>> cache = append_to_seer_cache(gate, cache, x[:, 9:], rotate=rotate)
       >>> scores = seer_cached_scores(gate, cache, x[:, 9:], rotate=rotate)
       >>> print(jnp.isfinite(scores[0, 0]))  # the token is in the third block

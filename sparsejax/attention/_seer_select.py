@@ -7,9 +7,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from sparsejax._lengths import of_sequences
 from sparsejax._promotion import along_last, to_rank
 from sparsejax.attention._ranking import keep_allowed
-from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import BlockMask
 
 
@@ -33,9 +33,9 @@ def seer_topk(
       block: tokens of a block.
       dense_last_rows: so many block rows at the end keep all blocks, as in the paper's
         prefill, where they hold the question; 0 for training.
-      lengths: int32 `[batch]` or one integer, tokens of each sequence that is filled
-        up: its end is there, in the last block with a token of it. By default all are
-        as long as the batch.
+      lengths: int32 `[batch]` or one integer, in `[1, blocks * block]`: tokens of each
+        sequence that is filled up: its end is there, in the last block with a token of
+        it. By default all are as long as the batch.
 
     Returns:
       A mask `[batch, heads, seq, seq]`, rounded up to whole blocks; use it with
@@ -44,7 +44,8 @@ def seer_topk(
     Raises:
       ValueError: if `scores` have other axes, `num_kept` is below 1, more than there
         are blocks, or neither one number nor one for each head; `dense_last_rows` is
-        negative; or `lengths` are not integers that fit the batch.
+        negative; or `lengths` are not integers in their range that fit the
+        batch.
 
     Example:
       >>> scores = jnp.where(jnp.tri(4, dtype=bool), jnp.arange(4.0), -jnp.inf)
@@ -82,8 +83,8 @@ def seer_threshold(
       row could be empty.
 
     Raises:
-      ValueError: if `dense_last_rows` is negative, or `lengths` are not integers that
-        fit the batch.
+      ValueError: if `dense_last_rows` is negative, or `lengths` are not integers in
+        their range that fit the batch.
 
     Example:
       >>> scores = jnp.log(jnp.array([[1.0, 0.0], [0.75, 0.25]]))
@@ -155,9 +156,8 @@ def _with_last_rows(
     row = jnp.arange(rows)[None, None]
     last = row >= rows - dense_last_rows
     if lengths is not None:
-        ends = -(
-            -lengths_of(kept, lengths)[:, None, None] // block
-        )  # batch, heads, row
+        lengths = of_sequences("lengths", lengths, len(kept), 1, rows * block)
+        ends = -(-lengths // block)[:, None, None]  # batch, heads, row
         last = (row >= ends - dense_last_rows) & (row < ends)
     before = jnp.arange(columns)[None] <= own[:, None]
     kept |= last[..., None] & before[None, None]

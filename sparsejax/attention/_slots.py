@@ -1,11 +1,9 @@
 """Writing what belongs to the next token into an array with a slot for each."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Shaped
 
 from sparsejax._indexing import map_rows
@@ -42,16 +40,3 @@ def change_slots(
         return row.at[at].set(new, mode="drop")
 
     return map_rows(put, array, at, new)
-
-
-def lengths_of(key: Any, lengths: ArrayLike | None) -> jax.Array:
-    """The keys of each sequence of a cache, int32 `[batch]`; all slots by default."""
-    batch, num_slots = key.shape[:2]
-    lengths = jnp.asarray(num_slots if lengths is None else lengths)
-    fits = lengths.shape in ((), (batch,))
-    if not fits or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(
-            f"`lengths` must be one integer, or one for each of {batch} sequences; got "
-            f"{jax.typeof(lengths)}."
-        )
-    return jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))

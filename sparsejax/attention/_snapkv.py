@@ -8,20 +8,19 @@ from jaxtyping import Array, Float
 from sparsejax import ops
 from sparsejax.attention import _arguments, _window
 from sparsejax.attention._ranking import keep_highest
-from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import KeyLists
 
 
 def snapkv(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
-    lengths: ArrayLike | None = None,
     *,
     num_kept: int = 1024,
     window: int = 256,
     pool_size: int = 21,
     local: int = 128,
     sink: int = 4,
+    lengths: ArrayLike | None = None,
 ) -> KeyLists:
     """Keeps the keys that the last queries of a prompt attend to most.
 
@@ -33,8 +32,6 @@ def snapkv(
       query: rotated queries, the last of the prompt; only `window` of them are read.
         With `lengths` all of the prompt.
       key: rotated keys, all of the prompt; `kv_heads` divides `heads`.
-      lengths: int32 `[batch]` or one integer, the tokens of each prompt; what lies
-        behind them is not read. All by default.
       num_kept: keys that each key head keeps, exactly, those at the ends among them;
         all of a prompt that has fewer. At most `keys`. Of equal importances the earlier
         key wins; a NaN is kept last.
@@ -43,6 +40,8 @@ def snapkv(
         in its divisor.
       local: last keys that are always kept.
       sink: first keys that are always kept.
+      lengths: int32 `[batch]` or one integer, in `[1, keys]`: tokens of each prompt;
+        what lies behind them is not read. All by default.
 
     Returns:
       Lists of single keys, `[batch, kv_heads, num_kept]`. No gradient.
@@ -50,7 +49,8 @@ def snapkv(
     Raises:
       ValueError: if shapes disagree, `window` is longer than the queries, `pool_size`
         is even, or `num_kept` is more than the keys or below what is always kept; or if
-        there are `lengths` that do not fit, or fewer queries than keys beside them.
+        `lengths` are not integers in their range that fit, or there are fewer queries
+        than keys beside them.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
@@ -70,8 +70,9 @@ def snapkv(
     _arguments.check_count(
         "num_kept", num_kept, least, key.shape[1], "keys", always=_arguments.ENDS
     )
-    there, always = _ends(key, lengths, local, sink)
-    weights = _window.window_weights(query, key, window, _given(key, lengths))
+    lengths = _arguments.prompt_lengths(query, key, lengths)
+    there, always = _ends(key.shape[1], lengths, local, sink)
+    weights = _window.window_weights(query, key, window, lengths)
     importance = _smoothed(weights.mean(axis=2).sum(axis=2), pool_size)
     importance = _ranked(importance, there)
     kept = keep_highest(importance, num_kept, always=always)
@@ -81,7 +82,6 @@ def snapkv(
 def ada_snapkv(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
-    lengths: ArrayLike | None = None,
     *,
     num_kept: int = 1024,
     min_share: float = 0.2,
@@ -89,6 +89,7 @@ def ada_snapkv(
     pool_size: int = 21,
     local: int = 128,
     sink: int = 4,
+    lengths: ArrayLike | None = None,
 ) -> KeyLists:
     """Keeps the keys of highest importance in all heads together, some in each.
 
@@ -99,7 +100,6 @@ def ada_snapkv(
     Args:
       query: see `snapkv`.
       key: likewise.
-      lengths: likewise.
       num_kept: mean number of keys of a key head: together they keep `kv_heads *
         num_kept`, exactly; all of a prompt that has fewer. At most `keys`. Of equal
         importances the earlier head wins, then the earlier key.
@@ -109,6 +109,7 @@ def ada_snapkv(
       pool_size: likewise.
       local: likewise.
       sink: likewise.
+      lengths: likewise.
 
     Returns:
       Lists of single keys, `[batch, kv_heads, capacity]`, of unlike lengths `num`. The
@@ -137,8 +138,9 @@ def ada_snapkv(
     )
     if not 0 <= min_share <= 1:
         raise ValueError(f"`min_share` must be in [0, 1], a share; got {min_share}.")
-    there, always = _ends(key, lengths, local, sink)
-    weights = _window.window_weights(query, key, window, _given(key, lengths))
+    lengths = _arguments.prompt_lengths(query, key, lengths)
+    there, always = _ends(key.shape[1], lengths, local, sink)
+    weights = _window.window_weights(query, key, window, lengths)
     importance = _ranked(_smoothed(weights.max(axis=(2, 3)), pool_size), there)
     own = max(int(min_share * num_kept), least)
     kept = keep_highest(importance, own, always=always)
@@ -167,17 +169,12 @@ def _check(query, key, lengths, window, pool_size, local, sink) -> None:
         )
 
 
-def _given(key, lengths: ArrayLike | None) -> jax.Array | None:
-    """Of each prompt, if any are: else the last queries lie at one place."""
-    return None if lengths is None else lengths_of(key, lengths)
-
-
-def _ends(key, lengths: ArrayLike | None, local: int, sink: int):
-    """Which keys there are, `[batch, 1, keys]`, and which of them are always kept."""
-    at = jnp.arange(key.shape[1])[None, None]
-    lengths = lengths_of(key, lengths)[:, None, None]
-    there = at < lengths
-    return there, there & ((at < sink) | (at >= lengths - local))
+def _ends(num_keys: int, lengths: jax.Array | None, local: int, sink: int):
+    """Which keys there are, `[batch | 1, 1, keys]`, and which are always kept."""
+    at = jnp.arange(num_keys)[None, None]
+    end = num_keys if lengths is None else lengths[:, None, None]
+    there = at < end
+    return there, there & ((at < sink) | (at >= end - local))
 
 
 def _ranked(importance: jax.Array, there: jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsejax._promotion import to_rank
 from sparsejax.attention import _arguments, _window
 from sparsejax.attention._ranking import keep_highest
-from sparsejax.attention._slots import lengths_of
 from sparsejax.formats import BlockMask
 
 
@@ -61,8 +60,8 @@ def vertical_slash(
 
     Raises:
       ValueError: if shapes disagree, a block or `window` is longer than the sequence,
-        or a budget is larger than it or below what is always kept; or `causal` is
-        False.
+        or a budget is larger than it or below what is always kept; `causal` is
+        False; or `lengths` are not integers in their range that fit.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
@@ -85,7 +84,7 @@ def vertical_slash(
     _arguments.check_ends(local, sink, keys, least_local=1)
     _arguments.check_count("num_vertical", num_vertical, max(sink, 1), keys, "keys")
     _arguments.check_count("num_slash", num_slash, local, keys, "distances")
-    lengths = None if lengths is None else lengths_of(key, lengths)
+    lengths = _arguments.prompt_lengths(query, key, lengths)
     vertical, slash = line_sums(query, key, window, per_head, lengths)
     columns = highest_lines(vertical, num_vertical, sink, lengths)
     offsets = highest_lines(slash, num_slash, local, lengths)

@@ -26,7 +26,7 @@ class _ChosenOnce:
         options = dataclasses.asdict(cast(Any, self))
         for name in ("num_kept", "window", "local", "sink"):
             options[name] = min(options[name], seq)  # all of a shorter prompt
-        lists = self.choose(tokens.query, tokens.key, lengths, **options)
+        lists = self.choose(tokens.query, tokens.key, lengths=lengths, **options)
         return _with_room(lists, num_slots - seq)
 
     def append(self, known: KeyLists, tokens: LayerTokens) -> KeyLists:

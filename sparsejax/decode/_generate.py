@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from sparsejax._lengths import of_sequences
 from sparsejax.decode._cache import slots_for
 from sparsejax.decode._model import DecodeModel
 from sparsejax.decode._step import Overflows, decode_step, prefill
@@ -33,7 +35,7 @@ class Generated(NamedTuple):
 def generate(
     model: DecodeModel,
     prompts: Int[Array, "batch seq"],
-    lengths: Int[Array, " batch"] | None = None,
+    lengths: ArrayLike | None = None,
     *,
     num_tokens: int,
     temperature: float | None = None,
@@ -50,7 +52,8 @@ def generate(
       model: from `sj.decode.prepare`.
       prompts: tokens in `[0, vocab_size)`, filled up at the end with anything.
         Under `jax.jit`, where they are not known, their range is not checked.
-      lengths: of the prompts, in `[1, seq]`; all are full by default.
+      lengths: int32 `[batch]` or one integer, in `[1, seq]`: tokens of each prompt. All
+        are full by default.
       num_tokens: tokens to generate, at least 1.
       temperature: 0, the default, takes the likeliest token (of equal ones the lowest);
         above 0, tokens are drawn from the softmax of `logits / temperature`.
@@ -89,8 +92,8 @@ def generate(
             f"{prompts.shape}."
         )
     batch, seq = prompts.shape
-    lengths = jnp.full(batch, seq) if lengths is None else jnp.asarray(lengths)
-    _check_lengths(lengths, batch, seq)
+    lengths = seq if lengths is None else lengths
+    lengths = of_sequences("lengths", lengths, batch, 1, seq)
     vocab = model.decoder().config.vocab_size
     _check_tokens(prompts, lengths, vocab)
     if num_tokens < 1:
@@ -173,20 +176,6 @@ def _generate(
     carry = (first, stopped, cache, Overflows(none, none))
     (*_, total), rest = jax.lax.scan(body, carry, jnp.arange(1, num_tokens))
     return Generated(jnp.concatenate([first[None], rest]).T, total)
-
-
-def _check_lengths(lengths: jax.Array, batch: int, seq: int) -> None:
-    """Raises unless there is one length for each prompt, and known ones fit."""
-    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(
-            f"`lengths` must be {batch} integers, one for each prompt; got "
-            f"{jax.typeof(lengths)}."
-        )
-    if isinstance(lengths, Tracer):
-        return
-    known = np.asarray(lengths)
-    if (known < 1).any() or (known > seq).any():
-        raise ValueError(f"`lengths` must be in [1, {seq}]; got {known.tolist()}.")
 
 
 def _check_tokens(prompts: jax.Array, lengths: jax.Array, vocab: int) -> None:

@@ -35,7 +35,7 @@ class Quest:
         """Bounds the keys of each page."""
         key = in_slots(tokens.key, num_slots)
         page_size = min(self.page_size, num_slots)  # all of a smaller cache
-        return attention.page_bounds(key, lengths, page_size=page_size)
+        return attention.page_bounds(key, lengths=lengths, page_size=page_size)
 
     def append(
         self, known: attention.PageBounds, tokens: LayerTokens
@@ -90,7 +90,7 @@ class DoubleSparsity:
     ) -> attention.KeyLabels:
         """Labels the keys; raises if `channels` are of another model."""
         key = in_slots(tokens.key, num_slots)
-        return attention.key_labels(key, self.channels, lengths, bits=self.bits)
+        return attention.key_labels(key, self.channels, lengths=lengths, bits=self.bits)
 
     def append(
         self, known: attention.KeyLabels, tokens: LayerTokens

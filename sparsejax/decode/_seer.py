@@ -64,7 +64,11 @@ class Seer:
             )
         key = in_slots(tokens.unrotated_key, num_slots)
         return attention.seer_cache(
-            self.gate, key, lengths, block=self.block, rotate=tokens.rotate
+            self.gate,
+            key,
+            block=self.block,
+            rotate=tokens.rotate,
+            lengths=lengths,
         )
 
     def append(

@@ -195,10 +195,11 @@ class SelectorsTest(parameterized.TestCase):
         lists = [[0, 0], [0, 1], [0, 2], [0, 3], [0, 4], [0, 5]]
         np.testing.assert_array_equal(mask.indices[0, 0], lists)
 
-    def test_lengths_of_a_list(self):
-        x, options = operands(26, 26), {"num_kept": 2, "block_shape": (4, 4)}
+    @parameterized.parameters(attention.topk_blocks, attention.block_sparse)
+    def test_lengths_of_a_list(self, select):
+        x, options = operands(26, 26), {"num_kept": 3, "block_shape": (4, 4)}
         got, want = (
-            attention.topk_blocks(*x, lengths=lengths, **options)
+            select(*x, lengths=lengths, **options)
             for lengths in ([26, 9], jnp.array([26, 9]))
         )
         jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -287,6 +288,11 @@ class SelectorsTest(parameterized.TestCase):
             "`capacity` must be at least 3, .* got capacity=2",
         ),
         ({"k": 2, "lengths": [3]}, r"`lengths` must be one .* 2 seq.*int32\[1\]"),
+        (
+            {"k": 2, "lengths": jnp.array([26, 0])},
+            r"`lengths` must be in \[1, 26\]; got 0 for sequence 1. Give how many",
+        ),
+        ({"num_kept": 1, "lengths": 27}, r"in \[1, 26\]; got 27 for sequence 0"),
         ({"num_kept": 1, "heads": 3}, r"must divide .*; got \(2, 26, 3, 8\) and"),
         ({"num_kept": 1, "batch": 1}, r"equal in batch .*; got \(1, 26, 4, 8\) and"),
     ],

@@ -136,7 +136,7 @@ class LabelsTest(parameterized.TestCase):
         query, num_kept = last_queries(query), 16
 
         def select(query, key, lengths, ends):
-            labels = attention.key_labels(key, channels, lengths, bits=bits)
+            labels = attention.key_labels(key, channels, lengths=lengths, bits=bits)
             options = dict(num_kept=num_kept) | ends
             lists = attention.double_sparsity(query, labels, **options)
             return attention.label_scores(query, labels), lists
@@ -176,7 +176,7 @@ class LabelsTest(parameterized.TestCase):
 
         @jax.jit
         def attended(query, key):
-            labels = attention.key_labels(key, channels, LENGTHS)
+            labels = attention.key_labels(key, channels, lengths=LENGTHS)
             best = attention.double_sparsity(query, labels, num_kept=5)
             every = attention.double_sparsity(query, labels, num_kept=ROOM)
             out = ops.listed_attention(query, key, key, every, LENGTHS)
@@ -208,11 +208,11 @@ class LabelsTest(parameterized.TestCase):
         def run(key):
             there = jnp.arange(ROOM) < start[:, None]
             so_far = jnp.where(there[..., None, None], key, 0)
-            labels = attention.key_labels(so_far, channels, start, bits=bits)
+            labels = attention.key_labels(so_far, channels, lengths=start, bits=bits)
             return jax.lax.scan(step, labels, jnp.arange(7))[0]
 
         got = run(key)
-        want = key_labels(key, channels, start + 7, bits=bits)
+        want = key_labels(key, channels, lengths=start + 7, bits=bits)
         np.testing.assert_array_equal(got.lengths, [10, 27])
         for leaf, other in zip(*map(jax.tree.leaves, (got, want)), strict=True):
             if leaf.ndim < 3:
@@ -256,7 +256,7 @@ class LabelsTest(parameterized.TestCase):
         query, key = prompts.prompt(ROOM)
         channels = found_channels(query, key)
         key = key.at[:, 14:].set(jnp.nan).at[0, 2].set(jnp.nan).at[0, 5].set(jnp.inf)
-        labels = key_labels(key, channels, 14)
+        labels = key_labels(key, channels, lengths=14)
         query = jnp.abs(query[:, 13:14]).at[1].set(jnp.nan)
         lists = double_sparsity(query, labels, num_kept=13, local=1)
         np.testing.assert_array_equal(lists.num, 13)
@@ -335,7 +335,7 @@ def test_a_next_key_of_another_shape_raises(shape):
     query, key = prompts.prompt(ROOM)
     scores = attention.channel_scores(query, key)
     channels = attention.select_channels(scores, num_channels=3)
-    labels = attention.key_labels(key, channels, 3)
+    labels = attention.key_labels(key, channels, lengths=3)
     with pytest.raises(ValueError, match=r"`key` must be .*\(2, 1, 2, 8\); got shape"):
         attention.append_label(labels, jnp.ones(shape))
 
@@ -345,7 +345,7 @@ def test_lengths_that_do_not_fit_raise():
     scores = attention.channel_scores(query, key)
     channels = attention.select_channels(scores, num_channels=3)
     with pytest.raises(ValueError, match=r"`lengths` must be .* of 2 .*int32\[3\]"):
-        attention.key_labels(key, channels, jnp.ones(3, jnp.int32))
+        attention.key_labels(key, channels, lengths=jnp.ones(3, jnp.int32))
 
 
 def test_scores_of_another_shape_raise():

@@ -44,7 +44,7 @@ class QuestTest(parameterized.TestCase):
         query = last_queries(query)
 
         def select(query, key, lengths):
-            bounds = attention.page_bounds(key, lengths, page_size=PAGE)
+            bounds = attention.page_bounds(key, lengths=lengths, page_size=PAGE)
             return attention.quest(query, bounds, num_kept=num_kept, per_head=per_head)
 
         @jax.jit
@@ -75,7 +75,7 @@ class QuestTest(parameterized.TestCase):
 
         @jax.jit
         def attended(query, key):
-            bounds = attention.page_bounds(key, LENGTHS, page_size=PAGE)
+            bounds = attention.page_bounds(key, lengths=LENGTHS, page_size=PAGE)
             lists = attention.quest(query, bounds, num_kept=6)
             return ops.listed_attention(query, key, key, lists, LENGTHS)
 
@@ -85,7 +85,8 @@ class QuestTest(parameterized.TestCase):
 
     def test_an_empty_cache_and_a_nan_query(self):
         query, key = prompts.prompt(ROOM)
-        lists = quest(query[:, :1], page_bounds(key, 0, page_size=PAGE), num_kept=2)
+        empty = page_bounds(key, lengths=0, page_size=PAGE)
+        lists = quest(query[:, :1], empty, num_kept=2)
         np.testing.assert_array_equal(lists.num, 0)
         bounds = page_bounds(key, page_size=PAGE)
         lists = quest(query[:, -1:].at[0].set(jnp.nan), bounds, num_kept=2)
@@ -117,16 +118,16 @@ class BoundTest(parameterized.TestCase):
 
         @jax.jit
         def run(key):
-            bounds = attention.page_bounds(key, start, page_size=PAGE)
+            bounds = attention.page_bounds(key, lengths=start, page_size=PAGE)
             return jax.lax.scan(step, bounds, jnp.arange(15))[0]
 
-        got, want = run(key), page_bounds(key, start + 15, page_size=PAGE)
+        got, want = run(key), page_bounds(key, lengths=start + 15, page_size=PAGE)
         for leaf, other in zip(*map(jax.tree.leaves, (got, want)), strict=True):
             np.testing.assert_array_equal(leaf, other)
 
     def test_what_lies_behind_the_keys_is_not_read(self):
         query, key = prompts.prompt(ROOM)
-        bounds = page_bounds(key.at[:, 14:].set(jnp.nan), 14, page_size=PAGE)
+        bounds = page_bounds(key.at[:, 14:].set(jnp.nan), lengths=14, page_size=PAGE)
         scores = np.asarray(page_scores(query[:, 13:14], bounds))
         self.assertTrue(np.isfinite(scores[..., :4]).all())
         self.assertTrue(np.isneginf(scores[..., 4:]).all())
@@ -134,7 +135,7 @@ class BoundTest(parameterized.TestCase):
 
     def test_a_key_beyond_the_room_is_dropped(self):
         _, key = prompts.prompt(ROOM)
-        full = page_bounds(key, 7 * PAGE, page_size=PAGE)
+        full = page_bounds(key, lengths=7 * PAGE, page_size=PAGE)
         more = attention.append_key(full, 9 + key[:, :1])
         np.testing.assert_array_equal(more.high, full.high)
 
@@ -150,7 +151,7 @@ entries = st.floats(-100, 100, width=32)
 )
 def test_no_key_scores_above_the_bound_of_its_page(query, key, length):
     """Each head's own bound, and the shared one: a sum over the heads."""
-    bounds = page_bounds(key, length, page_size=5)
+    bounds = page_bounds(key, lengths=length, page_size=5)
     each = np.asarray(page_scores(query, bounds, per_head=True), np.float64)[0]
     shared = np.asarray(page_scores(query, bounds), np.float64)[0, 0]
     products = key[0, :length, 0].astype(np.float64) @ query[0, 0].T.astype(np.float64)
@@ -200,7 +201,7 @@ def test_keys_of_another_shape_raise():
 
 @pytest.mark.parametrize("shape", [(2, 2, 2, 8), (2, 1, 1, 8), (1, 1, 2, 8), (2, 2, 8)])
 def test_a_next_key_of_another_shape_raises(shape):
-    bounds = attention.page_bounds(prompts.prompt(ROOM)[1], 3, page_size=PAGE)
+    bounds = attention.page_bounds(prompts.prompt(ROOM)[1], lengths=3, page_size=PAGE)
     with pytest.raises(ValueError, match=r"`key` must be .*\(2, 1, 2, 8\); got shape"):
         attention.append_key(bounds, jnp.ones(shape))
 
@@ -211,7 +212,15 @@ def test_scores_of_another_query_raise():
         attention.page_scores(jnp.ones((2, 1, 3, 8)), bounds)
 
 
-@pytest.mark.parametrize("lengths", [np.array([1, 2, 3]), 2.5])
-def test_lengths_that_do_not_fit_raise(lengths):
-    with pytest.raises(ValueError, match="`lengths` must be one integer, or one for e"):
-        attention.page_bounds(prompts.prompt(ROOM)[1], lengths, page_size=PAGE)
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (np.array([1, 2, 3]), "`lengths` must be one integer, or one for each of 2 "),
+        (2.5, "one integer, .*; got ~float32"),
+        (-1, rf"`lengths` must be in \[0, {ROOM}\]; got -1 for sequence 0. Give how"),
+        ([0, ROOM + 1], f"; got {ROOM + 1} for sequence 1"),
+    ],
+)
+def test_lengths_that_do_not_fit_raise(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        attention.page_bounds(prompts.prompt(ROOM)[1], lengths=lengths, page_size=PAGE)

@@ -455,7 +455,7 @@ class DecodeTest(parameterized.TestCase):
                 attention.seer_cache, gate, key, block=4, rotate=rotate
             )
             tokens = [jnp.moveaxis(x, 1, 0) for x in (query, key)]
-            cache, *filled = (fill(num) for num in (0, 3, 10))
+            cache, *filled = (fill(lengths=num) for num in (0, 3, 10))
             _, later = step(filled[1], [x[10] for x in tokens])
             cache, scores = jax.lax.scan(step, cache, tokens)
             return cache.lengths, jnp.moveaxis(scores, 0, 2), filled, later
@@ -520,7 +520,9 @@ class DecodeTest(parameterized.TestCase):
                 kept = choose(scores, cache.lengths[:, None] - 1)
                 return cache, (scores[:, :, 0], *kept)
 
-            cache = attention.seer_cache(gate, filled, lengths, block=4, rotate=rotate)
+            cache = attention.seer_cache(
+                gate, filled, block=4, rotate=rotate, lengths=lengths
+            )
             return jax.lax.scan(step, cache, length=3)
 
         cache, found = walk(query, key, filled)
@@ -598,7 +600,7 @@ def test_bad_input_is_named():
 
     def cached(key=key, lengths=None, block=4):
         return lambda: attention.seer_cache(
-            decoding, key, lengths, block=block, rotate=rotate
+            decoding, key, block=block, rotate=rotate, lengths=lengths
         )
 
     def top(num_kept, **options):
@@ -634,6 +636,7 @@ def test_bad_input_is_named():
         (top(np.array([1, 2])), r"one for each of 4 heads; got shape \(2,\)"),
         (top(1, dense_last_rows=-1), "`dense_last_rows` must .*got -1"),
         (top(1, lengths=jnp.ones(3, int)), r"each of 2 sequences; got int32\[3\]"),
+        (top(1, lengths=17), r"`lengths` must be in \[1, 16\]; got 17 for sequence 0"),
         (
             lambda: attention.seer_decode_topk(
                 scores, num_kept=1, block=4, positions=jnp.zeros((1, 4), int)

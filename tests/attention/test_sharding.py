@@ -67,14 +67,14 @@ def with_lists(q, k, lists):
 
 def quest(q, k):
     bounds = attention.append_key(
-        attention.page_bounds(k, LENGTHS - 1, page_size=8), k[:, :1]
+        attention.page_bounds(k, lengths=LENGTHS - 1, page_size=8), k[:, :1]
     )
     return with_lists(q, k, attention.quest(q[:, :1], bounds, num_kept=3))
 
 
 def double_sparsity(q, k, bits=4):
     channels = attention.select_channels(jnp.ones((KV_HEADS, 2, DIM)), num_channels=4)
-    labels = attention.key_labels(k, channels, LENGTHS - 1, bits=bits)
+    labels = attention.key_labels(k, channels, lengths=LENGTHS - 1, bits=bits)
     labels = attention.append_label(labels, k[:, :1])
     lists = attention.double_sparsity(q[:, :1], labels, num_kept=5)
     return with_lists(q, k, lists)
@@ -84,7 +84,7 @@ def seer_decode(q, k):
     key = jax.random.key(0)
     gate = attention.init_seer_decode_gate(HEADS, KV_HEADS, DIM, d_gate=DIM, key=key)
     lengths = jnp.array([40, 13])
-    cache = attention.seer_cache(gate, k, lengths, block=8, rotate=rotate)
+    cache = attention.seer_cache(gate, k, block=8, rotate=rotate, lengths=lengths)
     cache = attention.append_to_seer_cache(gate, cache, k[:, :1], rotate=rotate)
     return attention.seer_cached_scores(gate, cache, q[:, :1], rotate=rotate)
 

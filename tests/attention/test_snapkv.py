@@ -130,7 +130,7 @@ def test_of_unlike_lengths_each_prompt_is_read_as_alone(select):
     beyond = (np.arange(LENGTH) >= np.array(lengths)[:, None])[..., None, None]
     filled = [jnp.where(beyond, jnp.nan, x) for x in (query, key)]
     run = jax.jit(functools.partial(select, **SMALL))
-    lists = run(*filled, jnp.array(lengths))
+    lists = run(*filled, lengths=jnp.array(lengths))
     for row, length in enumerate(lengths):
         ends = {*range(min(2, length)), *range(max(0, length - 3), length)}
         num_kept, window = min(9, length), min(7, length)
@@ -154,9 +154,11 @@ def test_of_unlike_lengths_each_prompt_is_read_as_alone(select):
 def test_lengths_that_do_not_fit_raise(select):
     query, key = prompts.prompt(LENGTH)
     with pytest.raises(ValueError, match=r"each of 2 sequences; got int32\[3\]"):
-        select(query, key, jnp.array([1, 2, 3]), **SMALL)
+        select(query, key, **SMALL, lengths=jnp.array([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"in \[1, 40\]; got 1000 for sequence 1"):
+        select(query, key, **SMALL, lengths=[40, 1000])
     with pytest.raises(ValueError, match=r"of all the prompt .*12 queries and 40 keys"):
-        select(query[:, -12:], key, 30, **SMALL)
+        select(query[:, -12:], key, **SMALL, lengths=30)
 
 
 @pytest.mark.parametrize("select", [attention.snapkv, attention.ada_snapkv])

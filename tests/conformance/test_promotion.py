@@ -130,14 +130,14 @@ def pyramid(q, k):
 
 
 def quest(q, k):
-    bounds = attention.page_bounds(k, LENGTHS - 1, page_size=8)
+    bounds = attention.page_bounds(k, lengths=LENGTHS - 1, page_size=8)
     lists = attention.quest(q, attention.append_key(bounds, k[:, :1]), num_kept=2)
     return ops.listed_attention(q, k, k, lists, length=LENGTHS), lists.to_mask(32)
 
 
 def double_sparsity(q, k):
     channels = attention.select_channels(jnp.ones((2, 2, 8)), num_channels=4)
-    labels = attention.key_labels(k, channels, LENGTHS - 1, bits=4)
+    labels = attention.key_labels(k, channels, lengths=LENGTHS - 1, bits=4)
     labels = attention.append_label(labels, k[:, :1])
     return attention.double_sparsity(q, labels, num_kept=5)
 
@@ -240,7 +240,7 @@ FUNCTIONS = {
     "double_sparsity": (double_sparsity, ONE, K),
     "snapkv": (
         lambda q, k: [
-            select(q, k, LENGTHS, num_kept=9, window=4, local=2, sink=1)
+            select(q, k, num_kept=9, window=4, local=2, sink=1, lengths=LENGTHS)
             for select in (attention.snapkv, attention.ada_snapkv)
         ],
         Q,

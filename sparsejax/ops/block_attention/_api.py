@@ -8,14 +8,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from sparsejax._lengths import of_sequences
 from sparsejax.formats import BlockMask
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops.block_attention import _reference
-from sparsejax.ops.block_attention._arguments import (
-    check_arrays,
-    of_batch,
-    of_scores,
-)
+from sparsejax.ops.block_attention._arguments import check_arrays, of_scores
 from sparsejax.ops.block_attention._rules import Rules
 
 _DEFAULT_BLOCK = 128  # without a mask
@@ -58,8 +55,8 @@ def block_attention(
         than one for each.
       causal: key j is seen from query i if `j <= i`.
       window: seen only if `i - j < window`, and `j - i < window`; at least 1.
-      prefix: keys before this position are seen in spite of `causal` and `window`: one
-        integer, or int32 `[batch]`.
+      prefix: keys before this position, in `[0, keys]`, are seen in spite of `causal`
+        and `window`: one integer, or int32 `[batch]`.
       segment_ids: int32 `[batch, seq]`, or a pair, for queries and keys: only keys of
         the query's own segment are seen.
       scale: of the products, positive; `1 / sqrt(head_dim)` by default.
@@ -112,7 +109,7 @@ def block_attention(
     lowest = None if window is None else 1 - window
     highest = 0 if causal else None if window is None else window - 1
     if prefix is not None:
-        prefix = of_batch("prefix", prefix, batch)
+        prefix = of_sequences("prefix", prefix, batch, 0, num_keys)
     rules = Rules(
         None if lowest is None and highest is None else prefix,  # all is seen then
         query_segments,

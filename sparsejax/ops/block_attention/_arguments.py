@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 
 def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -34,20 +33,6 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             "the key heads must divide the query heads; got "
             f"{k.shape[2]} and {q.shape[2]}."
         )
-
-
-def of_batch(name: str, numbers: ArrayLike, batch: int) -> jax.Array:
-    """One integer for each sequence, int32 `[batch]`, of one for all or for each."""
-    numbers = jnp.asarray(numbers)
-    if not jnp.issubdtype(numbers.dtype, jnp.integer) or numbers.shape not in (
-        (),
-        (batch,),
-    ):
-        raise ValueError(
-            f"`{name}` must be one integer or one for each of {batch}; got "
-            f"{jax.typeof(numbers)}."
-        )
-    return jnp.broadcast_to(numbers.astype(jnp.int32), (batch,))
 
 
 def of_scores(scale: float | None, head_dim: int) -> float:

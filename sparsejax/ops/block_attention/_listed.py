@@ -8,13 +8,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparsejax._indexing import map_rows
+from sparsejax._lengths import of_sequences
 from sparsejax.formats import KeyLists
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
-from sparsejax.ops.block_attention._arguments import (
-    check_arrays,
-    of_batch,
-    of_scores,
-)
+from sparsejax.ops.block_attention._arguments import check_arrays, of_scores
 from sparsejax.ops.block_attention._reference import of_heads, softmax_of_kept
 
 
@@ -40,7 +37,7 @@ def listed_attention(
         `length` on must be finite: a page is read whole.
       v: of values, like the keys.
       key_lists: which keys are read, with leading axes `[batch|1, heads|kv_heads|1]`.
-      length: keys in the cache, at most `slots`: one integer, or int32 `[batch]`.
+      length: keys in the cache, in `[0, slots]`: one integer, or int32 `[batch]`.
       scale: of the products, positive; `1 / sqrt(head_dim)` by default.
       implementation: "reference" (gathers the keys), "mosaic_gpu" (Hopper: pages of a
         multiple of 128 keys, and one list for all heads that share a key head is read
@@ -52,7 +49,8 @@ def listed_attention(
 
     Raises:
       TypeError: if `key_lists` are none, or the arrays' dtypes differ.
-      ValueError: if shapes disagree, or the scale is not positive.
+      ValueError: if shapes disagree, `length` is not of integers in its range, or the
+        scale is not positive.
       NotImplementedError: if the named implementation cannot take these operands.
 
     Example:
@@ -67,7 +65,7 @@ def listed_attention(
     check_arrays(q, k, v)
     _check_lists(key_lists, q, k)
     scale = of_scores(scale, q.shape[-1])
-    length = of_batch("length", length, len(q))
+    length = of_sequences("length", length, len(q), 0, k.shape[1])
     return dispatch(
         (q, k, v, key_lists, length),
         implementation,

@@ -547,8 +547,12 @@ class ErrorsTest(parameterized.TestCase):
         ({"segment_ids": "int32[2,10]"}, ValueError, r"of the keys .*\(2, 13\); got"),
         ({"segment_ids": "float32[2,10]"}, ValueError, "of the queries must be integ"),
         ({"segment_ids": "int32[3,2,10]"}, ValueError, r"\(2, 10\); got int32\[3"),
-        ({"prefix": "float32[]"}, ValueError, "one integer or one for each of 2; got"),
-        ({"prefix": "int32[3]"}, ValueError, r"for each of 2; got int32\[3\]"),
+        ({"prefix": "float32[]"}, ValueError, "one integer, or one for each of 2 seq"),
+        (
+            {"prefix": "int32[3]"},
+            ValueError,
+            r"each of 2 sequences; got int32\[3\]",
+        ),
     )
     def test_arrays(self, changed, error, message):
         given = {
@@ -567,6 +571,7 @@ class ErrorsTest(parameterized.TestCase):
     @parameterized.parameters(
         ({"window": 0}, "`window` must be at least 1, or None; got 0"),
         ({"scale": 0.0}, "`scale` must be positive and finite; got 0.0"),
+        ({"prefix": -1}, r"`prefix` must be in \[0, 13\]; got -1 for sequence 0"),
         ({"scale": np.inf}, "`scale` must be positive and finite; got inf"),
         ({"implementation": "triton"}, "None or one of .*got 'triton'"),
     )

@@ -91,6 +91,7 @@ class ListedAttentionTest(parameterized.TestCase):
         ({"q": jnp.zeros((1, 1, 3, 4))}, ValueError, "agree on batch and head_dim"),
         ({"lead": (1, 3)}, ValueError, r"\[1 or 1, 1, 1 or 2\]"),
         ({"length": jnp.zeros(2, jnp.int32)}, ValueError, "one for each of 1"),
+        ({"length": 9}, ValueError, r"`length` must be in \[0, 8\]; got 9"),
         ({"scale": -1.0}, ValueError, "`scale` must be positive"),
     )
     def test_refuses(self, change, error, message):
