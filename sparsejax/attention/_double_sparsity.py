@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from sparsejax.attention import _arguments
 from sparsejax.attention._label_channels import LabelChannels
-from sparsejax.attention._ranking import keep_highest
+from sparsejax.attention._ranking import ends, keep_highest, nan_last
 from sparsejax.attention._slots import change_slots
 from sparsejax.formats import KeyLists
 
@@ -202,14 +202,8 @@ def double_sparsity(
         "keys of the cache",
         always=_arguments.ENDS,
     )
-    at, lengths = jnp.arange(num_slots)[None, None], labels.lengths[:, None, None]
-    there = at < lengths
-    always = there & ((at < sink) | (at >= lengths - local))
-    # finite, so that neither an infinite score nor a NaN changes places with the others
-    low, high = jnp.finfo(jnp.float32).min, jnp.finfo(jnp.float32).max
-    finite = jnp.nan_to_num(scores, nan=low, posinf=high, neginf=low)
-    ranked = jnp.where(there, finite, -jnp.inf)
-    kept = keep_highest(ranked, num_kept, always=always)
+    there, always = ends(num_slots, labels.lengths, sink=sink, local=local)
+    kept = keep_highest(nan_last(scores, there), num_kept, always=always)
     return KeyLists.from_mask(kept & there, capacity=num_kept)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from sparsejax import ops
 from sparsejax.attention import _arguments, _window
-from sparsejax.attention._ranking import keep_highest
+from sparsejax.attention._ranking import ends, keep_highest, nan_last
 from sparsejax.formats import KeyLists
 
 
@@ -71,11 +71,10 @@ def snapkv(
         "num_kept", num_kept, least, key.shape[1], "keys", always=_arguments.ENDS
     )
     lengths = _arguments.prompt_lengths(query, key, lengths)
-    there, always = _ends(key.shape[1], lengths, local, sink)
+    there, always = ends(key.shape[1], lengths, sink=sink, local=local)
     weights = _window.window_weights(query, key, window, lengths)
     importance = _smoothed(weights.mean(axis=2).sum(axis=2), pool_size)
-    importance = _ranked(importance, there)
-    kept = keep_highest(importance, num_kept, always=always)
+    kept = keep_highest(nan_last(importance, there), num_kept, always=always)
     return KeyLists.from_mask(kept & there, capacity=num_kept)
 
 
@@ -139,9 +138,9 @@ def ada_snapkv(
     if not 0 <= min_share <= 1:
         raise ValueError(f"`min_share` must be in [0, 1], a share; got {min_share}.")
     lengths = _arguments.prompt_lengths(query, key, lengths)
-    there, always = _ends(key.shape[1], lengths, local, sink)
+    there, always = ends(key.shape[1], lengths, sink=sink, local=local)
     weights = _window.window_weights(query, key, window, lengths)
-    importance = _ranked(_smoothed(weights.max(axis=(2, 3)), pool_size), there)
+    importance = nan_last(_smoothed(weights.max(axis=(2, 3)), pool_size), there)
     own = max(int(min_share * num_kept), least)
     kept = keep_highest(importance, own, always=always)
     if shared := kv_heads * (num_kept - own):
@@ -167,19 +166,6 @@ def _check(query, key, lengths, window, pool_size, local, sink) -> None:
             f"`pool_size` must be odd and at least 1; got {pool_size}. Take one more "
             "or one less: an even number of keys has no middle one."
         )
-
-
-def _ends(num_keys: int, lengths: jax.Array | None, local: int, sink: int):
-    """Which keys there are, `[batch | 1, 1, keys]`, and which are always kept."""
-    at = jnp.arange(num_keys)[None, None]
-    end = num_keys if lengths is None else lengths[:, None, None]
-    there = at < end
-    return there, there & ((at < sink) | (at >= end - local))
-
-
-def _ranked(importance: jax.Array, there: jax.Array) -> jax.Array:
-    """With a NaN below all of the prompt, and what is not of it below that."""
-    return jnp.where(there, jnp.nan_to_num(importance, nan=-1), -jnp.inf)
 
 
 def _smoothed(x: jax.Array, size: int) -> jax.Array:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax._promotion import to_rank
 from sparsejax.attention import _arguments, _window
-from sparsejax.attention._ranking import keep_highest
+from sparsejax.attention._ranking import keep_highest, nan_last
 from sparsejax.formats import BlockMask
 
 
@@ -122,9 +122,8 @@ def highest_lines(
     if lengths is None:
         return keep_highest(sums, num_kept, always=at < num_first)
     there = at < lengths[:, None, None]
-    # kept last, and before it a NaN: sums are not negative
-    sums = jnp.where(there, jnp.nan_to_num(sums, nan=-1), -jnp.inf)
-    return keep_highest(sums, num_kept, always=there & (at < num_first)) & there
+    always = there & (at < num_first)
+    return keep_highest(nan_last(sums, there), num_kept, always=always) & there
 
 
 def blocks_of_lines(
