@@ -163,9 +163,9 @@ def double_sparsity(
       labels: of the keys so far, the query's own included.
       num_kept: keys of a list, exactly; all of them where there are fewer. At most the
         slots. Of equal scores the earlier key wins; a NaN is kept last.
-      sink: first keys that are always kept; they count among `num_kept`.
-      local: last keys likewise, the query's own the first of them. The paper forces
-        neither.
+      sink: first keys that are always kept; they count among `num_kept`. The paper
+        forces none.
+      local: last keys likewise, the query's own the first of them.
 
     Returns:
       Lists of single keys, `[batch, label_heads, num_kept]`. No gradient.

@@ -59,9 +59,8 @@ class DoubleSparsity:
     Attributes:
       channels: of this layer, from `sj.attention.select_channels`.
       num_kept: keys; like `sink` and `local` at most those of the cache.
-      sink: first keys that are always kept.
-      local: last keys that are always kept, the query's own the first of them. The
-        paper forces neither.
+      sink: first keys that are always kept; the paper forces none.
+      local: last keys likewise, the query's own the first of them.
       bits: of an entry of a label; None for the precision of the keys.
 
     Example:
@@ -82,7 +81,7 @@ class DoubleSparsity:
     channels: attention.LabelChannels
     num_kept: int = dataclasses.field(default=256, metadata={"static": True})
     sink: int = dataclasses.field(default=0, metadata={"static": True})
-    local: int = dataclasses.field(default=1, metadata={"static": True})
+    local: int = dataclasses.field(default=0, metadata={"static": True})
     bits: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def start(

@@ -39,16 +39,16 @@ def pages_by_loops(seen, num_kept):
 
 
 def labelled_by_loops(seen, num_kept, channels):
-    """Double Sparsity likewise; the last key is always kept."""
+    """Double Sparsity likewise; no key is always kept by default."""
     query, key = seen.query[-1], seen.key
-    num_keys, kv_heads, _ = key.shape
+    kv_heads = key.shape[1]
     group = query.shape[0] // kv_heads
     kept = []
     for head in range(kv_heads):
         of_group = query[head * group : (head + 1) * group, channels[head]]
-        scores = (key[:-1, head][:, channels[head]] @ of_group.T).sum(axis=1)
-        best = np.argsort(-scores, kind="stable")[: num_kept - 1]
-        kept.append([*sorted(best.tolist()), num_keys - 1])
+        scores = (key[:, head][:, channels[head]] @ of_group.T).sum(axis=1)
+        best = np.argsort(-scores, kind="stable")[:num_kept]
+        kept.append(sorted(best.tolist()))
     return kept
 
 
