@@ -6,7 +6,7 @@ maps hardly differ; between heads they do. The first steps decide most and stay 
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def sparsed(
     num_generated: int,
     density: float = 0.3,
     block_shape: tuple[int, int] = (128, 128),
-    isolated: Literal["strict", "repo"] = "strict",
+    isolated: bool = True,
     valid: Bool[Array, "batch seq"] | None = None,
 ) -> BlockMask:
     """Keeps the blocks of highest mean attention weight, head by head.
@@ -36,11 +36,11 @@ def sparsed(
     crowds the other out. Of `p` and `g` blocks of keys, of which those of the
     generation begin at or after it, or are the last, each block of queries keeps
 
-    - "strict": `ceil(density * p)` of the prompt;
-    - "repo": those of the best `int(density * (p + g)) + 1` of all that lie in the
-      prompt, as the released code does: fewer, where the generation takes the weight;
-    - always `int(density * g) + 1` of the generation, at most `g`, by weights of a
-      softmax over its keys alone.
+    - `ceil(density * p)` of the prompt; not `isolated`, those of the best
+      `int(density * (p + g)) + 1` of all that lie in the prompt, as the released code
+      does: fewer, where the generation takes the weight;
+    - `int(density * g) + 1` of the generation, at most `g`, by weights of a softmax
+      over its keys alone.
 
     The weights are computed a block of queries at a time, all heads together.
 
@@ -52,8 +52,9 @@ def sparsed(
       density: share of the blocks to keep, in (0, 1]. The paper has 0.3 for long
         prompts, and 0.5 with blocks of 32 for short ones.
       block_shape: `(height, width)`, queries and keys of a block.
-      isolated: "strict" or "repo". The latter also takes the mean over a ragged last
-        block as if it were whole, where the former counts the keys that it has.
+      isolated: choose the prompt's blocks among themselves. If not, they are those of
+        the released code, which also takes the mean over a ragged last block as if it
+        were whole, and not over the keys that it has.
       valid: False where there is padding: as a key it gets no weight, as a query it has
         no say, and a block of nothing else is not kept. All by default.
 
@@ -63,6 +64,7 @@ def sparsed(
       `segment_ids` say. No gradient.
 
     Raises:
+      TypeError: if `isolated` is no bool.
       ValueError: if shapes disagree or an argument is out of range.
 
     Example:
@@ -76,7 +78,7 @@ def sparsed(
     References:
       Wang et al., 2025, https://arxiv.org/abs/2509.24014, and the code released with
       it, which for one of its models divides by the root of the number of heads; here
-      it is always that of `head_dim`. "strict" is ours.
+      it is always that of `head_dim`. `isolated` is ours.
     """
     _check(query, key, num_generated, density, block_shape, isolated, valid)
     valid = jnp.ones(key.shape[:2], jnp.bool_) if valid is None else valid
@@ -97,7 +99,7 @@ def _kept(query, key, valid, num_generated, density, block_shape, isolated):
     in_prompt = jnp.arange(seq) < before * width
 
     there = _sums(valid, width)  # keys of each block, [batch, columns]
-    size = there if isolated == "strict" else jnp.full_like(there, width)
+    size = there if isolated else jnp.full_like(there, width)
 
     def importance(scores, asking, among):
         """The mean weight of each block in a softmax over the keys `among` alone."""
@@ -117,7 +119,7 @@ def _kept(query, key, valid, num_generated, density, block_shape, isolated):
         queries, asking = of_row
         scores = scaled_scores(queries, key)
         of_all = importance(scores, asking, jnp.ones_like(in_prompt))
-        if isolated == "strict":
+        if isolated:
             # the nearest whole number, if the product only misses it by rounding
             best = _best(of_all[..., :before], math.ceil(density * before - 1e-9))
         else:
@@ -241,8 +243,8 @@ def _check(query, key, num_generated, density, block_shape, isolated, valid) -> 
         )
     if not 0 < density <= 1:
         raise ValueError(f"`density` must be in (0, 1]; got {density}.")
-    if isolated not in ("strict", "repo"):
-        raise ValueError(f"`isolated` must be 'strict' or 'repo'; got {isolated!r}.")
+    if not isinstance(isolated, bool):
+        raise TypeError(f"`isolated` must be a bool; got {isolated!r}.")
     if valid is not None and (valid.shape != key.shape[:2] or valid.dtype != jnp.bool_):
         raise ValueError(
             f"`valid` must be bool {key.shape[:2]}, one a position; got "

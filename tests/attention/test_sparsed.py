@@ -26,7 +26,7 @@ def softmax_over(scores, columns):
 
 
 def oracle(query, key, num_generated, density, block_shape, isolated, valid=None):
-    """One head's blocks, cell by cell, from the released code; strict is ours."""
+    """One head's blocks, cell by cell, from the released code; isolated is ours."""
     (height, width), seq = block_shape, len(key)
     valid = np.ones(seq, bool) if valid is None else np.asarray(valid)
     scores = query @ key.T / np.sqrt(key.shape[1])
@@ -41,7 +41,7 @@ def oracle(query, key, num_generated, density, block_shape, isolated, valid=None
         if not of_keys:
             return -np.inf
         cell = weights[np.ix_(of_queries, of_keys)]
-        size = len(of_keys) if isolated == "strict" else width
+        size = len(of_keys) if isolated else width
         return cell.sum() / size / height
 
     def best(scores, k):
@@ -54,7 +54,7 @@ def oracle(query, key, num_generated, density, block_shape, isolated, valid=None
     for i in range(rows):
         first = [importance(of_all, i, j) for j in range(columns)]
         second = [importance(of_generated, i, j) for j in range(last, columns)]
-        if isolated == "strict":
+        if isolated:
             chosen = best(first[:last], math.ceil(round(density * last, 6)))
         else:
             chosen = best(first, int(columns * density) + 1)
@@ -72,7 +72,7 @@ class SparseDTest(parameterized.TestCase):
             dict(length=46, num_generated=1, block_shape=(8, 8), density=0.5),
             dict(length=30, num_generated=30, block_shape=(8, 8), density=1.0),
         ],
-        isolated=["strict", "repo"],
+        isolated=[True, False],
     )
     def test_equals_the_oracle(self, length, **options):
         """Ragged ends, a boundary inside a block, nothing but generation, all kept."""
@@ -96,7 +96,7 @@ class SparseDTest(parameterized.TestCase):
     def test_the_scale_is_not_by_the_number_of_heads(self):
         """As one of the released models has it: 2 in place of the root of 8."""
         options = dict(num_generated=16, density=0.3, block_shape=(8, 8))
-        options["isolated"] = "strict"
+        options["isolated"] = True
         x = [3 * a for a in prompts.prompt(64)]
         got = prompts.blocks_of(sparsed(*x, **options))[0]
         query, key = (np.asarray(a[0], np.float64) for a in x)
@@ -110,7 +110,7 @@ class SparseDTest(parameterized.TestCase):
         np.testing.assert_array_equal(got, want)
         self.assertTrue(np.any(np.not_equal(got, scaled)))
 
-    @parameterized.parameters("strict", "repo")
+    @parameterized.parameters(True, False)
     @pytest.mark.once
     def test_padding_has_no_weight_and_no_say(self, isolated):
         options = dict(num_generated=13, density=0.3, block_shape=(8, 4))
@@ -130,7 +130,7 @@ class SparseDTest(parameterized.TestCase):
 
     @pytest.mark.once
     def test_isolation(self):
-        """Generated keys that take all weight leave the prompt its blocks, if strict.
+        """Generated keys that take all weight leave the prompt its blocks, if isolated.
 
         The released code discards what the generation takes, and puts nothing there.
         """
@@ -139,14 +139,14 @@ class SparseDTest(parameterized.TestCase):
         key = key.at[:, 48:].set(4.0)
         options = dict(num_generated=16, density=0.3, block_shape=(8, 8))
         counts = {}
-        for isolated in ("strict", "repo"):
+        for isolated in (True, False):
             blocks = prompts.blocks_of(
                 sparsed(query, key, isolated=isolated, **options)
             )
             counts[isolated] = np.asarray(blocks[..., :6].sum(axis=-1))
             np.testing.assert_array_equal(blocks[..., 6:].sum(axis=-1), 1)
-        np.testing.assert_array_equal(counts["strict"], 2)  # ceil(0.3 * 6)
-        np.testing.assert_array_equal(counts["repo"], 1)  # 3, of which 2 fell outside
+        np.testing.assert_array_equal(counts[True], 2)  # ceil(0.3 * 6)
+        np.testing.assert_array_equal(counts[False], 1)  # 3, of which 2 fell outside
 
 
 class DenoiseTest(parameterized.TestCase):
@@ -234,7 +234,7 @@ class DenoiseTest(parameterized.TestCase):
         ({"num_generated": 25}, r"`num_generated` must be in \[1, 24\], .*; got 25"),
         ({"density": 0.0}, r"`density` must be in \(0, 1\]; got 0.0"),
         ({"density": 1.5}, r"`density` must be in \(0, 1\]; got 1.5"),
-        ({"isolated": "both"}, "`isolated` must be 'strict' or 'repo'; got 'both'"),
+        ({"isolated": "repo"}, "`isolated` must be a bool; got 'repo'"),
         ({"block_shape": (0, 8)}, r"`block_shape` must be positive; got \(0, 8\)"),
         ({"block_shape": (8, 25)}, r"`block_shape` must fit into the 24 .*\(8, 25\)"),
         ({"valid": np.ones((2, 23), bool)}, r"`valid` must be bool \(2, 24\).*got"),
@@ -247,7 +247,7 @@ def test_bad_settings_raise(changed, message):
     query, key = prompts.prompt(24)
     options = dict(num_generated=8, block_shape=(8, 8), seq=24, heads=4) | changed
     query = query[:, : options.pop("seq"), : options.pop("heads")]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         attention.sparsed(query, key, **options)
 
 
