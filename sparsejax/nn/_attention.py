@@ -98,7 +98,8 @@ class Attention(nnx.Module):
             )
         self.window = window
         self.rope_base = rope_base
-        self.implementation: Literal["xla", "cudnn"] | None = implementation
+        # not `implementation`: layers that inherit have another, of their own operation
+        self.dense_implementation: Literal["xla", "cudnn"] | None = implementation
         if window is not None and window < 1:
             raise ValueError(f"`window` must be at least 1, or None; got {window}.")
         make = functools.partial(
@@ -185,7 +186,7 @@ class Attention(nnx.Module):
         window = None
         if valid is None and self.window is not None:
             window = (self.window - 1, 0)
-        implementation = self.implementation if valid is None else None
+        implementation = self.dense_implementation if valid is None else None
 
         def attended(query, key, value, valid):
             return jax.nn.dot_product_attention(

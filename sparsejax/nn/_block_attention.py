@@ -56,6 +56,7 @@ class BlockAttention(Attention):
       num_kv_heads: key and value heads; divides `num_heads`. All of them by default.
       head_dim: width of a head; even. `d_model / num_heads` by default.
       rope_base: see `apply_rope`.
+      implementation: of `sj.ops.block_attention`.
       dtype: of the computation.
       param_dtype: of the kernels.
       rngs: draws the kernels.
@@ -85,11 +86,13 @@ class BlockAttention(Attention):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         rope_base: float = 10_000.0,
+        implementation: ops.Implementation | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.select = select
+        self.implementation: ops.Implementation | None = implementation
         super().__init__(
             d_model,
             num_heads,
@@ -121,13 +124,22 @@ class BlockAttention(Attention):
         if valid is not None:
             return super().attend(query, key, value, valid)
         mask = self.select(query, key, causal=True, **filled(lengths))
-        return attend_to_blocks(query, key, value, mask)
+        return attend_to_blocks(
+            query, key, value, mask, implementation=self.implementation
+        )
 
 
 def attend_to_blocks(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: BlockMask
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: BlockMask,
+    *,
+    implementation: ops.Implementation | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention to the kept blocks: outputs and density, as a layer has them."""
-    y = ops.block_attention(query, key, value, mask, causal=True)
+    y = ops.block_attention(
+        query, key, value, mask, causal=True, implementation=implementation
+    )
     density = attention.causal_density(mask, query.shape[1])
     return y, jnp.broadcast_to(density, query.shape[:2])

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax import attention
+from sparsejax import attention, ops
 from sparsejax.nn._attention import Attention, filled
 
 
@@ -42,6 +42,7 @@ class PyramidAttention(Attention):
       num_kv_heads: key and value heads; divides `num_heads`. All of them by default.
       head_dim: width of a head; even. `d_model / num_heads` by default.
       rope_base: see `apply_rope`.
+      implementation: of `sj.ops.block_attention`, which is called for each level.
       dtype: of the computation.
       param_dtype: of the kernels.
       rngs: draws the kernels.
@@ -78,11 +79,13 @@ class PyramidAttention(Attention):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         rope_base: float = 10_000.0,
+        implementation: ops.Implementation | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.block_shape = block_shape
+        self.implementation: ops.Implementation | None = implementation
         # tuples, as what is static must hash
         self.bounds = tuple((level, share) for level, share in bounds)
         self.importance = importance
@@ -161,6 +164,7 @@ class PyramidAttention(Attention):
             block_shape=self.block_shape,
             levels=self.levels,
             causal=True,
+            implementation=self.implementation,
         )
         density = attention.pyramid_density(
             level_map,

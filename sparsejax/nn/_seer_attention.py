@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sparsejax import attention
+from sparsejax import attention, ops
 from sparsejax.formats import BlockMask
 from sparsejax.nn._attention import Attention, filled
 from sparsejax.nn._block_attention import attend_to_blocks
@@ -52,6 +52,7 @@ class SeerAttention(Attention):
       num_kv_heads: key and value heads; divides `num_heads`. All of them by default.
       head_dim: width of a head; even. `d_model / num_heads` by default.
       rope_base: see `apply_rope`; the gate turns its own width by it.
+      implementation: of `sj.ops.block_attention`, by which `select` attends.
       dtype: of the computation; the gate's is float32.
       param_dtype: of the kernels.
       rngs: draws the kernels.
@@ -90,6 +91,7 @@ class SeerAttention(Attention):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         rope_base: float = 10_000.0,
+        implementation: ops.Implementation | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -108,6 +110,7 @@ class SeerAttention(Attention):
         )
         self.block = block
         self.select = select
+        self.implementation: ops.Implementation | None = implementation
         self.distill = distill
         gate = attention.init_seer_gate(
             self.num_heads,
@@ -170,7 +173,9 @@ class SeerAttention(Attention):
                 self.gate_loss = GateLoss(loss)
             if self.select is not None:
                 mask = self.select(scores, block=self.block, **filled(lengths))
-                return attend_to_blocks(query, key, value, mask)
+                return attend_to_blocks(
+                    query, key, value, mask, implementation=self.implementation
+                )
         return self.attend(query, key, value, **filled(lengths))
 
 

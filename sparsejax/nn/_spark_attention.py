@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax import activations, attention
+from sparsejax import activations, attention, ops
 from sparsejax._ints import check_int
 from sparsejax.nn._attention import Attention, filled
 from sparsejax.nn._rope import apply_rope
@@ -28,6 +28,7 @@ class SparkAttention(Attention):
       head_dim: width of a head; even. `d_model / num_heads` by default.
       window: see only the last `window` tokens, oneself included; all by default.
       rope_base: see `apply_rope`.
+      implementation: of `sj.ops.spark_weights`.
       dtype: of the computation.
       param_dtype: of the kernels.
       rngs: draws the kernels.
@@ -63,11 +64,13 @@ class SparkAttention(Attention):
         head_dim: int | None = None,
         window: int | None = None,
         rope_base: float = 10_000.0,
+        implementation: ops.Implementation | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.k = activations.check_k(k)
+        self.implementation: ops.Implementation | None = implementation
         self.split = check_int("split", split)
         super().__init__(
             d_model,
@@ -118,7 +121,13 @@ class SparkAttention(Attention):
             positions = jnp.arange(query.shape[1])[None]
             valid = attention.causal_mask(positions, positions, window=self.window)
         y, attended = attention.spark_attention(
-            query, key, value, valid, k=self.k if k is None else k, split=self.split
+            query,
+            key,
+            value,
+            valid,
+            k=self.k if k is None else k,
+            split=self.split,
+            implementation=self.implementation,
         )
         num_valid = jnp.sum(valid, axis=(1, 3))
         num_attended = jnp.sum(attended, axis=(1, 3)) / self.num_heads

@@ -119,6 +119,27 @@ class BlockAttentionTest(parameterized.TestCase):
             with self.assertRaisesRegex(ValueError, message):
                 kind(**sizes, rngs=nnx.Rngs(0))
 
+    @parameterized.parameters(
+        functools.partial(nn.BlockAttention, select=topk),
+        functools.partial(
+            nn.PyramidAttention,
+            block_shape=BLOCK,
+            bounds=[(2, 1.0)],
+            importance=functools.partial(attention.antidiagonal_importance, stride=2),
+        ),
+        functools.partial(
+            nn.SeerAttention,
+            block=4,
+            select=functools.partial(attention.seer_topk, num_kept=2),
+        ),
+        functools.partial(nn.SparkAttention, k=2, split=4),
+    )
+    def test_a_named_implementation_is_the_operations(self, kind):
+        """One that cannot take such heads says so."""
+        layer = attending.make(kind, implementation="mosaic_gpu")
+        with self.assertRaisesRegex(NotImplementedError, "'mosaic_gpu'"):
+            jax.eval_shape(lambda: layer(*inputs()))
+
     @pytest.mark.once
     def test_trains_in_a_decoder(self):
         config = models.DecoderConfig(
