@@ -54,10 +54,14 @@ def test_exported_names_have_docstrings(path):
         if not isinstance(node, ast.ImportFrom) or not node.module:
             continue
         source = PACKAGE.parent.joinpath(*node.module.split(".")).with_suffix(".py")
-        names = {alias.name for alias in node.names}
-        for item in ast.parse(source.read_text()).body if source.is_file() else ():
-            if isinstance(item, ast.FunctionDef | ast.ClassDef) and item.name in names:
-                assert ast.get_docstring(item), f"{item.name} in {node.module}"
+        body = ast.parse(source.read_text()).body if source.is_file() else ()
+        defined = {  # the last of a name: overloads stand before it
+            item.name: item
+            for item in body
+            if isinstance(item, ast.FunctionDef | ast.ClassDef)
+        }
+        for name in {alias.name for alias in node.names} & defined.keys():
+            assert ast.get_docstring(defined[name]), f"{name} in {node.module}"
 
 
 def test_a_wrong_example_is_reported():

@@ -7,7 +7,7 @@ chooses levels, by what `_psa_importance` finds.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,40 @@ def kv_pyramid(
     return tuple(map(pool, levels))
 
 
+@overload
+def pyramid_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
+    level_map: Int[Array, "#batch #heads block_rows block_columns"],
+    *,
+    block_shape: tuple[int, int],
+    levels: Sequence[int] = LEVELS,
+    causal: bool = False,
+    scale: float | None = None,
+    with_lse: Literal[False] = False,
+    implementation: ops.Implementation | None = None,
+) -> Float[Array, "batch queries heads head_dim"]: ...
+
+
+@overload
+def pyramid_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
+    level_map: Int[Array, "#batch #heads block_rows block_columns"],
+    *,
+    block_shape: tuple[int, int],
+    levels: Sequence[int] = LEVELS,
+    causal: bool = False,
+    scale: float | None = None,
+    with_lse: Literal[True],
+    implementation: ops.Implementation | None = None,
+) -> tuple[
+    Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]
+]: ...
+
+
 def pyramid_attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
@@ -79,8 +113,8 @@ def pyramid_attention(
     causal: bool = False,
     scale: float | None = None,
     with_lse: bool = False,
-    implementation: Any = None,
-) -> Any:
+    implementation: ops.Implementation | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention in which a block of level `h` has one key for each `h`.
 
     A pooled key stands for `h` keys, so `log(h)` is added to its score. The softmax is

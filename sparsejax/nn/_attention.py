@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +221,28 @@ class Attention(nnx.Module):
         *lead, heads, head_dim = y.shape
         return self.out(y.reshape(*lead, heads * head_dim))
 
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        with_density: Literal[False] = False,
+        **options: Any,
+    ) -> Float[Array, "batch seq d_model"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        with_density: Literal[True],
+        **options: Any,
+    ) -> tuple[Float[Array, "batch seq d_model"], Float[Array, "batch seq"]]: ...
+
     def __call__(
         self,
         x: Float[Array, "batch seq d_model"],
@@ -229,7 +251,7 @@ class Attention(nnx.Module):
         lengths: Int[Array, " batch"] | None = None,
         with_density: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Applies the layer.
 
         Args:

@@ -1,7 +1,7 @@
 """`block_attention`: checks, then the reference or a kernel."""
 
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,44 @@ from sparsejax.ops.block_attention._rules import Rules
 _DEFAULT_BLOCK = 128  # without a mask
 
 
+@overload
+def block_attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    block_mask: BlockMask | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    prefix: ArrayLike | None = None,
+    segment_ids: Any = None,
+    scale: float | None = None,
+    bias: Float[Array, "#batch #heads block_rows block_columns"] | None = None,
+    with_lse: Literal[False] = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "batch queries heads head_dim"]: ...
+
+
+@overload
+def block_attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    block_mask: BlockMask | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    prefix: ArrayLike | None = None,
+    segment_ids: Any = None,
+    scale: float | None = None,
+    bias: Float[Array, "#batch #heads block_rows block_columns"] | None = None,
+    with_lse: Literal[True],
+    implementation: Implementation | None = None,
+) -> tuple[
+    Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]
+]: ...
+
+
 def block_attention(
     q: Float[Array, "batch queries heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
@@ -32,7 +70,7 @@ def block_attention(
     bias: Float[Array, "#batch #heads block_rows block_columns"] | None = None,
     with_lse: bool = False,
     implementation: Implementation | None = None,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention over the kept blocks; the others are not read.
 
     As `jax.nn.dot_product_attention`, with a block mask. A pair of query and key counts
