@@ -15,6 +15,7 @@ import hypothesis
 import jax
 import pytest
 from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 
 # No deadline: a first example compiles. Derandomized: a run repeats exactly; look for
 # new examples by `pytest --hypothesis-profile=explore`.
@@ -45,7 +46,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 def lower_in_one_context():
     """Lowers ten programs in a row in one MLIR context, as jax does from 0.12 on.
 
-    jax 0.10 makes a context for each: of a small program that is most of lowering.
+    jax 0.10 makes a context for each: of a small program that is most of lowering. What
+    is lowered while another program is gets one of its own.
     """
     if hasattr(mlir, "_thread_local_context"):
         return
@@ -56,6 +58,8 @@ def lower_in_one_context():
             yield from itertools.repeat(new_context(), 10)
 
     def make_ir_context():
+        if ir.Context.current is not None:
+            return new_context()
         if not hasattr(here, "contexts"):
             here.contexts = contexts()
         return next(here.contexts)

@@ -11,6 +11,8 @@ from jax.core import Tracer
 def check_sparsity(sparsity: Any, *, at: str = "") -> None:
     """Raises unless a number lies in [0, 1); schedules and traced values pass.
 
+    Traced values are clipped to [0, 1] where they are used.
+
     Args:
       sparsity: share of zeros: a number, or an array of one.
       at: the leaf it belongs to, for the message.

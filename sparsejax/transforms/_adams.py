@@ -14,10 +14,10 @@ from sparsejax.patterns import PatternTree, StackedTree
 from sparsejax.transforms._arguments import (
     check_count,
     check_given_params,
-    check_number,
     check_params,
     check_update,
 )
+from sparsejax.transforms._schedules import Scheduled, check_ahead, check_now
 from sparsejax.transforms._soft import current_masks
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
@@ -156,7 +156,8 @@ def scale_by_adams(
       total_steps: length of the run, updates. It sets the ramp, so it is kept in the
         state, and going on with another value raises; so does restoring a checkpoint
         into the state of another value.
-      l1_decay: strength of the pull; a number or a schedule of the step.
+      l1_decay: strength of the pull, at least 0; a number or a schedule of the step, of
+        which a traced value below is clipped.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
       mask_period: updates between refreshes of the masks, at least 1.
       b1: decay of the first moment.
@@ -198,13 +199,14 @@ def scale_by_adams(
     """
     check_count("total_steps", total_steps)
     check_count("mask_period", mask_period)
-    check_number("l1_decay", l1_decay)
+    pull_at = Scheduled("l1_decay", l1_decay)
     rule = Sparsity.constant(
         sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
     )
 
     def init_fn(params: Params) -> Any:
         check_given_params("adams", params)
+        check_ahead([pull_at], (0, total_steps - 1))
         leaves = rule.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
         flat = jax.tree.leaves(params, is_leaf=is_none)
@@ -240,6 +242,7 @@ def scale_by_adams(
         del extra
         params = check_update("adams", grads, state, params)
         _check_total_steps(state, total_steps)
+        check_now([pull_at], state.step)
         stored = jax.lax.cond(
             is_due(state),
             lambda: store_masks(
@@ -254,7 +257,7 @@ def scale_by_adams(
         if alpha_schedule is not None:
             alpha = alpha_schedule(state.step)
         alpha = jnp.clip(jnp.asarray(alpha, jnp.float32), 0, 1)
-        pull = l1_decay(state.step) if callable(l1_decay) else l1_decay
+        pull = pull_at(state.step)
 
         def pulled(alpha):
             def pulled_leaf(mask, mu, weight):

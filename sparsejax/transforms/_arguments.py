@@ -43,8 +43,16 @@ def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
     check_int(name, value, least=at_least, hint=hint)
 
 
-def check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
+def check_number(
+    name: str, value: Any, *, at_most: float = math.inf, at: str = ""
+) -> None:
     """Raises unless a value is at least 0; schedules and traced values pass.
+
+    Args:
+      name: of the argument, for the message.
+      value: anything.
+      at_most: the highest value allowed.
+      at: the step that it belongs to, for the message.
 
     Raises:
       TypeError: if it is no number.
@@ -53,15 +61,17 @@ def check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
     is_schedule = callable(value) and not isinstance(value, type)
     if is_schedule or isinstance(value, Tracer):
         return
+    at = f" at {at}" if at else ""
     is_array = isinstance(value, np.ndarray | jax.Array) and np.ndim(value) == 0
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_array):
         raise TypeError(
-            f"`{name}` must be a number or a schedule of the step; got {_words(value)}."
+            f"`{name}` must be a number or a schedule of the step; got "
+            f"{_words(value)}{at}."
         )
     number = float(value)  # pyright: ignore[reportArgumentType] - real
     if not 0 <= number <= min(at_most, np.finfo(np.float32).max):
         allowed = "at least 0" if at_most == math.inf else f"a factor in [0, {at_most}]"
-        raise ValueError(f"`{name}` must be {allowed}; got {value}.")
+        raise ValueError(f"`{name}` must be {allowed}; got {value}{at}.")
 
 
 def check_key(key: Any) -> None:

@@ -10,8 +10,9 @@ import optax
 from sparsejax import allocation as allocations
 from sparsejax import masks, schedules, scores
 from sparsejax.patterns import Leaf, PatternTree, StackedTree, Unstructured
-from sparsejax.transforms._arguments import check_count, check_key, check_number
+from sparsejax.transforms._arguments import check_count, check_key
 from sparsejax.transforms._hard import FlatMasks, MaskChoice, Refresh, hard_method
+from sparsejax.transforms._schedules import Scheduled
 from sparsejax.transforms._sparsity import Sparsity, choose_masks
 from sparsejax.typing import Params, ScalarOrSchedule, SparsityTree, Where, is_none
 
@@ -46,11 +47,13 @@ def sparse_evolution(
         last in a chain: its updates set pruned weights to 0, so nothing may scale them,
         and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
-        when every pattern is N:M (then groups regrow what they dropped).
+        when every pattern is N:M (then groups regrow what they dropped). Of a schedule
+        traced values are clipped to [0, 1], others checked.
       update_every: steps between mask updates, at least 1.
       stop_step: last step that may update the masks, at least 1.
       drop_fraction: share of the kept weights replaced at step 0, annealed by a cosine
-        to 0 at `stop_step`; or a schedule of your own.
+        to 0 at `stop_step`; or a schedule of your own, whose traced values are clipped
+        to [0, 1].
       key: draws the first masks and every growth.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
         bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
@@ -133,12 +136,14 @@ def rigl(
         last in a chain: its updates set pruned weights to 0, so nothing may scale them,
         and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
-        when every pattern is N:M (then groups regrow what they dropped).
+        when every pattern is N:M (then groups regrow what they dropped). Of a schedule
+        traced values are clipped to [0, 1], others checked.
       update_every: steps between mask updates, at least 1.
       stop_step: last step that may update the masks, at least 1; the paper stops at
         75 % of the run.
       drop_fraction: share of the kept weights replaced at step 0, annealed by a cosine
-        to 0 at `stop_step`; or a schedule of your own.
+        to 0 at `stop_step`; or a schedule of your own, whose traced values are clipped
+        to [0, 1].
       key: draws the first masks.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
         bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
@@ -221,10 +226,9 @@ def _dynamic(
     check_count("update_every", update_every)
     check_count("stop_step", stop_step)
     check_key(key)
-    check_number("drop_fraction", drop_fraction, at_most=1)
-    if callable(drop_fraction):
-        drops = drop_fraction
-    else:
+    given = Scheduled("drop_fraction", drop_fraction, at_most=1)
+    drops = given
+    if not callable(drop_fraction):
         drops = schedules.cosine_drop(drop_fraction, stop_step)
 
     def first(params: Params, leaves: tuple[Leaf | None, ...]) -> FlatMasks:
@@ -261,6 +265,7 @@ def _dynamic(
         skips_step=skips_step,
         grows_by_gradient=grows_by_gradient,
         key=key,
+        scheduled=(rule, given),
     )
     return hard_method(inner, choice, pack_masks=pack_masks)
 

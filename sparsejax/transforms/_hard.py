@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from sparsejax import masks
 from sparsejax._promotion import common_dtype
@@ -24,6 +25,7 @@ from sparsejax.transforms._arguments import (
     optimizer,
 )
 from sparsejax.transforms._moments import fresh_where_pruned
+from sparsejax.transforms._schedules import Checked, check_ahead, check_now
 from sparsejax.transforms._state import (
     Masked,
     Settings,
@@ -75,6 +77,7 @@ class MaskChoice:
       skips_step: on a refresh the optimizer takes no step.
       grows_by_gradient: the refresh reads the gradient of pruned weights.
       key: the key whose folds each refresh gets.
+      scheduled: what a refresh reads that may be a schedule.
     """
 
     method: str
@@ -87,6 +90,7 @@ class MaskChoice:
     skips_step: bool = False
     grows_by_gradient: bool = False
     key: jax.Array | None = None
+    scheduled: tuple[Checked, ...] = ()
 
 
 def hard_method(
@@ -97,6 +101,7 @@ def hard_method(
 
     def init_fn(params: Params) -> Any:
         check_given_params(choice.method, params)
+        check_ahead(choice.scheduled, (0, choice.update_every, choice.stop_step))
         leaves = choice.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
         found = choice.first(params, leaves)
@@ -129,6 +134,8 @@ def hard_method(
         params = check_update(choice.method, grads, state, params)
 
         due = is_due(state)
+        if not isinstance(due, Tracer) and due:
+            check_now(choice.scheduled, state.step)
 
         def fresh(old):
             # before the first update pruned weights are not 0 yet

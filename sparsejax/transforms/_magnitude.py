@@ -42,7 +42,8 @@ def magnitude_prune(
         last in a chain: its updates set pruned weights to 0, so nothing may scale them,
         and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
-        when every pattern is N:M.
+        when every pattern is N:M. Of a schedule traced values are clipped to [0, 1],
+        others checked.
       update_every: steps between refreshes, at least 1.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
         bools, or None for `sj.patterns.is_default_governed`: all with two axes or more
@@ -86,6 +87,11 @@ def magnitude_prune(
         )
 
     choice = MaskChoice(
-        "magnitude_prune", rule.leaves, first, refresh, update_every=update_every
+        "magnitude_prune",
+        rule.leaves,
+        first,
+        refresh,
+        update_every=update_every,
+        scheduled=(rule,),
     )
     return hard_method(inner, choice, pack_masks=pack_masks)

@@ -10,7 +10,8 @@ from jax.core import Tracer
 
 from sparsejax import allocation as allocations
 from sparsejax.patterns import PatternTree, StackedTree
-from sparsejax.transforms._arguments import check_count, check_number
+from sparsejax.transforms._arguments import check_count
+from sparsejax.transforms._schedules import Scheduled
 from sparsejax.transforms._soft import soft_method
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import Framed, Projected
@@ -44,7 +45,8 @@ def mask_decay(
     Args:
       inner: any optax optimizer.
       decay: factor of pruned weights in [0, 1]: a schedule of the step such as
-        `sj.schedules.exponential_decay(rate, hard_after=...)`, or a number.
+        `sj.schedules.exponential_decay(rate, hard_after=...)`, or a number. A traced
+        value is clipped.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
       straight_through: False differentiates through `w * d`, so that the gradient of
         pruned weights fades with the factor, as the paper words it; True hands every
@@ -64,7 +66,7 @@ def mask_decay(
       The wrapped optimizer.
 
     Raises:
-      ValueError: if `decay` is a number outside [0, 1], or at `init` if a pattern does
+      ValueError: if a known `decay` is outside [0, 1], or at `init` if a pattern does
         not suit its leaf or a weight is NaN.
       TypeError: if an argument is of another kind.
 
@@ -79,12 +81,11 @@ def mask_decay(
       Bambhaniya et al., 2024, https://arxiv.org/abs/2402.04744 (MdGf), and its
       released code.
     """
-    check_number("decay", decay, at_most=1)
+    factor_at = Scheduled("decay", decay, at_most=1)
 
     def arrays_at(step):
-        factor = decay(step) if callable(decay) else decay
         # a copy: the state may be donated and the user's number must outlive it
-        return {"factor": jnp.array(factor, jnp.float32)}
+        return {"factor": jnp.array(factor_at(step), jnp.float32)}
 
     return soft_method(
         inner,
@@ -94,6 +95,7 @@ def mask_decay(
         ),
         lambda params: Projected(straight_through),
         arrays_at=arrays_at,
+        scheduled=(factor_at,),
         pack_masks=pack_masks,
     )
 

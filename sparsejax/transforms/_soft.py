@@ -23,6 +23,7 @@ from sparsejax.transforms._arguments import (
     optimizer,
 )
 from sparsejax.transforms._forward import soft_mask
+from sparsejax.transforms._schedules import Checked, check_ahead, check_now
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
     Framed,
@@ -47,6 +48,7 @@ def soft_method(
     arrays_at: Callable[[jax.Array], dict[str, jax.Array]] = lambda step: {},
     pull: Pull | None = None,
     pull_after: Pull | None = None,
+    scheduled: tuple[Checked, ...] = (),
     pack_masks: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation of a soft method.
@@ -59,12 +61,14 @@ def soft_method(
       arrays_at: step -> what the forward before update `step` needs.
       pull: adds to the gradient of a governed leaf.
       pull_after: adds to its update, after the inner optimizer.
+      scheduled: what these read that may be a schedule.
       pack_masks: store 1 bit a weight.
     """
     inner = optimizer(inner)
 
     def init_fn(params: Params) -> Any:
         check_given_params(method, params)
+        check_ahead(scheduled, (0, None))
         leaves = rule.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
         # under N:M too: the pattern of another frame may read it
@@ -94,6 +98,7 @@ def soft_method(
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
         params = check_update(method, grads, state, params)
+        check_now(scheduled, state.step)
         found = [
             # no step is negative: this tells XLA to shard the mask as the weight, where
             # a mask of whole channels, or out of a switch, leaves it to a guess

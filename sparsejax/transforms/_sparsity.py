@@ -18,6 +18,7 @@ from sparsejax.patterns import (
     check_sparsity,
     governed,
 )
+from sparsejax.transforms._schedules import value_at
 from sparsejax.typing import KeyPath, Params, ScoreTree, Where, is_none
 
 
@@ -164,6 +165,25 @@ class Sparsity:
                 f"got {self._value!r}."
             )
         return _evaluate(self._value, step)
+
+    def values_at(self, step: int) -> list[Any]:
+        """What its schedules give at a step, traced where they close over such."""
+        return [value_at(leaf, step) for _, leaf in self._schedules()]
+
+    def check(self, step: int) -> None:
+        """Raises if a schedule's known value at a step is out of range.
+
+        Raises:
+          ValueError: if so.
+        """
+        found = zip(self._schedules(), self.values_at(step), strict=True)
+        for (path, _), value in found:
+            leaf = f"{jax.tree_util.keystr(path)} at " if path else ""
+            check_sparsity(value, at=f"{leaf}step {step}")
+
+    def _schedules(self) -> list[tuple[KeyPath, Callable]]:
+        flat = jax.tree_util.tree_flatten_with_path(self._value)[0]
+        return [(path, leaf) for path, leaf in flat if callable(leaf)]
 
     def _raw(self, params, leaves, step) -> list[Any]:
         if self._value is None:

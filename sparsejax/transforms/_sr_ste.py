@@ -8,7 +8,7 @@ import optax
 from sparsejax import allocation as allocations
 from sparsejax._promotion import common_dtype
 from sparsejax.patterns import PatternTree, StackedTree
-from sparsejax.transforms._arguments import check_number
+from sparsejax.transforms._schedules import Scheduled
 from sparsejax.transforms._soft import soft_method
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import Projected
@@ -44,8 +44,9 @@ def sr_ste(
     Args:
       inner: any optax optimizer; the paper uses SGD with momentum.
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
-      decay: strength of the pull, at least 0, or a schedule of the step. If decoupled,
-        the learning rate is part of it, as in `lambda step: rate(step) * 0.1`.
+      decay: strength of the pull, at least 0, or a schedule of the step; a traced value
+        below is clipped. If decoupled, the learning rate is part of it, as in
+        `lambda step: rate(step) * 0.1`.
       decoupled: whether the pull bypasses the inner optimizer; not in the paper.
       sparsity: constant share of zeros for patterns other than N:M.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
@@ -61,8 +62,8 @@ def sr_ste(
       The wrapped optimizer.
 
     Raises:
-      ValueError: if `decay` is negative, or at `init` if a pattern does not suit its
-        leaf or a weight is NaN.
+      ValueError: if a known `decay` is negative, or at `init` if a pattern does not
+        suit its leaf or a weight is NaN.
       TypeError: if an argument is of another kind.
 
     Example:
@@ -78,16 +79,15 @@ def sr_ste(
       Zhou et al., 2021, https://arxiv.org/abs/2102.04010, equation 5. Ties go to the
       lower index, where the released code leaves them to a sort.
     """
-    check_number("decay", decay)
+    strength_at = Scheduled("decay", decay)
 
     def pull(step, mask, grad, weight):
-        strength = decay(step) if callable(decay) else decay
         sign = -1 if decoupled else 1
         # the gradient's dtype may be narrower, in which the pull would be rounded away
         dtype = common_dtype(grad.dtype, weight.dtype)
         wide = common_dtype(dtype, jnp.float32)
         pulled = jnp.where(mask, 0, weight).astype(wide)
-        pulled = sign * jnp.asarray(strength).astype(wide) * pulled
+        pulled = sign * strength_at(step).astype(wide) * pulled
         return grad.astype(dtype) + pulled.astype(dtype)
 
     return soft_method(
@@ -99,5 +99,6 @@ def sr_ste(
         lambda params: Projected(straight_through=True),
         pull=None if decoupled else pull,
         pull_after=pull if decoupled else None,
+        scheduled=(strength_at,),
         pack_masks=pack_masks,
     )

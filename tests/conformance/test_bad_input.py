@@ -45,7 +45,8 @@ def build(method, *, pattern=NM, sparsity=None, inner=ADAM, **options):
                 inner, patterns, [0], sparsity=sparsity, **options
             )
         case "adams":
-            return sj.adams(1e-3, 10, 1e-3, sparsity=sparsity, **options)
+            l1_decay = options.pop("l1_decay", 1e-3)
+            return sj.adams(1e-3, 10, l1_decay, sparsity=sparsity, **options)
 
 
 each_method = pytest.mark.parametrize("method", suite.METHODS)
@@ -155,11 +156,62 @@ def test_sparsity_outside_its_range_in_functions(value):
 
 
 @pytest.mark.parametrize("method", ["magnitude_prune", "sparse_evolution", "rigl"])
-def test_schedule_outside_its_range_at_the_start(method):
-    for value in (90.0, 1.0, -0.5):
-        tx = build(method, pattern=sj.Unstructured(), sparsity=lambda step, v=value: v)
-        with raises(ValueError, r"`sparsity` must be .* got " + str(value)):
-            tx.init(PARAMS)
+def test_schedule_outside_its_range(method):
+    schedules = {
+        "90.0 at step 0": lambda step: 90.0,
+        "nan at step 0": lambda step: jnp.nan,
+        "-0.5 at step 2": lambda step: -step / 4,
+        f"1.0 at {KERNEL} at step 2": {"bias": None, "kernel": lambda step: step / 2},
+    }
+    if method == "magnitude_prune":  # the others stop at step 9
+        schedules["75.0 at step [0-9]+"] = optax.linear_schedule(0, 75, 1000)
+    for got, schedule in schedules.items():
+        tx = build(method, pattern=sj.Unstructured(), sparsity=schedule, update_every=2)
+        for init in (tx.init, jax.jit(tx.init)):
+            with raises(ValueError, r"`sparsity` must be .* got " + got):
+                init(PARAMS)
+
+
+SETTINGS = [
+    ("rigl", "drop_fraction", lambda step: step * 30.0, "60.0 at step 2"),
+    ("mask_decay", "decay", lambda step: 3.0 + step, "3.0 at step 0"),
+    ("mask_decay", "decay", optax.linear_schedule(1, -1, 100), "-1.0 at step"),
+    ("sr_ste", "decay", lambda step: -5.0, "-5.0 at step 0"),
+    ("adams", "l1_decay", lambda step: -1.0 * step, "-9.0 at step 9"),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "schedule", "got"), SETTINGS)
+def test_other_schedules_outside_their_range(method, name, schedule, got):
+    tx = build(method, **{name: schedule})
+    for init in (tx.init, jax.jit(tx.init)):
+        with raises(ValueError, f"`{name}` must be .* got {got}"):
+            init(PARAMS)
+
+
+@pytest.mark.parametrize("method", ["magnitude_prune", "rigl", "mask_decay", "sr_ste"])
+def test_schedules_are_checked_in_each_eager_update(method):
+    name = "decay" if method in ("mask_decay", "sr_ste") else "sparsity"
+    every = {} if name == "decay" else {"update_every": 1}
+    pattern = NM if name == "decay" else sj.Unstructured()
+    # ends nowhere, so that only a step of the run can tell
+    line = {name: lambda step: jnp.where(step == 2, -75.0, step / 2**25)}
+    tx = build(method, pattern=pattern, inner=optax.sgd(0.0), **line, **every)
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        _, state = tx.update(PARAMS, state, PARAMS)
+    with raises(ValueError, f"`{name}` must be .* got -75.0 at step 2"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize(("decay", "factor"), [(-1.0, 0.0), (3.0, 1.0)])
+def test_traced_schedules_are_clipped(decay, factor):
+    @jax.jit
+    def forward(decay):
+        tx = build("mask_decay", decay=lambda step: decay)
+        return sj.forward_params(tx.init(PARAMS), PARAMS)["kernel"][0]
+
+    np.testing.assert_array_equal(forward(decay), factor * PARAMS["kernel"][0])
 
 
 @each_method
