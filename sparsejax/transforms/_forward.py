@@ -1,11 +1,14 @@
 """What the rest of the loop reads from a method's state."""
 
 import functools
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from sparsejax import masks, scores
 from sparsejax._governed import governed_twice
@@ -75,7 +78,8 @@ def sparse_params(opt_state: optax.OptState, params: Params) -> Params:
       params: as for `forward_params`.
 
     Returns:
-      Params of the same structure, shapes and dtypes.
+      Params of the same structure, shapes and dtypes. Warns where the factor of
+      `mask_decay` is known not to be 0: the forward then has other weights.
 
     Raises:
       ValueError: as for `forward_params`.
@@ -87,7 +91,10 @@ def sparse_params(opt_state: optax.OptState, params: Params) -> Params:
       [[ 0.]
        [-3.]]
     """
-    return _map_owned(opt_state, params, _sparse_leaf)
+    found = _map_owned(opt_state, params, _sparse_leaf)
+    for state in find_states(opt_state):
+        _warn_unless_decayed(state)
+    return found
 
 
 def masks_of(opt_state: optax.OptState) -> MaskTree:
@@ -214,6 +221,20 @@ def _sparse_leaf(weight: jax.Array, entry: Entry) -> jax.Array:
     else:
         mask = _by_magnitude(weight, leaf, entry.state.settings.sparsities[entry.index])
     return jnp.where(mask, weight, jnp.zeros_like(weight))
+
+
+def _warn_unless_decayed(state: SparseState) -> None:
+    if "factor" not in state.arrays:
+        return
+    factor = array(state.arrays["factor"])
+    if not isinstance(factor, Tracer) and np.any(factor):
+        warnings.warn(
+            "the sparse model has 0 where the forward multiplies pruned weights by "
+            f"{factor}, and differs from what was trained. Let the schedule of "
+            f"`{state.settings.method}` come to exactly 0 some steps before the run "
+            "ends, as by `hard_after`.",
+            stacklevel=3,
+        )
 
 
 def _by_magnitude(weight: jax.Array, leaf: Leaf, sparsity: float | None) -> jax.Array:

@@ -52,7 +52,8 @@ def magnitude_prune(
       stacked: leading axes that are layers stacked by scan, likewise.
       allocation: spreads a single sparsity over the leaves; under
         `optax.inject_hyperparams` named in `static_args`, also if left at its default.
-      across_leaves: rank all leaves together instead.
+      across_leaves: rank all leaves together instead; warns as `sj.prune` does of what
+        is known, such as the masks of `init` outside of jit.
       pack_masks: store 1 bit a weight instead of 1 byte.
 
     Returns:

@@ -33,7 +33,8 @@ def prune(
       pattern: of each leaf: a pattern, a tree prefix, or a function of `(path, leaf)`.
       stacked: leading axes that are layers stacked by scan, likewise.
       allocation: spreads a single sparsity over the leaves.
-      across_leaves: rank all leaves together instead (`Unstructured` only).
+      across_leaves: rank all leaves together instead (`Unstructured` only); warns of a
+        layer that is known to keep less than 1 % where the model keeps more.
 
     Returns:
       A tree of masks, True = kept, None where not governed. Counts are exact; of equal

@@ -1,5 +1,6 @@
 """The sparsity of each leaf at a step, from whatever the user passed."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from sparsejax.patterns import (
 )
 from sparsejax.transforms._schedules import value_at
 from sparsejax.typing import KeyPath, Params, ScoreTree, Where, is_none
+
+_LOST = 0.01  # the density below which a layer counts as lost
 
 
 class Sparsity:
@@ -277,4 +280,31 @@ def choose_masks(
                 "a ranking across leaves needs Unstructured(), since units of other "
                 f"patterns do not compare; got {leaf.pattern} at {leaf.name}."
             )
-    return masks.select_across(flat, leaves, rule.total(step))
+    found = masks.select_across(flat, leaves, rule.total(step))
+    _warn_of_lost_layers(found, leaves)
+    return found
+
+
+def _warn_of_lost_layers(
+    found: list[jax.Array | None], leaves: tuple[Leaf | None, ...]
+) -> None:
+    kept = [
+        (leaf, mask)
+        for leaf, mask in zip(leaves, found, strict=True)
+        if leaf is not None and mask is not None and mask.size
+    ]
+    if any(isinstance(mask, Tracer) for _, mask in kept):
+        return
+    total = sum(float(mask.mean()) * mask.size for _, mask in kept)
+    if total < _LOST * sum(mask.size for _, mask in kept):
+        return  # asked for
+    for leaf, mask in kept:
+        own = tuple(range(leaf.stacked, mask.ndim))
+        density = float(mask.mean(axis=own).min())
+        if density < _LOST:
+            warnings.warn(
+                f"a ranking across leaves keeps {density:.2%} of a layer at "
+                f"{leaf.name}, which then passes on next to nothing. Rank leaf by "
+                "leaf, with an `allocation`, or exclude the leaf by `where`.",
+                stacklevel=3,
+            )

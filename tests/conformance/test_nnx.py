@@ -103,6 +103,7 @@ def test_in_nnx_optimizer(method, optimizer, wrap, dtype):
     assert traces.count == 1
 
 
+@pytest.mark.filterwarnings("ignore:the sparse model has 0")  # `mask_decay` at step 0
 @pytest.mark.parametrize("method", suite.METHODS)
 def test_a_plain_dict_gives_the_same_bits(method):
     """An `nnx.Optimizer`'s state serves a plain dict of the same leaves, and back."""

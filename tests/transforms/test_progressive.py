@@ -1,5 +1,6 @@
 """Progressive gradient flow: a decaying factor (MdGf), tightening patterns (SdGf)."""
 
+import contextlib
 import functools
 import math
 
@@ -157,6 +158,11 @@ class MaskDecayTest(parameterized.TestCase):
         for name, spec in problem.specs(sj.NM(2, 8)).items():
             assert (forward[name] == final[name]).all() == hard
             oracle.assert_pattern(final[name] != 0, spec)
+        warning = contextlib.nullcontext()
+        if not hard:
+            warning = pytest.warns(match="by 0.1.*, and differs .* `mask_decay` come")
+        with warning:
+            sj.sparse_params(state, params)
 
 
 def test_the_number_of_the_user_outlives_a_donated_state():

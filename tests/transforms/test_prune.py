@@ -57,6 +57,15 @@ class PruneTest(parameterized.TestCase):
         got = np.concatenate([np.ravel(mask) for mask in got.values()])
         np.testing.assert_array_equal(got, want)
 
+    def test_across_leaves_warns_of_a_lost_layer(self):
+        weights = jnp.arange(1.0, 17.0).reshape(2, 4, 2)
+        small = weights / jnp.array([1, 99])[:, None, None]
+        params = {"large": weights, "small": small}
+        with pytest.warns(match=r"0.00% of a layer at \['small'\]") as seen:
+            sj.prune(params, 0.5, across_leaves=True, stacked=1)
+        assert len(seen) == 1
+        sj.prune(params, 0.5, across_leaves=True)  # half of the leaf is kept
+
     def test_erdos_renyi_kernel(self):
         rng = np.random.default_rng(2)
         params = {
