@@ -54,7 +54,9 @@ def no_state(opt_state: Any) -> ValueError:
     return ValueError(
         "the optimizer state must hold the state of a sparsejax method; found none in "
         f"{type(opt_state).__name__}. Wrap the optimizer, as in "
-        "`sj.rigl(optax.adamw(...), ...)`, and pass the state it returns."
+        "`sj.rigl(optax.adamw(...), ...)`, and pass its state, which "
+        "`sj.forward_params` takes before the params. A checkpoint that is restored "
+        "without a target is a plain dict: give `jax.eval_shape(tx.init, params)`."
     )
 
 

@@ -364,7 +364,9 @@ def test_a_foreign_state(method):
 def test_no_state_found(read):
     for state in (ADAM.init(PARAMS), (), {}, PARAMS, None):
         words = "must hold the state of a sparsejax method", "found none", "Wrap the"
-        with raises(ValueError, *words):
+        with raises(
+            ValueError, *words, "before the params. A checkpoint", "eval_shape"
+        ):
             read(state)
 
 
