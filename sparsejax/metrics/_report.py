@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sparsejax.patterns import broadcast_prefix, is_default_governed
 from sparsejax.typing import MaskTree, Params, is_none
@@ -122,7 +123,8 @@ def sparsity_report(
     Raises:
       ValueError: if no leaf is governed, or masks and params do not fit, naming the
         leaf.
-      TypeError: if `params` is given and the first argument holds no masks.
+      TypeError: if `params` is given and the first argument holds no masks, or what is
+        counted has no values: shapes alone, or traced by jit.
 
     Example:
       >>> masks = {"bias": None, "kernel": jnp.arange(8).reshape(4, 2) < 2}
@@ -139,6 +141,7 @@ def sparsity_report(
       Liu and Wang, 2023, https://arxiv.org/abs/2302.02596: publish the sparsity over
       the pruned leaves and over all, and which are excluded.
     """
+    _check_values(params_or_masks)
     if _are_masks(params_or_masks):
         masks, everything = params_or_masks, params
     elif params is None:
@@ -175,8 +178,21 @@ def sparsity_report(
     )
 
 
+def _check_values(tree: Any) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
+            raise TypeError(
+                "what is counted must have values; got "
+                f"{type(leaf).__name__} at {jax.tree_util.keystr(path)}. Pass arrays, "
+                "and call `sparsity_report` outside of jit."
+            )
+
+
 def _are_masks(tree: Any) -> bool:
-    return all(jnp.result_type(leaf) == jnp.bool_ for leaf in jax.tree.leaves(tree))
+    return all(
+        isinstance(leaf, bool) or getattr(leaf, "dtype", None) == jnp.bool_
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _zeros_as_masks(params: Params) -> MaskTree:

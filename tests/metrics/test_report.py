@@ -124,3 +124,10 @@ all params                        85    58    0.3176"""
             metrics.sparsity_report({"bias": jnp.ones(3)})
         with self.assertRaisesRegex(TypeError, "Pass the masks first"):
             metrics.sparsity_report(PARAMS, params=PARAMS)
+        for tree in (PARAMS, MASKS):
+            with self.assertRaisesRegex(TypeError, "must have values; got Shape.* at "):
+                metrics.sparsity_report(jax.eval_shape(lambda tree=tree: tree))
+            with self.assertRaisesRegex(TypeError, "got .*Tracer at .* outside of jit"):
+                jax.jit(metrics.sparsity_report)(tree)
+        with self.assertRaisesRegex(TypeError, r"must be arrays; .* at \['act'\]"):
+            metrics.sparsity_report(dict(PARAMS, act=jax.nn.relu))
