@@ -5,6 +5,7 @@ from sparsejax.patterns._frames import stepwise_frames as stepwise_frames
 from sparsejax.patterns._leaves import Leaf as Leaf
 from sparsejax.patterns._leaves import PatternTree as PatternTree
 from sparsejax.patterns._leaves import StackedTree as StackedTree
+from sparsejax.patterns._leaves import check_patterns as check_patterns
 from sparsejax.patterns._leaves import governed as governed
 from sparsejax.patterns._leaves import is_default_governed as is_default_governed
 from sparsejax.patterns._patterns import NM as NM

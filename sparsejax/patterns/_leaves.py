@@ -6,6 +6,7 @@ trees of other node types (a dict here, an `nnx.State` there) align by order.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -90,6 +91,9 @@ def is_default_governed(path: KeyPath, leaf: Any, stacked: int = 0) -> bool:
     Returns:
       Whether the leaf is governed where no `where` is given.
 
+    Raises:
+      TypeError: if the leaf is no array, such as a module's activation function.
+
     Example:
       >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
       >>> jax.tree_util.tree_map_with_path(is_default_governed, params)
@@ -103,7 +107,7 @@ def is_default_governed(path: KeyPath, leaf: Any, stacked: int = 0) -> bool:
     """
     names = plain_path(path)
     return (
-        jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        jnp.issubdtype(_dtype(path, leaf), jnp.floating)
         and jnp.ndim(leaf) - stacked >= 2
         and (not names or names[-1] not in ("bias", "scale", "embedding"))
     )
@@ -145,22 +149,23 @@ def governed(
     for (path, _), stack in zip(flat, stacks, strict=True):
         if stack is not None:
             check_int("stacked", stack, at=leaf_name(path))
-    if where is None or (callable(where) and not isinstance(where, type)):
+    is_rule = where is None or (callable(where) and not isinstance(where, type))
+    if is_rule:
         rule = is_default_governed if where is None else where
         extra = stacks if where is None else [None] * len(flat)
         chosen = [
-            leaf is not None
-            and bool(rule(path, leaf, *([] if stack is None else [stack])))
+            leaf is not None and rule(path, leaf, *([] if stack is None else [stack]))
             for (path, leaf), stack in zip(flat, extra, strict=True)
         ]
     else:
         chosen = broadcast_prefix(where, params, name="where")
-        for (path, _), keep in zip(flat, chosen, strict=True):
-            if keep is not None and not isinstance(keep, bool | np.bool_):
-                raise TypeError(
-                    "`where` must be a predicate `(path, leaf) -> bool`, a tree prefix "
-                    f"of bools, or None; got {keep!r} at {leaf_name(path)}."
-                )
+    for (path, _), keep in zip(flat, chosen, strict=True):
+        if not isinstance(keep, bool | np.bool_) and (is_rule or keep is not None):
+            raise TypeError(
+                "`where` must be a predicate `(path, leaf) -> bool`, which must return "
+                "a bool, a tree prefix of bools, or None; got "
+                f"{keep!r} at {leaf_name(path)}."
+            )
     kept = [
         (path, leaf if keep else None)
         for (path, leaf), keep in zip(flat, chosen, strict=True)
@@ -174,7 +179,7 @@ def governed(
     )
     if not any(leaves):
         seen = ", ".join(
-            f"{leaf_name(path)} {jnp.shape(leaf)}"
+            f"{leaf_name(path)} {_words(leaf)}"
             for path, leaf in flat[:5]
             if leaf is not None
         )
@@ -182,7 +187,8 @@ def governed(
             "at least one leaf must be governed; `where` chose none of the "
             f"{len(flat)} leaves ({seen or 'the tree is empty'}"
             f"{', ...' if len(flat) > 5 else ''}). Pass a `where` that is true for "
-            "the weights to prune; by default these have two axes beyond `stacked`."
+            "the weights to prune; by default these are floating, with two axes beyond "
+            "`stacked`. To compare names take those of `sj.typing.plain_path(path)`."
         )
     return leaves
 
@@ -197,19 +203,63 @@ def _per_leaf(
     )
 
 
-def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
-    name = leaf_name(path)
-    shape = jnp.shape(leaf)
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-        raise TypeError(
-            f"governed leaves must be floating; got {jnp.result_type(leaf)} at {name}. "
-            "Exclude it by `where`."
-        )
+def check_patterns(pattern: PatternTree) -> None:
+    """Raises unless an argument holds patterns; functions, which need leaves, pass.
+
+    Args:
+      pattern: what a user passed.
+
+    Raises:
+      TypeError: if there is something else in it.
+
+    Example:
+      >>> check_patterns({"query": NM(2, 4), "out": Unstructured()})
+    """
+    if callable(pattern) and not isinstance(pattern, type):
+        return
+    flat = jax.tree_util.tree_flatten_with_path(pattern, is_leaf=is_none)[0]
+    for path, value in flat:
+        if value is not None or not path:  # in a tree None is where `where` is False
+            _check_pattern(value, at=jax.tree_util.keystr(path))
+
+
+def _check_pattern(pattern: Any, *, at: str) -> None:
     if not isinstance(pattern, Pattern):
         raise TypeError(
             "`pattern` must be Unstructured(), NM(...), Block(...) or Channel(...); "
-            f"got {pattern!r} at {name}."
+            f"got {pattern!r}{at and f' at {at}'}. 2:4 sparsity is `sj.NM(2, 4)`."
         )
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, numbers.Number) or hasattr(leaf, "dtype")
+
+
+def _dtype(path: KeyPath, leaf: Any) -> Any:
+    if not _is_array(leaf):
+        raise TypeError(
+            f"the params must be arrays; got {_words(leaf)} at {leaf_name(path)}. "
+            "Filter first, as by `eqx.filter(model, eqx.is_inexact_array)`, or exclude "
+            "the leaf by `where`."
+        )
+    return jnp.result_type(leaf)
+
+
+def _words(leaf: Any) -> str:
+    if not _is_array(leaf):
+        return f"a leaf of type {type(leaf).__name__}"
+    return f"{jnp.result_type(leaf)} {jnp.shape(leaf)}"
+
+
+def _resolve(path: KeyPath, leaf: Any, pattern: Pattern, stacked: int) -> Leaf:
+    name = leaf_name(path)
+    shape = jnp.shape(leaf)
+    if not jnp.issubdtype(_dtype(path, leaf), jnp.floating):
+        raise TypeError(
+            f"governed leaves must be floating; got {_dtype(path, leaf)} at {name}. "
+            "Exclude it by `where`."
+        )
+    _check_pattern(pattern, at=name)
     check_int("stacked", stacked, at=name)
     if not 0 <= stacked <= len(shape):
         raise ValueError(

@@ -180,10 +180,12 @@ def structure_decay(
     if any(a > b for a, b in itertools.pairwise(known)):
         raise ValueError(f"`boundaries` must not decrease; got {boundaries}.")
 
-    def rule(pattern):
-        return Sparsity.constant(
+    rules = [
+        Sparsity.constant(
             sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
         )
+        for pattern in patterns
+    ]
 
     def arrays_at(step):
         begun = jnp.asarray(boundaries) <= step
@@ -192,9 +194,9 @@ def structure_decay(
     return soft_method(
         inner,
         "structure_decay",
-        rule(patterns[-1]),
+        rules[-1],
         lambda params: Framed(
-            tuple(rule(pattern).leaves(params) for pattern in patterns),
+            tuple(rule.leaves(params) for rule in rules),
             straight_through,
         ),
         arrays_at=arrays_at,

@@ -16,6 +16,7 @@ from sparsejax.patterns import (
     Leaf,
     Unstructured,
     broadcast_prefix,
+    check_patterns,
     check_sparsity,
     governed,
 )
@@ -37,6 +38,7 @@ class Sparsity:
 
     Raises:
       ValueError: if a number is outside [0, 1).
+      TypeError: if an argument is of another kind.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Sparsity:
                 "`allocation` must be a function such as `sj.erdos_renyi_kernel`; got "
                 f"{allocate!r}."
             )
+        check_patterns(pattern)
         self._value = jax.tree.map(_settle, value)
         self._allocate = allocate
         self._where, self._pattern, self._stacked = where, pattern, stacked

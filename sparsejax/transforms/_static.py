@@ -17,6 +17,7 @@ from sparsejax.patterns import (
     StackedTree,
     Unstructured,
     broadcast_prefix,
+    check_patterns,
     governed,
 )
 from sparsejax.transforms._arguments import check_key
@@ -122,6 +123,7 @@ def static_sparse(
 
 def _brought(masks: MaskTree, pattern, stacked) -> MaskChoice:
     """Masks that the user made."""
+    check_patterns(pattern)
 
     def spread(params: Params) -> list:
         return broadcast_prefix(masks, params, name="masks")
