@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.nn._linear import is_plain_linear, linear
+from sparsejax.nn._linear import check_input, is_plain_linear, linear
 from sparsejax.nn._rope import apply_rope
 
 
@@ -78,6 +78,7 @@ class Attention(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.d_model = d_model
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if min(num_heads, self.num_kv_heads) < 1 or num_heads % self.num_kv_heads:
@@ -138,6 +139,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "batch seq d_model"]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Computes queries, keys and values: `[batch, seq, heads, head_dim]` each."""
+        check_input(self, x, axes="[batch, seq, d_model]")
         if not self.is_joined:
             parts = self.query(x), self.key(x), self.value(x)
             query, key, value = map(self._heads, parts)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sparsejax.nn._linear import linear
+from sparsejax.nn._linear import check_input, linear
 
 
 class GatedFFN(nnx.Module):
@@ -50,6 +50,7 @@ class GatedFFN(nnx.Module):
         make = functools.partial(
             linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
+        self.d_model = d_model
         self.activation = activation
         self.gate = make(d_model, d_ff)
         self.up = make(d_model, d_ff)
@@ -57,6 +58,7 @@ class GatedFFN(nnx.Module):
 
     def hidden(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_ff"]:
         """Computes the activations of the neurons, the input of `down`."""
+        check_input(self, x, axes="[*batch, d_model]")
         return self.activation(self.gate(x)) * self.up(x)
 
     def __call__(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -18,6 +19,25 @@ def linear(
     return nnx.Linear(
         d_in, d_out, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
     )
+
+
+def check_input(layer: Any, x: jax.Array, *, axes: str) -> None:
+    """Raises unless what a layer is given ends with an axis of its `d_model`.
+
+    Args:
+      layer: with an attribute `d_model`.
+      x: its input.
+      axes: of the input, such as `[batch, seq, d_model]`; `*` stands for any.
+
+    Raises:
+      ValueError: if the input has another width, or another number of axes.
+    """
+    num_axes = axes.count(",") + 1
+    if x.shape[-1:] != (layer.d_model,) or ("*" not in axes and x.ndim != num_axes):
+        raise ValueError(
+            f"`x` must be {axes}; got shape {x.shape} for {type(layer).__name__} of "
+            f"d_model={layer.d_model}."
+        )
 
 
 def is_plain_linear(layer: Any) -> bool:

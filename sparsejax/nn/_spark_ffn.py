@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from sparsejax import activations, ops
 from sparsejax._ints import check_int
 from sparsejax.nn._gated_ffn import apply_down
-from sparsejax.nn._linear import linear
+from sparsejax.nn._linear import check_input, linear
 
 
 class SparkFFN(nnx.Module):
@@ -80,6 +80,7 @@ class SparkFFN(nnx.Module):
         make = functools.partial(
             linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
+        self.d_model = d_model
         self.activation = activation
         self.implementation: ops.Implementation | None = implementation
         self.gate = make(split or d_model, d_ff)
@@ -88,6 +89,7 @@ class SparkFFN(nnx.Module):
 
     def parts(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the gate and what `up` sees of the input."""
+        check_input(self, x, axes="[*batch, d_model]")
         return x[..., : self.split], x[..., self.split or 0 :]
 
     def gate_values(

@@ -146,3 +146,11 @@ class DenseAttentionTest(parameterized.TestCase):
 def test_bad_settings_raise(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8), (4, 16)])
+def test_inputs_of_another_shape_raise(shape):
+    for layer in (make(), nn.Attention(16, 4, rngs=nnx.Rngs(0))):
+        words = r"\[batch, seq, d_model\]; got .* for " + type(layer).__name__
+        with pytest.raises(ValueError, match=words):
+            layer(jnp.ones(shape), jnp.zeros(shape[:2], jnp.int32))

@@ -156,3 +156,11 @@ class SparkFFNTest(parameterized.TestCase):
 def test_bad_settings_raise(k, split, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make(k, split)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), ()])
+def test_inputs_of_another_width_raise(shape):
+    for layer in (make(8, 8), nn.GatedFFN(16, 32, rngs=nnx.Rngs(0))):
+        name = type(layer).__name__
+        with pytest.raises(ValueError, match=rf"\(.*\) for {name} of d_model=16"):
+            layer(jnp.ones(shape))
