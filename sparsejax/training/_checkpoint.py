@@ -200,7 +200,8 @@ def _require_alike(metadata: Any, wanted: object) -> None:
         rest = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
         raise ValueError(
             "it must hold the leaves of this run, no more and no less; in only one of "
-            f"the two: {', '.join(unmatched[:3])}{rest}"
+            f"the two: {', '.join(unmatched[:3])}{rest} (the method, its `pattern` and "
+            "`pack_masks` must be those of the run that saved)"
         )
     for path, leaf in here.items():
         if not hasattr(leaf, "dtype"):  # a Python number
