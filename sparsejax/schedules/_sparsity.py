@@ -36,7 +36,8 @@ def cubic(
     Args:
       final: sparsity at the end, in [0, 1).
       begin: first step of the ramp.
-      end: last step of the ramp, after `begin`.
+      end: first step at `final`, after `begin`; at most the step of the last refresh of
+        the masks, as one at the run's length is never taken.
       initial: sparsity until `begin`, in [0, 1).
 
     Returns:
@@ -50,7 +51,8 @@ def cubic(
       [0.0, 0.7875, 0.9]
 
     References:
-      Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878, equation 1.
+      Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878, equation 1; before `begin`
+      they prune nothing, where this gives `initial`.
     """
     _check_span(begin, end)
     _check_fraction("final", final)
@@ -104,6 +106,7 @@ def _check_fraction(name: str, value: float) -> None:
     if isinstance(value, numbers.Real) and not 0 <= value < 1:
         raise ValueError(
             f"`{name}` must be the share of zeros, a fraction in [0, 1); got {value}."
+            + (" Percentages: divide by 100." if 1 < value <= 100 else "")
         )
 
 
