@@ -36,8 +36,9 @@ def erdos_renyi(
       stacked: leading axes that are stacked layers; the formula is per layer.
 
     Returns:
-      A tree of sparsities, None where not governed. The zeros add up to `sparsity`
-      exactly; a leaf whose density would pass 1 is dense and the others make up.
+      A tree of sparsities, None where not governed. The fractions add up to
+      `sparsity` exactly, though masks round the zeros of each leaf by itself; a leaf
+      whose density would pass 1 is dense and the others make up.
 
     Raises:
       ValueError: if the sparsity is out of range, no leaf is governed, or a leaf has
@@ -87,8 +88,9 @@ def erdos_renyi_kernel(
       stacked: leading axes that are stacked layers; the formula is per layer.
 
     Returns:
-      A tree of sparsities, None where not governed. The zeros add up to `sparsity`
-      exactly; a leaf whose density would pass 1 is dense and the others make up.
+      A tree of sparsities, None where not governed. The fractions add up to
+      `sparsity` exactly, though masks round the zeros of each leaf by itself; a leaf
+      whose density would pass 1 is dense and the others make up.
 
     Raises:
       ValueError: if the sparsity is out of range or no leaf is governed.

@@ -48,7 +48,8 @@ class SeerAttention(Attention):
         sequences are filled up: `sj.attention.seer_topk` or `seer_threshold` with the
         budget bound. None attends to all blocks.
       distill: see above.
-      d_gate: width of what the gate compares; even. `head_dim` by default.
+      d_gate: width of what the gate compares; even. `head_dim` by default; that of the
+        paper is 128, for heads of 128.
       num_kv_heads: key and value heads; divides `num_heads`. All of them by default.
       head_dim: width of a head; even. `d_model / num_heads` by default.
       rope_base: see `apply_rope`; the gate turns its own width by it.

@@ -47,10 +47,13 @@ def sparse_evolution(
         last in a chain: its updates set pruned weights to 0, so nothing may scale them,
         and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
-        when every pattern is N:M (then groups regrow what they dropped). Of a schedule
-        traced values are clipped to [0, 1], others checked.
+        when every pattern is N:M (then groups regrow what they dropped). It is rounded
+        to whole units of each leaf, at least one of which stays: a leaf that is one
+        block stays dense. Of a schedule traced values are clipped to [0, 1], others
+        checked.
       update_every: steps between mask updates, at least 1.
-      stop_step: last step that may update the masks, at least 1.
+      stop_step: last step that may update the masks, at least 1; below `update_every`
+        they are updated at step 0 alone.
       drop_fraction: share of the kept weights replaced at step 0, annealed by a cosine
         to 0 at `stop_step`; or a schedule of your own, whose traced values are clipped
         to [0, 1].
@@ -136,11 +139,13 @@ def rigl(
         last in a chain: its updates set pruned weights to 0, so nothing may scale them,
         and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
-        when every pattern is N:M (then groups regrow what they dropped). Of a schedule
-        traced values are clipped to [0, 1], others checked.
+        when every pattern is N:M (then groups regrow what they dropped). It is rounded
+        to whole units of each leaf, at least one of which stays: a leaf that is one
+        block stays dense. Of a schedule traced values are clipped to [0, 1], others
+        checked.
       update_every: steps between mask updates, at least 1.
-      stop_step: last step that may update the masks, at least 1; the paper stops at
-        75 % of the run.
+      stop_step: last step that may update the masks, at least 1; below `update_every`
+        they are updated at step 0 alone. The paper stops at 75 % of the run.
       drop_fraction: share of the kept weights replaced at step 0, annealed by a cosine
         to 0 at `stop_step`; or a schedule of your own, whose traced values are clipped
         to [0, 1].

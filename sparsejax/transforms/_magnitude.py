@@ -42,8 +42,10 @@ def magnitude_prune(
         last in a chain: its updates set pruned weights to 0, so nothing may scale them,
         and a clip before it would count the gradients of pruned weights too.
       sparsity: share of zeros: a float, a schedule, a tree prefix of these, or None
-        when every pattern is N:M. Of a schedule traced values are clipped to [0, 1],
-        others checked.
+        when every pattern is N:M. It is rounded to whole units of each leaf, at least
+        one of which stays. Of a schedule traced values are clipped to [0, 1], others
+        checked; it should reach its end by the last refresh, as the step at the run's
+        length is never taken.
       update_every: steps between refreshes, at least 1.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
         bools, or None for `sj.patterns.is_default_governed`: all with two axes or more

@@ -49,8 +49,9 @@ def static_sparse(
         `optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr))`. The method comes
         last in a chain: its updates set pruned weights to 0, so nothing may scale them,
         and a clip before it would count the gradients of pruned weights too.
-      sparsity: share of zeros of random masks: a float or a tree prefix of floats. With
-        N:M patterns it may be omitted.
+      sparsity: share of zeros of random masks: a float or a tree prefix of floats,
+        rounded to whole units of each leaf, at least one of which stays. With N:M
+        patterns it may be omitted.
       masks: bring your own, True = kept, None = dense; instead of `sparsity`.
       key: draws the random masks; needed without `masks`.
       where: which leaves are governed: a predicate `(path, leaf) -> bool`, a tree of
