@@ -44,8 +44,7 @@ def seer_topk(
     Raises:
       ValueError: if `scores` have other axes, `num_kept` is below 1, more than there
         are blocks, or neither one number nor one for each head; `dense_last_rows` is
-        negative; or `lengths` are not integers in their range that fit the
-        batch.
+        negative; or `lengths` are not integers in their range that fit the batch.
 
     Example:
       >>> scores = jnp.where(jnp.tri(4, dtype=bool), jnp.arange(4.0), -jnp.inf)

@@ -1,10 +1,13 @@
 """How far two sets of masks lie apart."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from sparsejax.metrics._aligned import aligned
+from sparsejax.metrics._aligned import map_aligned
 from sparsejax.typing import MaskTree
 
 
@@ -35,8 +38,8 @@ def sad(masks_a: MaskTree, masks_b: MaskTree) -> Int32[Array, ""]:
     References:
       Zhou et al., 2021, https://arxiv.org/abs/2102.04010, section 3.
     """
-    changed = [jnp.sum(a != b, dtype=jnp.int32) for a, b in _pairs(masks_a, masks_b)]
-    return sum(changed, jnp.zeros([], jnp.int32))
+    changed = _map_changed(lambda count, size: count, masks_a, masks_b)
+    return sum(jax.tree.leaves(changed), jnp.zeros([], jnp.int32))
 
 
 def mask_drift(masks_a: MaskTree, masks_b: MaskTree) -> MaskTree:
@@ -59,17 +62,17 @@ def mask_drift(masks_a: MaskTree, masks_b: MaskTree) -> MaskTree:
       >>> mask_drift(before, after)
       {'a': Array(0.5, dtype=float32), 'b': None}
     """
-    drifts = iter(
-        [
-            jnp.sum(a != b, dtype=jnp.int32).astype(jnp.float32)
-            / jnp.float32(max(a.size, 1))
-            for a, b in _pairs(masks_a, masks_b)
-        ]
+    return _map_changed(
+        lambda count, size: count.astype(jnp.float32) / jnp.float32(max(size, 1)),
+        masks_a,
+        masks_b,
     )
-    return jax.tree.map(lambda _: next(drifts), masks_a)
 
 
-def _pairs(masks_a: MaskTree, masks_b: MaskTree) -> list[tuple[jax.Array, jax.Array]]:
+def _map_changed(
+    fn: Callable[[jax.Array, int], jax.Array], masks_a: MaskTree, masks_b: MaskTree
+) -> Any:
+    """Maps `fn(changed entries, all entries)` over the leaves."""
     for masks in (masks_a, masks_b):
         for path, mask in jax.tree_util.tree_leaves_with_path(masks):
             if jnp.result_type(mask) != jnp.bool_:  # packed ones have other shapes too
@@ -78,5 +81,9 @@ def _pairs(masks_a: MaskTree, masks_b: MaskTree) -> list[tuple[jax.Array, jax.Ar
                     f"{jax.tree_util.keystr(path)}. Read those of an optimizer state "
                     "by `masks_of`."
                 )
-    found = aligned(masks_a, masks_b, ("masks_a", "masks_b"))
-    return [(a, b) for _, a, b in found]
+    return map_aligned(
+        lambda path, a, b: fn(jnp.sum(a != b, dtype=jnp.int32), a.size),
+        masks_a,
+        masks_b,
+        ("masks_a", "masks_b"),
+    )

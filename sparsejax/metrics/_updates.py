@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sparsejax.metrics._aligned import aligned
+from sparsejax.metrics._aligned import map_aligned
 from sparsejax.metrics._report import SparsityReport, sparsity_report
-from sparsejax.typing import MaskTree, Params, is_none
+from sparsejax.typing import MaskTree, Params
 
 NAMES = "before", "after"
 
@@ -64,7 +64,8 @@ def changed_weights(
             f"`atol` must be at least 0 and `ulps` at least 1; got {atol} and {ulps}."
         )
 
-    def changed(a: jax.Array, b: jax.Array) -> jax.Array | None:
+    def changed(path: str, a: jax.Array, b: jax.Array) -> jax.Array | None:
+        del path
         if not jnp.issubdtype(a.dtype, jnp.floating):
             return None
         rounded = a.dtype if dtype is None else jnp.dtype(dtype)
@@ -78,10 +79,7 @@ def changed_weights(
         spacing = _spacing(jnp.maximum(jnp.abs(a), jnp.abs(b)), rounded)
         return ~(apart < ulps * spacing) & (a != b)
 
-    found = iter([changed(a, b) for _, a, b in aligned(before, after, NAMES)])
-    return jax.tree.map(
-        lambda leaf: None if leaf is None else next(found), before, is_leaf=is_none
-    )
+    return map_aligned(changed, before, after, NAMES)
 
 
 def update_sparsity(
@@ -154,23 +152,21 @@ def dense_update(before: Params, after: Params, *, key: jax.Array) -> Params:
       >>> jnp.abs(dense_update(before, after, key=jax.random.key(0))["w"] - 1)
       Array([1., 1., 1., 1.], dtype=float32)
     """
-    moved = []
-    for index, (name, a, b) in enumerate(aligned(before, after, NAMES)):
+    keys = iter(jax.random.split(key, max(len(jax.tree.leaves(before)), 1)))
+
+    def moved(path: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        own = next(keys)
         if not jnp.issubdtype(a.dtype, jnp.floating):
-            moved.append(a)
-            continue
+            return a
         if jnp.finfo(a.dtype).bits < 32:
             raise TypeError(
-                f"`before` must be float32 or wider; got {a.dtype} at {name}, which "
+                f"`before` must be float32 or wider; got {a.dtype} at {path}, which "
                 "rounds a small update away. Pass the float32 weights."
             )
         rms = jnp.sqrt(jnp.mean(jnp.square(b.astype(a.dtype) - a)))
-        signs = jax.random.rademacher(jax.random.fold_in(key, index), a.shape, a.dtype)
-        moved.append(a + rms * signs)
-    found = iter(moved)
-    return jax.tree.map(
-        lambda leaf: None if leaf is None else next(found), before, is_leaf=is_none
-    )
+        return a + rms * jax.random.rademacher(own, a.shape, a.dtype)
+
+    return map_aligned(moved, before, after, NAMES)
 
 
 def _spacing(magnitude: jax.Array, dtype: jnp.dtype) -> jax.Array:
