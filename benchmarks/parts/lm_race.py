@@ -200,7 +200,7 @@ class Race:
 def repeated(
     rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm]
 ) -> dict[str, float]:
-    """The rates of dense, of controls, and of the sparse arm that is best on `tune`.
+    """The rates of dense, of the sparse arm that is best on `tune`, and of controls.
 
     Raises:
       ValueError: if an arm has not been run.
@@ -215,11 +215,9 @@ def repeated(
         if arms[name].is_sparse
     }
     best = min(on_tune, key=on_tune.__getitem__)
-    return {
-        name: of_arm[0]["lr"]
-        for name, of_arm in runs.items()
-        if name not in on_tune or name == best
-    }
+    dense, *others = arms
+    controls = [name for name in others if name not in on_tune]
+    return {name: runs[name][0]["lr"] for name in (dense, best, *controls)}
 
 
 def spread_windows(tokens: np.ndarray, sizes: Sizes) -> np.ndarray:
