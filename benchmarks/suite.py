@@ -164,6 +164,13 @@ JOBS = (
     ),
     Job("spark_quality", 11, **STUDY),
     Job("time_to_loss", 29, **STUDY),
+    Job(
+        "time_to_loss_longer",
+        27,
+        "--seconds 480 --repeats 1 --as-in benchmarks/results/time_to_loss_h200.json",
+        module="time_to_loss",
+        **STUDY,
+    ),
     Job("long_context_training", 25, **STUDY),
 )
 
