@@ -1,10 +1,11 @@
 """At which density is a block-sparse product faster than the dense one?
 
 y = x W, dx = dy W^T and dW = x^T dy with random blocks of W kept, each against the same
-product by XLA with all of W, and y against PyTorch's BSR product where torch is there.
-TFLOP/s count kept blocks only. `dw` is as large as W, with zeros; `dw compact` has the
-kept blocks alone. Some products of different inputs make one program, so that what
-Python takes for a call does not count. Of a few rows: `block_stream`.
+product with all of W, by XLA or by PyTorch where torch is there, whichever is faster;
+and y against PyTorch's BSR product. TFLOP/s count kept blocks only. `dw` is as large as
+W, with zeros; `dw compact` has the kept blocks alone. Some products of different inputs
+make one program, so that what Python takes for a call does not count. Of a few rows:
+`block_stream`.
 """
 
 import dataclasses
@@ -96,45 +97,61 @@ def products(implementation: str | None) -> dict[str, Callable]:
     return {name: timing.for_each(fn) for name, fn in found.items()}
 
 
+DENSE = {
+    "y": lambda x, dy, w: x @ w,
+    "dx": lambda x, dy, w: dy @ w.T,
+    "dw": lambda x, dy, w: x.T @ dy,
+}
+
+
 def dense_products() -> dict[str, Callable]:
-    """The same by XLA, with all of w."""
+    """The same by XLA, with all of w.
 
-    def dot(a, b):
-        return jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
-
-    found = {
-        "y": lambda x, dy, w, mask: dot(x, w),
-        "dx": lambda x, dy, w, mask: dot(dy, w.T),
-        "dw": lambda x, dy, w, mask: dot(x.T, dy),
+    Results are asked for in the dtype of the operands: a float32 result that is then
+    rounded keeps XLA from the fastest products.
+    """
+    return {
+        name: timing.for_each(lambda x, dy, w, mask, fn=fn: fn(x, dy, w))
+        for name, fn in DENSE.items()
     }
-    return {name: timing.for_each(fn) for name, fn in found.items()}
 
 
-def torch_bsr(xs: list[jax.Array], w: jax.Array, mask: sj.BlockMask) -> Callable | None:
-    """y^T = W^T x^T with W^T in torch's BSR format; None without torch and its GPU."""
+def torch_products(
+    pairs: list[tuple[jax.Array, jax.Array]], w: jax.Array, mask: sj.BlockMask
+) -> dict[str, Callable]:
+    """The dense products by torch, and y^T = W^T x^T ("bsr") with W^T in its format.
+
+    Each is checked first. None without torch and its GPU.
+    """
     if jax.default_backend() != "gpu":
-        return None
+        return {}
     try:
         import torch
     except ImportError:
-        return None
+        return {}
 
+    own = torch.from_dlpack
     kept = jnp.where(mask.to_dense(), w, 0)
-    sparse = (
-        torch.from_dlpack(kept).T.contiguous().to_sparse_bsr(mask.block_shape[::-1])
-    )
-    operands = [torch.from_dlpack(x).T for x in xs]
-    want = np.asarray(jnp.dot(xs[0][:64], kept, preferred_element_type=jnp.float32))
-    got = (sparse @ operands[0]).T[:64].float().cpu().numpy()
-    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
-    assert error < 0.02, error
+    sparse = own(kept).T.contiguous().to_sparse_bsr(mask.block_shape[::-1])
+    weight, operands = own(w), [(own(x), own(dy)) for x, dy in pairs]
+    calls = {name: functools.partial(fn, w=weight) for name, fn in DENSE.items()}
+    calls["bsr"] = lambda x, dy: (sparse @ x.T).T
+    (x, dy), *_ = pairs
+    wanted = {name: fn(x, dy, w) for name, fn in DENSE.items()} | {"bsr": x @ kept}
+    for name, fn in calls.items():
+        got = jnp.from_dlpack(fn(*operands[0]).contiguous())
+        error = common.relative_error(got, wanted[name])
+        assert error < 0.02, (name, error)
 
-    def call():
-        for operand in operands:
-            sparse @ operand
-        torch.cuda.synchronize()
+    def for_each(fn):
+        def call():
+            for x, dy in operands:
+                fn(x, dy)
+            torch.cuda.synchronize()
 
-    return call
+        return call
+
+    return {name: for_each(fn) for name, fn in calls.items()}
 
 
 def run_shape(shape: Shape, cases: list[Case], repeats: int) -> Iterator[dict]:
@@ -176,25 +193,30 @@ def run_shape(shape: Shape, cases: list[Case], repeats: int) -> Iterator[dict]:
             for kind, found in (("ours", ours), ("dense", dense))
             for name, fn in found.items()
         }
-        if bsr := torch_bsr(xs, w, mask):
-            fns["torch y"] = bsr
+        by_torch = torch_products(pairs, w, mask)
+        fns |= {f"torch {name}": call for name, call in by_torch.items()}
         times = timing.time_in_turn(fns, repeats=repeats, units=TOGETHER)
         for name in ours:
             time = times[f"ours {name}"]
-            dense_ms = times[f"dense {name.removesuffix(' compact')}"].ms
+            whole = name.removesuffix(" compact")
+            dense_by = {"xla": times[f"dense {whole}"].ms}
+            if by_torch:
+                dense_by["torch"] = times[f"torch {whole}"].ms
+            dense_ms = min(dense_by.values())
             row = dataclasses.asdict(shape) | dataclasses.asdict(case)
             row |= {
                 "product": name,
                 "ms": time.ms,
                 "iqr_ms": time.iqr_ms,
                 "tflops": flops / time.ms / 1e9,
+                **{f"dense_{by}_ms": ms for by, ms in dense_by.items()},
                 "dense_ms": dense_ms,
                 "dense_tflops": flops / density / dense_ms / 1e9,
                 "speedup": dense_ms / time.ms,
                 "error": errors[index, name],
             }
-            if name == "y" and bsr:
-                torch_ms = times["torch y"].ms
+            if name == "y" and by_torch:
+                torch_ms = times["torch bsr"].ms
                 row |= {
                     "torch_bsr_ms": torch_ms,
                     "torch_bsr_tflops": flops / torch_ms / 1e9,

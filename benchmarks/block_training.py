@@ -179,7 +179,8 @@ def ffn_alone(case: Case, model: Model):
         return pullback(y)
 
     operands = params, masks(params) if model.block else rest, x
-    return functools.partial(gradients.lower(*operands).compile(), *operands)
+    program = timing.compile_alone(gradients.lower(*operands))
+    return functools.partial(program, *operands)
 
 
 def masks_alone(training: Training):

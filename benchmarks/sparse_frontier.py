@@ -134,9 +134,9 @@ class Sweep:
         choose, seen, read, operands = getattr(self, f"_{case.phase}_layer")(case)
         selection = jax.eval_shape(choose, *seen)
         return Programs(
-            judge.lower(self.state, self.tokens).compile(),
-            jax.jit(choose).lower(*seen).compile(),
-            jax.jit(read).lower(*operands, selection).compile(),
+            timing.compile_alone(judge.lower(self.state, self.tokens)),
+            timing.compile_alone(jax.jit(choose).lower(*seen)),
+            timing.compile_alone(jax.jit(read).lower(*operands, selection)),
         )
 
     def row(self, case: Case, programs: Programs) -> dict[str, Any]:

@@ -96,9 +96,9 @@ class Programs:
         self.make_params = functools.partial(make_params, leaves, width)
         params = jax.eval_shape(self.make_params)
         state = jax.eval_shape(tx.init, params)
-        self.init = jax.jit(tx.init).lower(params).compile()
+        self.init = timing.compile_alone(jax.jit(tx.init).lower(params))
         jitted = jax.jit(step, donate_argnums=(0, 1))
-        self.step = jitted.lower(params, state, params).compile()
+        self.step = timing.compile_alone(jitted.lower(params, state, params))
 
 
 class Run:

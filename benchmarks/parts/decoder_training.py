@@ -60,9 +60,10 @@ class Training:
         self.num_params = sum(x.size for x in jax.tree.leaves(params))
         self.state: Any = None
         self.rest: Any = None
-        self._first = jax.jit(first).lower().compile()
+        self._first = timing.compile_alone(jax.jit(first).lower())
         state = params, jax.eval_shape(tx.init, params)
-        self._step = jax.jit(step, donate_argnums=0).lower(state, rest).compile()
+        lowered = jax.jit(step, donate_argnums=0).lower(state, rest)
+        self._step = timing.compile_alone(lowered)
 
     def start(self) -> None:
         self.state, self.rest = self._first()

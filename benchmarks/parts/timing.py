@@ -1,9 +1,11 @@
 """How long functions take: side by side, in a loop, many calls in a row."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -120,6 +122,21 @@ def side_by_side(
         return list(pool.map(fn, cases))
 
 
+_TUNING = threading.Lock()
+
+
+def compile_alone(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles, on a GPU one program at a time, whatever other threads lower meanwhile.
+
+    XLA chooses there among the kernels of a product by timing them. Threads that do so
+    at once hold each other up until timers run out, which may last and spoils the
+    choice (https://github.com/openxla/xla/pull/42415).
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    with _TUNING if on_gpu else contextlib.nullcontext():
+        return lowered.compile()
+
+
 def warm_up(fns: Iterable[Callable[[], Any]]) -> None:
     """Runs each function once, so that they are compiled side by side."""
     side_by_side(lambda fn: jax.block_until_ready(fn()), fns)
@@ -144,7 +161,7 @@ def compile_side_by_side(
 
     def build(fn):
         try:
-            return fn.lower(*args).compile()
+            return compile_alone(fn.lower(*args))
         except refused as error:
             return str(error).splitlines()[0][:100]
 
