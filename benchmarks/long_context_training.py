@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         full=(full_arms, FULL),
         quick=(quick_arms, QUICK),
         columns=("density",),
-        title="Attention to blocks of 32768 bytes: loss over time",
+        title="Attention to blocks, 32768 bytes a sequence: loss over time",
     )
 
 

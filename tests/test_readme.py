@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, and its pages name files that exist."""
+"""The README's examples run as they stand; pages are whole, and name what exists."""
 
 import pathlib
 import re
@@ -20,6 +20,15 @@ def test_python_examples_run(capsys):
 
 
 PAGES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+
+
+@pytest.mark.once
+def test_pages_are_merged():
+    for path in README.parent.glob("**/*.md"):
+        marks = re.findall(
+            r"^(?:<{7} .*|={7}|>{7} .*)$", path.read_text(), re.MULTILINE
+        )
+        assert not marks, (path, marks)
 
 
 @pytest.mark.parametrize("page", PAGES)

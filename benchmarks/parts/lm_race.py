@@ -303,12 +303,19 @@ def picture(
     arms: Mapping[str, Arm],
     title: str,
 ) -> None:
-    """The loss of each arm's first seed over the seconds of its training."""
+    """The loss of each arm's first seed over the seconds of its training.
+
+    The line across is the mean of the dense runs' last losses.
+    """
     from matplotlib.figure import Figure  # of the extra `metrics`
     from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
+    dense = lm_report.tested(rows, next(iter(arms)))
+    if dense and all(row["loss"] for row in dense):
+        mean = np.mean([row["loss"] for row in dense])
+        axes.axhline(mean, color="black", lw=0.5, zorder=0)
     for index, (name, arm) in enumerate(arms.items()):
         for called, style in (
             (name, "-" if arm.is_sparse else "--"),
@@ -318,8 +325,6 @@ def picture(
                 seconds, _, losses = np.array(row["history"], float).T
                 label = f"{called}: {row['loss']:.4f}" if row["loss"] else called
                 axes.plot(seconds, losses, style, color=f"C{index}", label=label)
-                if index == 0:
-                    axes.axhline(losses[-1], color="black", lw=0.5, zorder=0)
     axes.set(
         xlabel="seconds of training",
         ylabel="loss on unseen text, nats a byte",
