@@ -17,15 +17,24 @@ def common_dtype(*dtypes: DTypeLike) -> np.dtype:
       *dtypes: one or more.
 
     Returns:
-      That of `jnp.promote_types`.
+      That of `jnp.promote_types`; of an 8-bit float and another dtype, which JAX
+      promotes to none, as of bfloat16, which holds its values.
 
     Example:
       >>> with jax.numpy_dtype_promotion("strict"):
       ...     print(common_dtype(jnp.bfloat16, jnp.float32))
       float32
     """
+    found = {jnp.dtype(dtype) for dtype in dtypes}
+    if len(found) > 1:
+        found = {
+            jnp.dtype(jnp.bfloat16)
+            if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1
+            else dtype
+            for dtype in found
+        }
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jnp.result_type(*found)
 
 
 def to_rank(x: jax.Array, ndim: int) -> jax.Array:

@@ -64,6 +64,7 @@ FOR_ALL = {
     "_ints",
     "_jaxpr",
     "_lengths",
+    "_names",
     "_order",
     "_pairs",
     "_promotion",

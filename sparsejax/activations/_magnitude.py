@@ -1,6 +1,7 @@
 """Keeps the entries whose magnitude exceeds a threshold that was calibrated before."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -35,7 +36,7 @@ def magnitude_threshold(
       2024 (TEAL), https://arxiv.org/abs/2408.14690.
     """
     x = _arguments.check_floating(x)
-    if isinstance(threshold, int | float) and not threshold >= 0:
+    if isinstance(threshold, int | float | np.number) and not threshold >= 0:
         raise ValueError(f"`threshold` must be at least 0; got {threshold}.")
     threshold = jnp.asarray(threshold)
     _arguments.check_broadcasts("threshold", threshold, x)

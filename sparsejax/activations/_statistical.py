@@ -47,7 +47,9 @@ def statistical_topk(
       axis_name: mesh axis or axes over which `axis` is sharded, within `shard_map`.
         Under plain jit a sharded axis needs nothing.
       implementation: "reference", "pallas_tpu", "mosaic_gpu", or None for the fastest
-        that serves; kernels take neither `where` nor `axis_name`.
+        that serves; kernels take neither `where` nor `axis_name`, and are
+        differentiable once, in reverse mode: `jax.jvp` and second derivatives need
+        "reference".
 
     Returns:
       As `x`; at least 0, except in rows that are returned unchanged. A row with a NaN

@@ -56,7 +56,8 @@ def antidiagonal_importance(
     if stride < 1 or any(side % stride for side in block_shape):
         raise ValueError(
             f"`stride` must divide both sides of a block; got {stride} and "
-            f"{block_shape}."
+            f"{block_shape}. Of a layer give it by `importance=functools.partial("
+            "sj.attention.antidiagonal_importance, stride=...)`."
         )
     lengths = prompt_lengths(query, key, lengths)
     query, key = jax.lax.stop_gradient((query, key))

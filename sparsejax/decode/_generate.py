@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from sparsejax._ints import check_int
 from sparsejax._lengths import of_sequences
 from sparsejax.decode._cache import slots_for
 from sparsejax.decode._model import DecodeModel
@@ -67,7 +68,8 @@ def generate(
       The tokens, and what overflowed.
 
     Raises:
-      TypeError: if `model` is not from `prepare`, or `prompts` are not integers.
+      TypeError: if `model` is not from `prepare`, `prompts` are not integers, or a
+        number of tokens is none.
       ValueError: if an argument is out of its range.
 
     Example:
@@ -96,9 +98,8 @@ def generate(
     lengths = of_sequences("lengths", lengths, batch, 1, seq)
     vocab = model.decoder().config.vocab_size
     _check_tokens(prompts, lengths, vocab)
-    if num_tokens < 1:
-        raise ValueError(f"`num_tokens` must be at least 1; got {num_tokens}.")
-    if top_k is not None and not 1 <= top_k <= vocab:
+    num_tokens = check_int("num_tokens", num_tokens, least=1)
+    if top_k is not None and not 1 <= (top_k := check_int("top_k", top_k)) <= vocab:
         raise ValueError(f"`top_k` must be in [1, {vocab}]; got {top_k}.")
     if temperature is None:
         for name, given in (("top_k", top_k), ("key", key)):

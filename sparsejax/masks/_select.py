@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from sparsejax._promotion import common_dtype
 from sparsejax.masks._nm import nm_select
 from sparsejax.masks._order import ordered_keys
 from sparsejax.masks._topk import topk_of_keys
@@ -120,7 +121,7 @@ def select_across(
     """
     indices = [i for i, leaf in enumerate(leaves) if leaf is not None]
     chosen = [jax.lax.stop_gradient(jnp.asarray(scores[i])) for i in indices]
-    dtype = jnp.result_type(*chosen)
+    dtype = common_dtype(*(score.dtype for score in chosen))
     count = num_kept(sparsity, sum(score.size for score in chosen))
     keys = [ordered_keys(score.astype(dtype)) for score in chosen]
     found = dict(zip(indices, topk_of_keys(keys, count, stacked=0), strict=True))
@@ -140,8 +141,8 @@ def drop_and_grow(
 
     Of `k` kept units the `floor(drop_fraction * k)` lowest by `drop_scores` are
     dropped; then as many as the sparsity asks for are grown by `grow_scores` from all
-    units that are not kept, those just dropped included. Under N:M a group grows as
-    many as it dropped.
+    units that are not kept, those just dropped included. Under N:M a group grows to
+    N, whatever it had.
 
     Args:
       mask: bool, of the leaf's shape.
@@ -171,6 +172,10 @@ def drop_and_grow(
     """
     active = kept_units(mask, leaf)
     axes = tuple(range(leaf.stacked, active.ndim))
+    if isinstance(leaf.pattern, NM):
+        # a state of another N:M may keep more of a group
+        most = jnp.minimum(_in_groups(active, leaf.pattern), leaf.pattern.n)
+        active = _select_in_groups(drop_scores, most, leaf.pattern, among=active)
     num_active = jnp.sum(active, axis=axes, dtype=jnp.int32)
     if leaf.pattern.sparsity is not None:
         target = num_active
@@ -185,14 +190,25 @@ def drop_and_grow(
     keep = _top_units(pool(drop_scores, leaf), leaf, stay, among=active)
     grow_scores = pool(grow_scores, leaf)
     if isinstance(leaf.pattern, NM):
-        n, m = leaf.pattern.n, leaf.pattern.m
-        axis = leaf.pattern.axis % keep.ndim
-        shape = (*keep.shape[:axis], keep.shape[axis] // m, m, *keep.shape[axis + 1 :])
-        free = n - jnp.sum(keep.reshape(shape), axis=axis + 1, dtype=jnp.int32)
-        grown = nm_select(grow_scores, free, n, m, axis, among=~keep)
+        free = leaf.pattern.n - _in_groups(keep, leaf.pattern)
+        grown = _select_in_groups(grow_scores, free, leaf.pattern, among=~keep)
     else:
         grown = _top_units(grow_scores, leaf, target - stay, among=~keep)
     return expand(keep | grown, leaf, drop_scores)
+
+
+def _in_groups(kept: jax.Array, pattern: NM) -> jax.Array:
+    """How many of each N:M group."""
+    axis, m = pattern.axis % kept.ndim, pattern.m
+    shape = (*kept.shape[:axis], kept.shape[axis] // m, m, *kept.shape[axis + 1 :])
+    return jnp.sum(kept.reshape(shape), axis=axis + 1, dtype=jnp.int32)
+
+
+def _select_in_groups(
+    scores: jax.Array, counts: jax.Array, pattern: NM, among: jax.Array
+) -> jax.Array:
+    axis = pattern.axis % scores.ndim
+    return nm_select(scores, counts, pattern.n, pattern.m, axis, among=among)
 
 
 def _top_units(

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from sparsejax._promotion import to_rank
+from sparsejax._promotion import common_dtype, to_rank
 from sparsejax.masks._check import check_floating, check_scores
 from sparsejax.masks._order import ordered_keys
 from sparsejax.typing import MaskTree, ScoreTree
@@ -84,7 +84,7 @@ def global_topk(scores: ScoreTree, num_kept: ArrayLike) -> MaskTree:
     _check_count(num_kept, sum(leaf.size for leaf in leaves))
     if not leaves:
         return scores
-    dtype = jnp.result_type(*leaves)
+    dtype = common_dtype(*(leaf.dtype for leaf in leaves))
     keys = [ordered_keys(leaf.astype(dtype)) for leaf in leaves]
     return treedef.unflatten(topk_of_keys(keys, num_kept, stacked=0))
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.typing import MaskTree, Params, is_none
+from sparsejax._names import check_order
+from sparsejax.typing import MaskTree, Params, is_none, plain_path
 
 
 def map_masked(fn: Callable[..., Any], masks: MaskTree, *trees: Any) -> Any:
@@ -60,8 +61,9 @@ def apply_masks(params: Params, masks: MaskTree) -> Params:
       Params of the same structure, shapes and dtypes. A pruned NaN becomes 0 too.
 
     Raises:
-      ValueError: if the trees have different numbers of leaves, or a mask has not the
-        shape of its leaf (which may have further axes in front).
+      ValueError: if the trees have different numbers of leaves, the same names in
+        another order, or a mask has not the shape of its leaf (which may have further
+        axes in front).
       TypeError: if a mask is not bool.
 
     Example:
@@ -84,6 +86,10 @@ def _check_masks(masks: MaskTree, params: Params) -> None:
     flat_masks = jax.tree.leaves(masks, is_leaf=is_none)
     if len(flat) != len(flat_masks):
         return
+    if not jax.tree_util.all_leaves(masks if isinstance(masks, list) else [masks]):
+        paths = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_none)[0]
+        names, others = ([plain_path(path) for path, _ in one] for one in (paths, flat))
+        check_order(names, others, "the masks and the params")
     for (path, param), mask in zip(flat, flat_masks, strict=True):
         if mask is None or param is None:
             continue

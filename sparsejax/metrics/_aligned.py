@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.typing import is_none
+from sparsejax._names import check_order
+from sparsejax.typing import is_none, plain_path
 
 
 def map_aligned(
@@ -17,7 +18,8 @@ def map_aligned(
 ) -> Any:
     """Maps `fn(path, leaf, other)` over two trees; where both have None it stays.
 
-    Trees align by the order of their leaves, not by their node types.
+    Trees align by the order of their leaves, which their names must not contradict, not
+    by their node types.
 
     Args:
       fn: called once all leaves are known to align.
@@ -32,12 +34,15 @@ def map_aligned(
       ValueError: if they do not align, naming the leaf.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_none)
-    others = jax.tree.leaves(after, is_leaf=is_none)
+    flat_after = jax.tree_util.tree_flatten_with_path(after, is_leaf=is_none)[0]
+    others = [leaf for _, leaf in flat_after]
     if len(flat) != len(others):
         raise ValueError(
             f"`{names[0]}` and `{names[1]}` must mirror each other; got {len(flat)} "
             f"and {len(others)} leaves. Make both from the same params."
         )
+    of_both = ([plain_path(path) for path, _ in one] for one in (flat, flat_after))
+    check_order(*of_both, words=f"`{names[0]}` and `{names[1]}`")
     rows = [
         (jax.tree_util.keystr(path), one, other)
         for (path, one), other in zip(flat, others, strict=True)

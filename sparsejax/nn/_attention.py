@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax._ints import check_int
 from sparsejax.nn._linear import check_input, is_plain_linear, linear
 from sparsejax.nn._rope import apply_rope
 
@@ -97,12 +98,10 @@ class Attention(nnx.Module):
                 "`head_dim` must be even, for rotary pairs, and at least 2; got "
                 f"{self.head_dim}, with d_model={d_model} and num_heads={num_heads}."
             )
-        self.window = window
+        self.window = None if window is None else check_int("window", window, least=1)
         self.rope_base = rope_base
         # not `implementation`: layers that inherit have another, of their own operation
         self.dense_implementation: Literal["xla", "cudnn"] | None = implementation
-        if window is not None and window < 1:
-            raise ValueError(f"`window` must be at least 1, or None; got {window}.")
         make = functools.partial(
             linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )

@@ -13,9 +13,10 @@ from jax.core import Tracer
 from sparsejax import masks
 from sparsejax._devices import shape_on_a_device
 from sparsejax._ints import check_int
-from sparsejax.patterns import Leaf
-from sparsejax.transforms._state import SparseState
-from sparsejax.typing import Params, is_none
+from sparsejax._names import check_order
+from sparsejax.patterns import Leaf, Pattern
+from sparsejax.transforms._state import Settings, SparseState
+from sparsejax.typing import Params, is_none, plain_path
 
 
 def optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -138,14 +139,32 @@ def check_params(
             )
 
 
-def check_update(method: str, grads: Any, state: Any, params: Params | None) -> Params:
+def check_update(
+    method: str,
+    grads: Any,
+    state: Any,
+    params: Params | None,
+    *,
+    pattern: Pattern | None,
+    update_every: int | None,
+    stop_step: int | None = None,
+) -> Params:
     """The params given to `update`, if they, the gradients and the state fit.
+
+    Args:
+      method: that updates.
+      grads: of the params.
+      state: of the method.
+      params: may be missing.
+      pattern: with which the method was built, if it has one for all leaves.
+      update_every: likewise; as it stands in the state.
+      stop_step: likewise.
 
     Raises:
       TypeError: if the state is none of a method.
-      ValueError: if it is another method's, or the params or gradients are missing or
-        of other shapes than at `init`. Axes in front of a gradient (of examples, for
-        `optax.contrib.dpsgd`) pass.
+      ValueError: if it is another method's or of other options, or the params or
+        gradients are missing, or of other shapes or order than at `init`. Axes in front
+        of a gradient (of examples, for `optax.contrib.dpsgd`) pass.
     """
     if not isinstance(state, SparseState):
         raise TypeError(
@@ -158,6 +177,7 @@ def check_update(method: str, grads: Any, state: Any, params: Params | None) -> 
             f"`{method}` needs the state that its `init` returned; got that of "
             f"`{settings.method}`. Make a new state by `init`."
         )
+    _check_options(settings, pattern, update_every=update_every, stop_step=stop_step)
     if params is None:
         raise ValueError(
             f"`{method}` needs `params` in `update`; got None. Call "
@@ -172,6 +192,15 @@ def check_update(method: str, grads: Any, state: Any, params: Params | None) -> 
                 f"with, of {len(settings.leaves)} leaves; got {len(found)} leaves. "
                 "Make a new state by `init`."
             )
+    check_order(
+        [leaf.path for leaf in settings.leaves if leaf],
+        [
+            plain_path(path)
+            for (path, _), leaf in zip(flat, settings.leaves, strict=True)
+            if leaf
+        ],
+        f"the state of `{method}` and the params",
+    )
     for (path, weight), grad, leaf in zip(
         flat, flat_grads, settings.leaves, strict=True
     ):
@@ -192,6 +221,27 @@ def check_update(method: str, grads: Any, state: Any, params: Params | None) -> 
                 f"at {leaf.name}. Exclude the leaf by `where`."
             )
     return params
+
+
+def _check_options(
+    settings: Settings, pattern: Pattern | None, **options: int | None
+) -> None:
+    """Raises if a method was built otherwise than the one that made the state.
+
+    What decides on masks stands in the state, so that other options would be half used.
+    """
+    found = [(name, getattr(settings, name), now) for name, now in options.items()]
+    if pattern is not None:
+        patterns = (leaf.pattern for leaf in settings.leaves if leaf)
+        found += [("pattern", before, pattern) for before in patterns]
+    for name, before, now in found:
+        if before != now:
+            raise ValueError(
+                f"`{settings.method}` has {name}={now}, and its state was made with "
+                f"{name}={before}. To go on with other options take the arrays of the "
+                "state into a new one: `jax.tree.unflatten(jax.tree.structure("
+                "tx.init(params)), jax.tree.leaves(state))`."
+            )
 
 
 def _words(value: Any) -> str:

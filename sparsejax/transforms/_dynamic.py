@@ -269,6 +269,7 @@ def _dynamic(
         steps_first=steps_first,
         skips_step=skips_step,
         grows_by_gradient=grows_by_gradient,
+        pattern=rule.pattern,
         key=key,
         scheduled=(rule, given),
     )

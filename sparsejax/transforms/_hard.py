@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from sparsejax import masks
 from sparsejax._promotion import common_dtype
-from sparsejax.patterns import Leaf
+from sparsejax.patterns import Leaf, Pattern
 from sparsejax.transforms._arguments import (
     check_given_params,
     check_params,
@@ -76,6 +76,7 @@ class MaskChoice:
       steps_first: the refresh reads the weights after the optimizer's step.
       skips_step: on a refresh the optimizer takes no step.
       grows_by_gradient: the refresh reads the gradient of pruned weights.
+      pattern: of all leaves, if there is one for all.
       key: the key whose folds each refresh gets.
       scheduled: what a refresh reads that may be a schedule.
     """
@@ -89,6 +90,7 @@ class MaskChoice:
     steps_first: bool = False
     skips_step: bool = False
     grows_by_gradient: bool = False
+    pattern: Pattern | None = None
     key: jax.Array | None = None
     scheduled: tuple[Checked, ...] = ()
 
@@ -131,22 +133,30 @@ def hard_method(
         updates: Any, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
-        params = check_update(choice.method, grads, state, params)
+        params = check_update(
+            *(choice.method, grads, state, params),
+            pattern=choice.pattern,
+            update_every=choice.update_every,
+            stop_step=choice.stop_step,
+        )
 
         due = is_due(state)
         if not isinstance(due, Tracer) and due:
             check_now(choice.scheduled, state.step)
 
-        def fresh(old):
+        def masked(old):
             # before the first update pruned weights are not 0 yet
-            return inner.init(masks.apply_masks(params, old))
+            return masks.apply_masks(params, old)
+
+        def fresh(old):
+            return inner.init(masked(old))
 
         def step(old):
             before = fresh_where_pruned(state.inner_state, fresh(old), params, old)
-            masked = masks.apply_masks(grads, old)
+            kept = masks.apply_masks(grads, old), before, masked(old)
 
             def update():
-                updates, after = inner.update(masked, before, params, **extra)
+                updates, after = inner.update(*kept, **extra)
                 return updates, settled(after, before)
 
             if not choice.skips_step:

@@ -95,6 +95,7 @@ def magnitude_prune(
         first,
         refresh,
         update_every=update_every,
+        pattern=rule.pattern,
         scheduled=(rule,),
     )
     return hard_method(inner, choice, pack_masks=pack_masks)

@@ -22,9 +22,11 @@ def fresh_where_pruned(
     they change after the step, it is done again then.
 
     A leaf of the inner state belongs to a parameter if its path ends with the param's
-    and its shape is the param's (of several such params, the one with the longest
-    path). No optimizer's state class is looked at, so any optimizer works; factored
-    or scalar statistics stay as they are.
+    and its shape is the param's. Of several such params it is the one beside whose leaf
+    most others have theirs: Adam's `mu/kernel` is a moment of `kernel` where there is a
+    param `mu/kernel` too; then the one with the longest path. No optimizer's state
+    class is looked at, so any optimizer works; factored or scalar statistics stay as
+    they are.
 
     Args:
       inner_state: of any optax optimizer.
@@ -40,13 +42,25 @@ def fresh_where_pruned(
     for (path, leaf), mask in zip(flat, kept, strict=True):
         owners[plain_path(path)] = (jnp.shape(leaf), mask) if leaf is not None else None
 
+    inner = jax.tree_util.tree_flatten_with_path(inner_state)[0]
+    inner_names = {plain_path(path) for path, _ in inner}
+
+    def num_beside(prefix):
+        return sum((*prefix, *names) in inner_names for names in owners)
+
     def choose(path, leaf, fresh):
         names = plain_path(path)
-        for start in range(len(names) + 1):
-            found = owners.get(names[start:])
-            if found is not None and found[0] == leaf.shape:
-                mask = found[1]
-                return leaf if mask is None else jnp.where(mask, leaf, fresh)
-        return leaf
+        starts = [
+            start
+            for start in range(len(names) + 1)
+            if (found := owners.get(names[start:])) and found[0] == leaf.shape
+        ]
+        if not starts:
+            return leaf
+        start = starts[0]
+        if len(starts) > 1:
+            start = max(starts, key=lambda start: num_beside(names[:start]))
+        mask = owners[names[start:]][1]
+        return leaf if mask is None else jnp.where(mask, leaf, fresh)
 
     return jax.tree_util.tree_map_with_path(choose, inner_state, fresh_state)

@@ -14,6 +14,7 @@ from sparsejax import allocation as allocations
 from sparsejax import masks
 from sparsejax.patterns import (
     Leaf,
+    Pattern,
     Unstructured,
     broadcast_prefix,
     check_patterns,
@@ -67,6 +68,11 @@ class Sparsity:
                 "`allocation` spreads one sparsity over the leaves; got it together "
                 "with a tree of sparsities. Pass one of the two."
             )
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """That of all leaves, if there is one for all."""
+        return self._pattern if isinstance(self._pattern, Pattern) else None
 
     @classmethod
     def constant(cls, value: Any, **kwargs: Any) -> "Sparsity":

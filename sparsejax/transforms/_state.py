@@ -16,6 +16,7 @@ import optax
 
 from sparsejax import masks
 from sparsejax._governed import GovernedLeaf, governed_twice, no_state
+from sparsejax._names import check_order
 from sparsejax.patterns import Leaf
 from sparsejax.typing import MaskTree, Params, is_none, plain_path
 
@@ -209,7 +210,8 @@ def align(
 ) -> tuple[list[Any], list[Entry | None], Any]:
     """Says for each leaf of `params` which state governs it.
 
-    Leaves align by order; where optax hid a subtree, by its path.
+    Leaves align by order, which their names must not contradict; where optax hid a
+    subtree, by its path.
 
     Returns:
       The leaves of params, the entry that governs each (None = dense), the treedef.
@@ -221,8 +223,14 @@ def align(
     names = [plain_path(path) for path, _ in flat]
     owners: list[Entry | None] = [None] * len(flat)
     for state in states:
+        stored = jax.tree_util.tree_flatten_with_path(state.masks, is_leaf=is_hole)[0]
+        check_order(
+            [plain_path(path) for path, _ in stored],
+            names,
+            f"the state of `{state.settings.method}` and the params",
+        )
         # as a list: it checks the number of leaves before any is looked up
-        for position, entry in list(_positions(state, names)):
+        for position, entry in list(_positions(state, stored, names)):
             owner = owners[position]
             if owner is not None:
                 name = jax.tree_util.keystr(flat[position][0])
@@ -233,11 +241,10 @@ def align(
 
 
 def _positions(
-    state: SparseState, names: list[tuple[str, ...]]
+    state: SparseState, stored: list[Any], names: list[tuple[str, ...]]
 ) -> Iterator[tuple[int, Entry]]:
-    """Walks a state's masks beside the params' paths."""
+    """Walks a state's masks, with their paths, beside the params' paths."""
     position = index = 0
-    stored = jax.tree_util.tree_flatten_with_path(state.masks, is_leaf=is_hole)[0]
     for path, mask in stored:
         if isinstance(mask, optax.MaskedNode):
             hidden = plain_path(path)

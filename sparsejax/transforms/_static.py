@@ -118,7 +118,7 @@ def static_sparse(
             draw = functools.partial(scores.random, key=key)
             return choose_masks(rule, draw, params, leaves, across_leaves)
 
-        choice = MaskChoice("static_sparse", rule.leaves, first)
+        choice = MaskChoice("static_sparse", rule.leaves, first, pattern=rule.pattern)
     return hard_method(inner, choice, pack_masks=pack_masks)
 
 

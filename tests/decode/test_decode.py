@@ -360,6 +360,8 @@ class GenerateTest(parameterized.TestCase):
     ("options", "message"),
     [
         ({"num_tokens": 0}, "`num_tokens` must be at least 1; got 0"),
+        ({"num_tokens": 2.0}, "`num_tokens` must be a Python int; got 2.0"),
+        ({"top_k": 3.0}, "`top_k` must be a Python int; got 3.0"),
         ({"temperature": -1.0}, "`temperature` must be at least 0"),
         ({"temperature": 1.0}, "`key` is needed to draw tokens"),
         ({"top_k": 32}, r"`top_k` must be in \[1, 31\]; got 32"),
@@ -381,7 +383,8 @@ class GenerateTest(parameterized.TestCase):
 )
 def test_bad_input_raises(options, message):
     ready = decode.prepare(make("spark"))
-    with pytest.raises(ValueError, match=message):
+    error = TypeError if "Python int" in message else ValueError
+    with pytest.raises(error, match=message):
         decode.generate(ready, **{"prompts": prompts(), "num_tokens": 2} | options)
 
 

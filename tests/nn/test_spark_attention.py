@@ -140,7 +140,7 @@ class DenseAttentionTest(parameterized.TestCase):
         ({"split": 4.0}, "`split` must be a Python int; got 4.0"),
         ({"k": "4"}, "`k` must be a number"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 and num_heads=4"),
-        ({"window": 0}, "`window` must be at least 1, or None; got 0"),
+        ({"window": 0}, "`window` must be at least 1; got 0"),
     ],
 )
 def test_bad_settings_raise(options, message):

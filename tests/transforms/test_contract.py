@@ -345,3 +345,56 @@ class StateTest(parameterized.TestCase):
         jax.eval_shape(update, params, state, params)
         with pytest.raises(ValueError, match="needs `params`"):
             tx.update(params, state)
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.lamb(0.1), optax.lars(0.1), optax.fromage(0.1)]
+)
+def test_the_first_step_sees_no_pruned_weight(inner):
+    params = {"kernel": jax.random.normal(KEY, (16, 16))}
+    mask = {"kernel": jnp.arange(256).reshape(16, 16) % 8 == 0}
+    pruned = sj.apply_masks(params, mask)
+    grads = {"kernel": jnp.ones((16, 16))}
+    tx = sj.static_sparse(inner, masks=mask)
+    got, want = (
+        optax.apply_updates(p, tx.update(grads, tx.init(p), p)[0])
+        for p in (params, pruned)
+    )
+    chex.assert_trees_all_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_soft_methods_take_8_bit_floats(dtype):
+    params = {"kernel": jax.random.normal(KEY, (8, 8)).astype(dtype)}
+    for tx in (
+        sj.sr_ste(optax.sgd(0.1), pattern=sj.NM(2, 4)),
+        sj.mask_decay(optax.sgd(0.1), lambda step: 0.0, pattern=sj.NM(2, 4)),
+    ):
+        state = tx.init(params)
+        updates, state = tx.update(params, state, params)
+        moved = optax.apply_updates(params, updates)
+        assert moved["kernel"].dtype == dtype
+        kept = np.asarray(sj.sparse_params(state, moved)["kernel"], np.float32) != 0
+        assert kept.reshape(2, 4, 8).sum(axis=1).max() <= 2
+    mixed = params | {"other": jnp.ones((8, 8))}
+    found = sj.prune(mixed, 0.5, across_leaves=True)
+    assert sum(int(jnp.sum(mask)) for mask in jax.tree.leaves(found)) == 64
+
+
+def test_a_param_may_be_named_as_a_moment():
+    params = {"kernel": jnp.ones((4, 4)), "mu": {"kernel": jnp.ones((4, 4))}}
+    even = jnp.arange(16).reshape(4, 4) % 2 == 0
+    masks = {"kernel": even, "mu": {"kernel": ~even}}
+    renamed = {"kernel": params["kernel"], "head": params["mu"]}
+    as_renamed = {"kernel": even, "head": masks["mu"]}
+
+    def run(params, masks):
+        tx = sj.static_sparse(optax.adam(0.1), masks=masks)
+        state, grads = tx.init(params), jax.tree.map(jnp.ones_like, params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    got, want = run(params, masks), run(renamed, as_renamed)
+    chex.assert_trees_all_equal(got, {"kernel": want["kernel"], "mu": want["head"]})

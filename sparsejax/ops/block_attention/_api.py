@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from sparsejax._ints import check_int
 from sparsejax._lengths import of_sequences
 from sparsejax.formats import BlockMask
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
@@ -141,8 +142,8 @@ def block_attention(
         block_mask = _all_blocks(num_queries, num_keys)
     block_mask = _with_lead(block_mask)
     _check_mask(block_mask, q, k)
-    if window is not None and window < 1:
-        raise ValueError(f"`window` must be at least 1, or None; got {window}.")
+    if window is not None:
+        window = check_int("window", window, least=1)
     query_segments, key_segments = _segments(segment_ids, q, k)
     lowest = None if window is None else 1 - window
     highest = 0 if causal else None if window is None else window - 1

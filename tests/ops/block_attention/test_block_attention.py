@@ -569,7 +569,7 @@ class ErrorsTest(parameterized.TestCase):
             block_attention(q, k, v, mask_of(blocks()), **arrays)
 
     @parameterized.parameters(
-        ({"window": 0}, "`window` must be at least 1, or None; got 0"),
+        ({"window": 0}, "`window` must be at least 1; got 0"),
         ({"scale": 0.0}, "`scale` must be positive and finite; got 0.0"),
         ({"prefix": -1}, r"`prefix` must be in \[0, 13\]; got -1 for sequence 0"),
         ({"scale": np.inf}, "`scale` must be positive and finite; got inf"),
