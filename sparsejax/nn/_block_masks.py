@@ -36,7 +36,8 @@ def set_block_masks(model: nnx.Module, opt_state: Any) -> None:
     Layers and masks meet by path: the optimizer must have been initialised with
     `nnx.state(model, nnx.Param)` or a tree of the same names, as `nnx.Optimizer` does.
     A block-sparse layer that no method governs keeps the mask that it has, at first all
-    blocks. Layers stacked by `nnx.vmap` for a scan get stacked masks.
+    blocks. Layers stacked by `nnx.vmap` for a scan get stacked masks; layers that share
+    one kernel get its mask.
 
     Args:
       model: a module that holds `sj.nn.BlockSparseLinear`s; changed in place.
@@ -81,10 +82,16 @@ def set_block_masks(model: nnx.Module, opt_state: Any) -> None:
             "`sj.nn.BlockSparseFFN`."
         )
     leaves = _governed(opt_state)
-    pairs = {
-        path: (layer, leaves[(*path, "kernel")])
+    # a kernel that layers share has the path of one of them alone
+    by_kernel = {
+        id(layer.kernel): leaves[(*path, "kernel")]
         for path, layer in layers.items()
         if (*path, "kernel") in leaves
+    }
+    pairs = {
+        path: (layer, by_kernel[id(layer.kernel)])
+        for path, layer in layers.items()
+        if id(layer.kernel) in by_kernel
     }
     if not pairs:
         raise ValueError(

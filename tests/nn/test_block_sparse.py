@@ -395,3 +395,20 @@ def test_a_pattern_of_whole_blocks_fits_smaller_blocks():
     tx = method("static_sparse", pattern=sj.Block((16, 16)))
     nn.set_block_masks(model, jax.jit(tx.init)(nnx.state(model, nnx.Param)))
     assert model.gate.block_mask.get_value().density() == 0.5
+
+
+@pytest.mark.parametrize("transform", [lambda fn: fn, nnx.jit])
+def test_layers_that_share_a_kernel_share_its_mask(transform):
+    class Tied(nnx.Module):
+        def __init__(self):
+            make = functools.partial(nn.BlockSparseLinear, block_shape=BLOCK)
+            self.a = make(16, 16, rngs=nnx.Rngs(0))
+            self.b = make(16, 16, rngs=nnx.Rngs(1))
+            self.b.kernel = self.a.kernel
+
+    model = Tied()
+    optimizer = nnx.Optimizer(model, method("static_sparse"), wrt=nnx.Param)
+    transform(lambda m, o: nn.set_block_masks(m, o.opt_state))(model, optimizer)
+    masks = [layer.block_mask.get_value() for layer in (model.a, model.b)]
+    assert [float(mask.density()) for mask in masks] == [0.5, 0.5]
+    chex.assert_trees_all_equal(*masks)
