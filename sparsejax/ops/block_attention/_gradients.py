@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sparsejax.formats import BlockMask
+from sparsejax.ops._once import differentiated_once
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops.block_attention._rules import Rules, lengthened, split
 
@@ -80,6 +81,7 @@ def _call(kernels, scale, q, k, v, lists):
 
 
 def _fwd(kernels, scale, q, k, v, lists):
+    q, k, v = differentiated_once((q, k, v))
     out, lse = kernels.forward(q, k, v, lists, scale)
     out, lse = (checkpoint_name(a, "block_attention") for a in (out, lse))
     return (out, lse), (q, k, v, out, lse, lists)
@@ -87,6 +89,7 @@ def _fwd(kernels, scale, q, k, v, lists):
 
 def _bwd(kernels, scale, residuals, gradients):
     q, k, v, out, lse, lists = residuals
+    gradients = differentiated_once(gradients)
     do, dlse = gradients
     product = out.astype(jnp.float32) * do.astype(jnp.float32)
     delta = jnp.sum(product, axis=-1).swapaxes(1, 2) - dlse

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.ops._activations import unsupported_activation
+from sparsejax.ops._once import differentiated_once
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops.block_matmul._reference import epilogue
 
@@ -107,6 +108,7 @@ def _fwd(products, dtype, known_full, x, w, block_mask, bias, full_dw):
 def _bwd(products, dtype, known_full, residuals, dy):
     del dtype
     x, w, block_mask, bias, full_dw = residuals
+    x, w, dy = differentiated_once((x, w, dy))
     db = None
     if bias is not None:
         db = jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from sparsejax.ops import _rows
 from sparsejax.ops._activations import Activation, without_custom_rules
 from sparsejax.ops._hopper import COLUMNS, SHARED_BYTES
+from sparsejax.ops._once import differentiated_once
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._rows import Tiles
 from sparsejax.ops.gaussian_topk._reference import glu
@@ -112,6 +113,7 @@ def _on_rows(x, z, up, elementwise, tiles, grad_tiles):
 
 
 def _on_rows_fwd(x, z, up, elementwise, tiles, grad_tiles):
+    x, z, up = differentiated_once((x, z, up))
     del grad_tiles
     out, mean, std = _forward(x, z, up, elementwise, tiles, with_statistics=True)
     return out, (x, z, up, mean, std)
@@ -119,6 +121,7 @@ def _on_rows_fwd(x, z, up, elementwise, tiles, grad_tiles):
 
 def _on_rows_bwd(elementwise, tiles, grad_tiles, residuals, grad):
     del tiles
+    grad = differentiated_once(grad)
     x, z, up, mean, std = residuals
     total, dx, *dup = _backward(grad, x, z, up, mean, std, elementwise, grad_tiles)
     dz = jnp.where(z == -jnp.inf, 0, -total * std)

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import ArrayLike
 
 from sparsejax.ops._activations import Activation
+from sparsejax.ops._once import differentiated_once
 from sparsejax.ops._tpu import result
 from sparsejax.ops.gaussian_topk._reference import glu
 from sparsejax.ops.gaussian_topk._slopes import glu_back, passed_back, survivors
@@ -84,11 +85,13 @@ def _rows(x, z, up, activation, huber_delta, interpret):
 
 
 def _rows_fwd(x, z, up, *settings):
+    x, z, up = differentiated_once((x, z, up))
     out, mean, std = _forward(x, z, up, *settings, with_statistics=True)
     return out, (x, z, up, mean, std)
 
 
 def _rows_bwd(activation, huber_delta, interpret, residuals, grad):
+    grad = differentiated_once(grad)
     x, z, up, mean, std = residuals
     settings = activation, huber_delta, interpret
     total, dx, *dup = _backward(grad, x, z, up, mean, std, *settings)

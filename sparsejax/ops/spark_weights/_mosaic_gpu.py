@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from sparsejax import _compat
 from sparsejax.ops import _rows
 from sparsejax.ops._hopper import COLUMNS, SHARED_BYTES
+from sparsejax.ops._once import differentiated_once
 from sparsejax.ops._platform import jit_kernel
 from sparsejax.ops._rows import Tiles
 from sparsejax.ops.gaussian_topk import num_entries
@@ -121,11 +122,13 @@ def _on_rows(plan, scores, z, count, where):
 
 
 def _on_rows_fwd(plan, scores, z, count, where):
+    scores, z = differentiated_once((scores, z))
     out, *statistics = _forward(plan, scores, z, count, where, with_statistics=True)
     return out, (scores, where, *statistics)
 
 
 def _on_rows_bwd(plan, residuals, grad):
+    grad = differentiated_once(grad)
     return _backward(plan, grad, *residuals), None, None, None
 
 
