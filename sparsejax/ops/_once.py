@@ -1,14 +1,11 @@
 """What says that a kernel has no second derivative, where JAX would not."""
 
-from typing import TypeVar
+from typing import Any
 
 import jax
 
-T = TypeVar("T")
 
-
-@jax.custom_jvp
-def differentiated_once(operands: T) -> T:
+def differentiated_once(operands: Any) -> Any:
     """What a kernel that has a backward, or that backward, computes from.
 
     Args:
@@ -27,11 +24,16 @@ def differentiated_once(operands: T) -> T:
       Traceback (most recent call last):
       NotImplementedError: a kernel is differentiable once, in reverse mode; ...
     """
+    return _identity(operands)
+
+
+@jax.custom_jvp
+def _identity(operands):
     return operands
 
 
-@differentiated_once.defjvp
-def _differentiated_twice(operands, tangents):
+@_identity.defjvp
+def _identity_jvp(operands, tangents):
     del operands, tangents
     raise NotImplementedError(
         "a kernel is differentiable once, in reverse mode; a second derivative was "

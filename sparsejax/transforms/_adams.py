@@ -240,8 +240,12 @@ def scale_by_adams(
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
         del extra
-        options = {"pattern": rule.pattern, "update_every": mask_period}
-        params = check_update("adams", grads, state, params, **options)
+        params = check_update(
+            *("adams", grads, state, params),
+            pattern=rule.pattern,
+            update_every=mask_period,
+            period="mask_period",
+        )
         _check_total_steps(state, total_steps)
         check_now([pull_at], state.step)
         stored = jax.lax.cond(

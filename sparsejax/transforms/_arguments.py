@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -148,6 +149,7 @@ def check_update(
     pattern: Pattern | None,
     update_every: int | None,
     stop_step: int | None = None,
+    period: str = "update_every",
 ) -> Params:
     """The params given to `update`, if they, the gradients and the state fit.
 
@@ -159,6 +161,7 @@ def check_update(
       pattern: with which the method was built, if it has one for all leaves.
       update_every: likewise; as it stands in the state.
       stop_step: likewise.
+      period: what the method calls its `update_every`.
 
     Raises:
       TypeError: if the state is none of a method.
@@ -177,7 +180,14 @@ def check_update(
             f"`{method}` needs the state that its `init` returned; got that of "
             f"`{settings.method}`. Make a new state by `init`."
         )
-    _check_options(settings, pattern, update_every=update_every, stop_step=stop_step)
+    _check_options(
+        settings,
+        pattern,
+        {
+            period: (settings.update_every, update_every),
+            "stop_step": (settings.stop_step, stop_step),
+        },
+    )
     if params is None:
         raise ValueError(
             f"`{method}` needs `params` in `update`; got None. Call "
@@ -224,13 +234,20 @@ def check_update(
 
 
 def _check_options(
-    settings: Settings, pattern: Pattern | None, **options: int | None
+    settings: Settings,
+    pattern: Pattern | None,
+    options: Mapping[str, tuple[int | None, int | None]],
 ) -> None:
     """Raises if a method was built otherwise than the one that made the state.
 
     What decides on masks stands in the state, so that other options would be half used.
+
+    Args:
+      settings: of the state.
+      pattern: of the method, if it has one for all leaves.
+      options: by name, that of the state and that of the method.
     """
-    found = [(name, getattr(settings, name), now) for name, now in options.items()]
+    found = [(name, *both) for name, both in options.items()]
     if pattern is not None:
         patterns = (leaf.pattern for leaf in settings.leaves if leaf)
         found += [("pattern", before, pattern) for before in patterns]

@@ -97,8 +97,9 @@ def soft_method(
         updates: Any, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
-        options = {"pattern": rule.pattern, "update_every": 1}
-        params = check_update(method, grads, state, params, **options)
+        params = check_update(
+            *(method, grads, state, params), pattern=rule.pattern, update_every=1
+        )
         check_now(scheduled, state.step)
         found = [
             # no step is negative: this tells XLA to shard the mask as the weight, where

@@ -60,7 +60,7 @@ def sr_ste(pattern=sj.NM(2, 4)):  # noqa: B008
         (rigl, {"pattern": sj.Block((2, 2))}, "pattern=Block"),
         (sr_ste, {"pattern": sj.NM(1, 4)}, "pattern=NM"),
         (adams, {"pattern": sj.NM(1, 4)}, "pattern=NM"),
-        (adams, {"mask_period": 3}, "update_every=3, .* update_every=10"),
+        (adams, {"mask_period": 3}, "mask_period=3, .* mask_period=10"),
     ],
 )
 def test_other_options_than_those_of_the_state(make, other, said):
