@@ -5,9 +5,22 @@ their leaves. A list of more than ten layers whose places became names, as in a 
 dict out of a checkpoint, has another order: "10" comes before "2".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sparsejax.typing import KeyPath, plain_path
 
 Names = tuple[str, ...]  # of a leaf, as `typing.plain_path` gives them
+
+
+def names_of(flat: Iterable[tuple[KeyPath, Any]]) -> list[Names]:
+    """Of the leaves that `jax.tree_util.tree_flatten_with_path` gave, in order.
+
+    Example:
+      >>> names_of(jax.tree_util.tree_flatten_with_path({"a": [1, 2]})[0])
+      [('a', '0'), ('a', '1')]
+    """
+    return [plain_path(path) for path, _ in flat]
 
 
 def check_order(one: Sequence[Names], other: Sequence[Names], words: str) -> None:

@@ -2,6 +2,8 @@
 
 from jaxtyping import Array, Bool, Int
 
+from sparsejax._ints import check_int
+
 
 def causal_mask(
     query_positions: Int[Array, "batch queries"],
@@ -21,7 +23,8 @@ def causal_mask(
       True where the query sees the key; the second axis stands for the heads.
 
     Raises:
-      ValueError: If `window` is below 1.
+      TypeError: if `window` is no whole number.
+      ValueError: if it is below 1.
 
     Example:
       >>> positions = jnp.arange(4)[None]
@@ -31,8 +34,8 @@ def causal_mask(
              [0, 1, 1, 0],
              [0, 0, 1, 1]], dtype=int32)
     """
-    if window is not None and window < 1:
-        raise ValueError(f"`window` must be at least 1, or None; got {window}.")
+    if window is not None:
+        window = check_int("window", window, least=1)
     distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
     seen = distance >= 0
     if window is None:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax._names import check_order
-from sparsejax.typing import MaskTree, Params, is_none, plain_path
+from sparsejax._names import check_order, names_of
+from sparsejax.typing import MaskTree, Params, is_none
 
 
 def map_masked(fn: Callable[..., Any], masks: MaskTree, *trees: Any) -> Any:
@@ -86,10 +86,10 @@ def _check_masks(masks: MaskTree, params: Params) -> None:
     flat_masks = jax.tree.leaves(masks, is_leaf=is_none)
     if len(flat) != len(flat_masks):
         return
+    # places in a flat list, in which methods keep their masks, name no leaves
     if not jax.tree_util.all_leaves(masks if isinstance(masks, list) else [masks]):
-        paths = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_none)[0]
-        names, others = ([plain_path(path) for path, _ in one] for one in (paths, flat))
-        check_order(names, others, "the masks and the params")
+        named = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_none)[0]
+        check_order(names_of(named), names_of(flat), "the masks and the params")
     for (path, param), mask in zip(flat, flat_masks, strict=True):
         if mask is None or param is None:
             continue

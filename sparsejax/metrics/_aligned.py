@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax._names import check_order
-from sparsejax.typing import is_none, plain_path
+from sparsejax._names import check_order, names_of
+from sparsejax.typing import is_none
 
 
 def map_aligned(
@@ -41,8 +41,8 @@ def map_aligned(
             f"`{names[0]}` and `{names[1]}` must mirror each other; got {len(flat)} "
             f"and {len(others)} leaves. Make both from the same params."
         )
-    of_both = ([plain_path(path) for path, _ in one] for one in (flat, flat_after))
-    check_order(*of_both, words=f"`{names[0]}` and `{names[1]}`")
+    words = f"`{names[0]}` and `{names[1]}`"
+    check_order(names_of(flat), names_of(flat_after), words)
     rows = [
         (jax.tree_util.keystr(path), one, other)
         for (path, one), other in zip(flat, others, strict=True)

@@ -14,10 +14,10 @@ from jax.core import Tracer
 from sparsejax import masks
 from sparsejax._devices import shape_on_a_device
 from sparsejax._ints import check_int
-from sparsejax._names import check_order
+from sparsejax._names import check_order, names_of
 from sparsejax.patterns import Leaf, Pattern
 from sparsejax.transforms._state import Settings, SparseState
-from sparsejax.typing import Params, is_none, plain_path
+from sparsejax.typing import Params, is_none
 
 
 def optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -202,13 +202,10 @@ def check_update(
                 f"with, of {len(settings.leaves)} leaves; got {len(found)} leaves. "
                 "Make a new state by `init`."
             )
+    governed = [pair for pair, leaf in zip(flat, settings.leaves, strict=True) if leaf]
     check_order(
         [leaf.path for leaf in settings.leaves if leaf],
-        [
-            plain_path(path)
-            for (path, _), leaf in zip(flat, settings.leaves, strict=True)
-            if leaf
-        ],
+        names_of(governed),
         f"the state of `{method}` and the params",
     )
     for (path, weight), grad, leaf in zip(

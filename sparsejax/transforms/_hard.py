@@ -153,10 +153,10 @@ def hard_method(
 
         def step(old):
             before = fresh_where_pruned(state.inner_state, fresh(old), params, old)
-            kept = masks.apply_masks(grads, old), before, masked(old)
+            kept_grads, weights = masks.apply_masks(grads, old), masked(old)
 
             def update():
-                updates, after = inner.update(*kept, **extra)
+                updates, after = inner.update(kept_grads, before, weights, **extra)
                 return updates, settled(after, before)
 
             if not choice.skips_step:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax._names import names_of
 from sparsejax.typing import Params, is_none, plain_path
 
 
@@ -42,8 +43,7 @@ def fresh_where_pruned(
     for (path, leaf), mask in zip(flat, kept, strict=True):
         owners[plain_path(path)] = (jnp.shape(leaf), mask) if leaf is not None else None
 
-    inner = jax.tree_util.tree_flatten_with_path(inner_state)[0]
-    inner_names = {plain_path(path) for path, _ in inner}
+    inner_names = set(names_of(jax.tree_util.tree_flatten_with_path(inner_state)[0]))
 
     def num_beside(prefix):
         return sum((*prefix, *names) in inner_names for names in owners)

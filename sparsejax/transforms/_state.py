@@ -16,7 +16,7 @@ import optax
 
 from sparsejax import masks
 from sparsejax._governed import GovernedLeaf, governed_twice, no_state
-from sparsejax._names import check_order
+from sparsejax._names import check_order, names_of
 from sparsejax.patterns import Leaf
 from sparsejax.typing import MaskTree, Params, is_none, plain_path
 
@@ -220,15 +220,12 @@ def align(
       ValueError: if a state was made for other params, or a leaf is governed twice.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)
-    names = [plain_path(path) for path, _ in flat]
+    names = names_of(flat)
     owners: list[Entry | None] = [None] * len(flat)
     for state in states:
         stored = jax.tree_util.tree_flatten_with_path(state.masks, is_leaf=is_hole)[0]
-        check_order(
-            [plain_path(path) for path, _ in stored],
-            names,
-            f"the state of `{state.settings.method}` and the params",
-        )
+        words = f"the state of `{state.settings.method}` and the params"
+        check_order(names_of(stored), names, words)
         # as a list: it checks the number of leaves before any is looked up
         for position, entry in list(_positions(state, stored, names)):
             owner = owners[position]

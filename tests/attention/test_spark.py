@@ -273,5 +273,5 @@ def test_causal_mask_equals_the_definition():
             distance = int(queries[b, i]) - j
             want = 0 <= distance < (window or 100)
             assert got[b, 0, i, j] == want
-    with pytest.raises(ValueError, match="`window` must be at least 1, or None; got 0"):
+    with pytest.raises(ValueError, match="`window` must be at least 1; got 0"):
         attention.causal_mask(queries, keys, window=0)
