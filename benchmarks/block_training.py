@@ -8,7 +8,7 @@ sizes, as products of wider matrices have more to do between their stores.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -217,8 +217,11 @@ def profile(model: Model, training: Training) -> dict[str, float]:
     return {f"{name}_ms": ms for name, ms in found.items()}
 
 
-def run(case: Case, repeats: int) -> Iterator[dict]:
-    """A row for each; each model beside the dense one, as not all fit in memory."""
+Programs = Mapping[Model, tuple[Training, Callable[[], Any] | None]]
+
+
+def compile_models(case: Case) -> Programs:
+    """The step of each model, the dense one first, and its FFN alone."""
     tokens = random_tokens(case.batch, case.seq, case.size.vocab_size)
 
     def make(model):
@@ -226,7 +229,11 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
         return make_training(case, model, tokens), alone
 
     every = (DENSE, *case.models)
-    programs = dict(zip(every, compiled(make, every), strict=True))
+    return dict(zip(every, compiled(make, every), strict=True))
+
+
+def run(case: Case, programs: Programs, repeats: int) -> Iterator[dict]:
+    """A row for each; each model beside the dense one, as not all fit in memory."""
     dense, dense_ffn = programs[DENSE]
     dense.start()
     losses = {}
@@ -257,6 +264,7 @@ def run(case: Case, repeats: int) -> Iterator[dict]:
         yield row | profile(model, training)
         if training is not dense:
             training.stop()
+    dense.stop()
     # equal weights, masks and data: another implementation gives another rounding
     masked, block = losses[MASKED.name], losses["static 75 %"]
     if abs(masked - block) > 1e-2 * abs(masked):
@@ -277,7 +285,13 @@ NOTES = [
 def main(argv=None):
     args = common.parse_args(__doc__, repeats=10, quick_repeats=2, argv=argv)
     cases = [QUICK] if args.quick else CASES
-    rows = (row for case in cases for row in run(case, args.repeats))
+    # before anything is profiled: a compilation after that was seen to hang on an H200
+    programs = [compile_models(case) for case in cases]
+    rows = (
+        row
+        for case, of_case in zip(cases, programs, strict=True)
+        for row in run(case, of_case, args.repeats)
+    )
     settings = [dataclasses.asdict(c) | {"models": len(c.models)} for c in cases]
     env = common.environment(repeats=args.repeats, cases=settings)
     common.report(args.json, env, rows, NOTES)
