@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import threading
@@ -77,7 +78,8 @@ class Job:
         left_s: float,
     ) -> list[str]:
         """Of a process that has `left_s` seconds."""
-        options = self.options.format(folder=folder, data=data).split()
+        given = {"folder": folder, "data": data}
+        options = [part.format(**given) for part in shlex.split(self.options)]
         if self.resumes and math.isfinite(left_s):
             options += ["--minutes", f"{max(left_s - MARGIN, 0) / 60:.2f}"]
         options += ["--json", str(folder / self.file(device))]
@@ -148,9 +150,10 @@ JOBS = (
     ),
     Job(
         "smollm2_cast_longer",
-        17,
+        19,
         "--model {data}/SmolLM2-135M-Instruct.Q4_1.gguf --tokens {data}/tokens.npz "
-        "--steps 2400 --tuning-steps 600 --methods CAST AST-like",
+        "--steps 2400 --tuning-steps 600 "
+        "--methods CAST AST-like 'dense, trained on'",
         module="smollm2_cast",
         **STUDY,
     ),

@@ -131,7 +131,7 @@ class Study:
             return lm_report.loss_of(row, ON_TUNE)
 
         others = sorted((name for name in chosen if name not in always), key=on_tune)
-        for name in (*always, *others[:best]):
+        for name in (*others[:best], *always):
             tested = [(chosen[name], seed) for seed in range(num_seeds)]
             self.rows(name, "test", tested, steps=steps)
         return chosen
