@@ -46,9 +46,15 @@ def losses(file: str, column: str = "loss") -> dict[str, str]:
     }
 
 
-def test_cast_on_smollm2():
-    file = "smollm2_cast_h200.json"
-    table = table_below("method")
+@pytest.mark.parametrize(
+    ("file", "first_cell"),
+    [
+        ("smollm2_cast_h200.json", "method"),
+        ("smollm2_cast_longer_h200.json", "method, 2400 steps"),
+    ],
+)
+def test_cast_on_smollm2(file, first_cell):
+    table = table_below(first_cell)
     columns = {"before the prune": "loss_before", "after it": "loss_after"}
     for head, column in columns.items():
         found = losses(file, column)
@@ -99,6 +105,7 @@ def test_spark_quality():
     ("file", "first_cell", "columns"),
     [
         ("time_to_loss_h200.json", "in 60 s", {}),
+        ("time_to_loss_longer_h200.json", "in 480 s", {}),
         (
             "long_context_training_h200.json",
             "at 32768 bytes, in 60 s",
