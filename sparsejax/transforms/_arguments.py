@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ from sparsejax import masks
 from sparsejax._devices import shape_on_a_device
 from sparsejax._ints import check_int
 from sparsejax._names import check_order, names_of
-from sparsejax.patterns import Leaf, Pattern
-from sparsejax.transforms._state import Settings, SparseState
+from sparsejax.patterns import Leaf
+from sparsejax.transforms._state import Framed, Projected, Settings, SparseState
 from sparsejax.typing import Params, is_none
 
 
@@ -82,14 +82,15 @@ def check_key(key: Any) -> None:
     Raises:
       TypeError: if it is anything else.
     """
-    dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    ndim = 0 if typed else 1
-    if dtype is None or not (typed or dtype == jnp.uint32) or jnp.ndim(key) != ndim:
-        raise TypeError(
-            "`key` must be one random key, such as `jax.random.key(0)`; got "
-            f"{_words(key)}."
-        )
+    if isinstance(key, jax.Array | np.ndarray):  # no `nnx.Rngs`, which has any name
+        if key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return
+        if key.ndim == 1 and key.dtype == jnp.uint32:
+            return
+    raise TypeError(
+        "`key` must be one random key, such as `jax.random.key(0)` or `rngs.params()` "
+        f"of an `nnx.Rngs`; got {_words(key)}."
+    )
 
 
 def check_given_params(method: str, params: Any) -> None:
@@ -146,9 +147,7 @@ def check_update(
     state: Any,
     params: Params | None,
     *,
-    pattern: Pattern | None,
-    update_every: int | None,
-    stop_step: int | None = None,
+    built: Callable[..., Settings],
     period: str = "update_every",
 ) -> Params:
     """The params given to `update`, if they, the gradients and the state fit.
@@ -158,9 +157,7 @@ def check_update(
       grads: of the params.
       state: of the method.
       params: may be missing.
-      pattern: with which the method was built, if it has one for all leaves.
-      update_every: likewise; as it stands in the state.
-      stop_step: likewise.
+      built: params -> the settings that `init` would give them, as `Sparsity.leaves`.
       period: what the method calls its `update_every`.
 
     Raises:
@@ -180,14 +177,6 @@ def check_update(
             f"`{method}` needs the state that its `init` returned; got that of "
             f"`{settings.method}`. Make a new state by `init`."
         )
-    _check_options(
-        settings,
-        pattern,
-        {
-            period: (settings.update_every, update_every),
-            "stop_step": (settings.stop_step, stop_step),
-        },
-    )
     if params is None:
         raise ValueError(
             f"`{method}` needs `params` in `update`; got None. Call "
@@ -227,35 +216,52 @@ def check_update(
                 f"`{method}` needs a gradient for each leaf that it governs; got None "
                 f"at {leaf.name}. Exclude the leaf by `where`."
             )
+    _check_options(settings, built(params, allocated=False), period)
     return params
 
 
-def _check_options(
-    settings: Settings,
-    pattern: Pattern | None,
-    options: Mapping[str, tuple[int | None, int | None]],
-) -> None:
+def _check_options(before: Settings, now: Settings, period: str) -> None:
     """Raises if a method was built otherwise than the one that made the state.
 
     What decides on masks stands in the state, so that other options would be half used.
 
     Args:
-      settings: of the state.
-      pattern: of the method, if it has one for all leaves.
-      options: by name, that of the state and that of the method.
+      before: that of the state.
+      now: that of the method.
+      period: what the method calls its `update_every`.
     """
-    found = [(name, *both) for name, both in options.items()]
-    if pattern is not None:
-        patterns = (leaf.pattern for leaf in settings.leaves if leaf)
-        found += [("pattern", before, pattern) for before in patterns]
-    for name, before, now in found:
-        if before != now:
+    for (name, old, at), (_, new, at_new) in zip(
+        _options(before, period), _options(now, period), strict=False
+    ):
+        unknown = isinstance(old, Tracer) or isinstance(new, Tracer)
+        unknown |= name == "sparsity" and None in (old, new)  # by an allocation
+        if not unknown and old != new:
             raise ValueError(
-                f"`{settings.method}` has {name}={now}, and its state was made with "
-                f"{name}={before}. To go on with other options take the arrays of the "
-                "state into a new one: `jax.tree.unflatten(jax.tree.structure("
+                f"`{now.method}` has {name}={new}{at_new or at}, and its state was "
+                f"made with {name}={old}. To go on with other options take the arrays "
+                "of the state into a new one: `jax.tree.unflatten(jax.tree.structure("
                 "tx.init(params)), jax.tree.leaves(state))`."
             )
+
+
+def _options(settings: Settings, period: str) -> Iterator[tuple[str, Any, str]]:
+    """What decides on masks: names, values, and at which leaves."""
+    forward, frames = settings.forward, (settings.leaves,)
+    yield period, settings.update_every, ""
+    yield "stop_step", settings.stop_step, ""
+    if isinstance(forward, Projected | Framed):
+        yield "straight_through", forward.straight_through, ""
+    if isinstance(forward, Framed):
+        frames = forward.frames
+        yield "len(patterns)", len(frames), ""
+    for frame in frames:
+        for leaf, sparsity in zip(frame, settings.sparsities, strict=True):
+            at = f" at {leaf.name}" if leaf else ""
+            yield "where", leaf is not None, at
+            yield "stacked", leaf and leaf.stacked, at
+            yield "pattern", leaf and leaf.pattern, at
+            fixed = leaf and leaf.pattern.sparsity
+            yield "sparsity", sparsity if fixed is None else fixed, at
 
 
 def _words(value: Any) -> str:

@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from sparsejax import masks
 from sparsejax._promotion import common_dtype
-from sparsejax.patterns import Leaf, Pattern
+from sparsejax.patterns import Leaf
 from sparsejax.transforms._arguments import (
     check_given_params,
     check_params,
@@ -36,7 +36,7 @@ from sparsejax.transforms._state import (
     store_masks,
 )
 from sparsejax.transforms._write_through import Edit, update_from_edited_state
-from sparsejax.typing import MaskTree, Params
+from sparsejax.typing import MaskTree, Params, is_none
 
 FlatMasks = list[jax.Array | None]
 """One mask a leaf of the params; None = not governed."""
@@ -68,7 +68,7 @@ class MaskChoice:
 
     Attributes:
       method: its name.
-      leaves: params -> the governed leaves.
+      leaves: params -> the governed leaves, as `Sparsity.leaves`.
       first: (params, leaves) -> the masks of `init`.
       refresh: (what it may read, leaves) -> new masks; None for static masks.
       update_every: steps between refreshes.
@@ -76,13 +76,12 @@ class MaskChoice:
       steps_first: the refresh reads the weights after the optimizer's step.
       skips_step: on a refresh the optimizer takes no step.
       grows_by_gradient: the refresh reads the gradient of pruned weights.
-      pattern: of all leaves, if there is one for all.
       key: the key whose folds each refresh gets.
       scheduled: what a refresh reads that may be a schedule.
     """
 
     method: str
-    leaves: Callable[[Params], tuple[Leaf | None, ...]]
+    leaves: Callable[..., tuple[Leaf | None, ...]]
     first: Callable[[Params, tuple[Leaf | None, ...]], FlatMasks]
     refresh: Callable[[Refresh, tuple[Leaf | None, ...]], FlatMasks] | None = None
     update_every: int | None = None
@@ -90,7 +89,6 @@ class MaskChoice:
     steps_first: bool = False
     skips_step: bool = False
     grows_by_gradient: bool = False
-    pattern: Pattern | None = None
     key: jax.Array | None = None
     scheduled: tuple[Checked, ...] = ()
 
@@ -101,13 +99,9 @@ def hard_method(
     """Builds the transformation of a hard method."""
     inner = optimizer(inner)
 
-    def init_fn(params: Params) -> Any:
-        check_given_params(choice.method, params)
-        check_ahead(choice.scheduled, (0, choice.update_every, choice.stop_step))
-        leaves = choice.leaves(params)
-        check_params(params, leaves, pack_masks=pack_masks)
-        found = choice.first(params, leaves)
-        settings = Settings(
+    def built(params: Params, **how: bool) -> Settings:
+        leaves = choice.leaves(params, **how)
+        return Settings(
             choice.method,
             Masked(),
             leaves,
@@ -116,6 +110,13 @@ def hard_method(
             stop_step=choice.stop_step,
             grows_by_gradient=choice.grows_by_gradient,
         )
+
+    def init_fn(params: Params) -> Any:
+        check_given_params(choice.method, params)
+        check_ahead(choice.scheduled, (0, choice.update_every, choice.stop_step))
+        settings = built(params)
+        check_params(params, settings.leaves, pack_masks=pack_masks)
+        found = choice.first(params, settings.leaves)
         arrays = {}
         if choice.key is not None:
             # raw key data passes through every checkpoint and wrapper; a copy, since
@@ -133,13 +134,7 @@ def hard_method(
         updates: Any, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
-        params = check_update(
-            *(choice.method, grads, state, params),
-            pattern=choice.pattern,
-            update_every=choice.update_every,
-            stop_step=choice.stop_step,
-        )
-
+        params = check_update(choice.method, grads, state, params, built=built)
         due = is_due(state)
         if not isinstance(due, Tracer) and due:
             check_now(choice.scheduled, state.step)
@@ -212,7 +207,12 @@ def _flips_of_refresh(
     if choice.steps_first:
         # taken again inside the branch: between refreshes the step then stays one
         # fused pass over memory
-        weights = optax.apply_updates(params, step(old)[0])
+        weights = jax.tree.map(
+            lambda p, u: p if p is None or u is None else optax.apply_updates(p, u),
+            params,
+            step(old)[0],
+            is_leaf=is_none,
+        )
     # pruned weights are not 0 where something scaled the updates on their way
     weights = masks.apply_masks(weights, old)
     key = _step_key(choice.key, state)
@@ -272,7 +272,12 @@ def _unless(due: jax.Array, before: jax.Array) -> Edit:
 def _step_key(key: jax.Array | None, state: SparseState) -> jax.Array | None:
     if key is None:
         return None
-    stored = jax.random.wrap_key_data(
-        state.arrays["key"], impl=jax.random.key_impl(key)
-    )
+    impl, stored = jax.random.key_impl(key), state.arrays["key"]
+    if stored.shape != jax.random.key_data(key).shape:
+        raise ValueError(
+            f"`key` must be of the implementation that the state of "
+            f"`{state.settings.method}` was made with; got {impl}, and key data of "
+            f"shape {stored.shape} in the state. Pass a key as before."
+        )
+    stored = jax.random.wrap_key_data(stored, impl=impl)
     return jax.random.fold_in(stored, state.step)

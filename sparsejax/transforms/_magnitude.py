@@ -95,7 +95,6 @@ def magnitude_prune(
         first,
         refresh,
         update_every=update_every,
-        pattern=rule.pattern,
         scheduled=(rule,),
     )
     return hard_method(inner, choice, pack_masks=pack_masks)

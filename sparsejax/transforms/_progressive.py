@@ -94,7 +94,7 @@ def mask_decay(
         Sparsity.constant(
             sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
         ),
-        lambda params: Projected(straight_through),
+        lambda params, **how: Projected(straight_through),
         arrays_at=arrays_at,
         scheduled=(factor_at,),
         pack_masks=pack_masks,
@@ -196,8 +196,8 @@ def structure_decay(
         inner,
         "structure_decay",
         rules[-1],
-        lambda params: Framed(
-            tuple(rule.leaves(params) for rule in rules),
+        lambda params, **how: Framed(
+            tuple(rule.leaves(params, **how) for rule in rules),
             straight_through,
         ),
         arrays_at=arrays_at,

@@ -30,6 +30,7 @@ from sparsejax.transforms._state import (
     Projected,
     Settings,
     SparseState,
+    is_packed,
     settled,
     store_masks,
 )
@@ -43,7 +44,7 @@ def soft_method(
     inner: optax.GradientTransformation,
     method: str,
     rule: Sparsity,
-    forward: Callable[[Params], Projected | Framed],
+    forward: Callable[..., Projected | Framed],
     *,
     arrays_at: Callable[[jax.Array], dict[str, jax.Array]] = lambda step: {},
     pull: Pull | None = None,
@@ -57,7 +58,7 @@ def soft_method(
       inner: any optax optimizer.
       method: its name.
       rule: which leaves, at which constant sparsity.
-      forward: params -> the kind of forward.
+      forward: params, and as `Sparsity.leaves` -> the kind of forward.
       arrays_at: step -> what the forward before update `step` needs.
       pull: adds to the gradient of a governed leaf.
       pull_after: adds to its update, after the inner optimizer.
@@ -66,14 +67,18 @@ def soft_method(
     """
     inner = optimizer(inner)
 
+    def built(params: Params, **how: bool) -> Settings:
+        leaves = rule.leaves(params, **how)
+        # under N:M too: the pattern of another frame may read it
+        sparsities = rule.settled(params, leaves, **how)
+        kind = forward(params, **how)
+        return Settings(method, kind, leaves, sparsities, update_every=1)
+
     def init_fn(params: Params) -> Any:
         check_given_params(method, params)
         check_ahead(scheduled, (0, None))
-        leaves = rule.leaves(params)
-        check_params(params, leaves, pack_masks=pack_masks)
-        # under N:M too: the pattern of another frame may read it
-        sparsities = rule.settled(params, leaves)
-        settings = Settings(method, forward(params), leaves, sparsities, update_every=1)
+        settings = built(params)
+        check_params(params, settings.leaves, pack_masks=pack_masks)
         step = jnp.zeros([], jnp.int32)
         arrays = arrays_at(step)
         # of frames one is chosen by a switch, out of which the sharding is XLA's guess
@@ -97,9 +102,7 @@ def soft_method(
         updates: Any, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
-        params = check_update(
-            *(method, grads, state, params), pattern=rule.pattern, update_every=1
-        )
+        params = check_update(method, grads, state, params, built=built)
         check_now(scheduled, state.step)
         found = [
             # no step is negative: this tells XLA to shard the mask as the weight, where
@@ -121,7 +124,7 @@ def soft_method(
         step = jnp.asarray(optax.safe_increment(state.step))
         return updates, SparseState(
             step,
-            store_masks(found, state.masks, pack_masks),
+            store_masks(found, state.masks, is_packed(state.masks)),
             settled(inner_state, state.inner_state),
             arrays_at(step),
             state.settings,

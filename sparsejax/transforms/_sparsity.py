@@ -14,7 +14,6 @@ from sparsejax import allocation as allocations
 from sparsejax import masks
 from sparsejax.patterns import (
     Leaf,
-    Pattern,
     Unstructured,
     broadcast_prefix,
     check_patterns,
@@ -69,11 +68,6 @@ class Sparsity:
                 "with a tree of sparsities. Pass one of the two."
             )
 
-    @property
-    def pattern(self) -> Pattern | None:
-        """That of all leaves, if there is one for all."""
-        return self._pattern if isinstance(self._pattern, Pattern) else None
-
     @classmethod
     def constant(cls, value: Any, **kwargs: Any) -> "Sparsity":
         """For masks chosen once, and for forwards that project anew: no schedules.
@@ -89,8 +83,15 @@ class Sparsity:
             )
         return cls(value, **kwargs)
 
-    def leaves(self, params: Params) -> tuple[Leaf | None, ...]:
+    def leaves(
+        self, params: Params, *, allocated: bool = True
+    ) -> tuple[Leaf | None, ...]:
         """The governed leaves; a None in a tree of sparsities leaves its leaf dense.
+
+        Args:
+          params: of the method.
+          allocated: check the sparsity of each at step 0. Without, `allocation` is not
+            called, which may read weights that are traced after `init`.
 
         Raises:
           ValueError: if a sparsity contradicts an N:M pattern, or is missing.
@@ -110,6 +111,8 @@ class Sparsity:
                     "at least one leaf must be governed; `sparsity` is None at every "
                     "leaf that `where` chose. Give one a number."
                 )
+        if not allocated:
+            return leaves
         at_first = self._raw(params, leaves, 0)
         for leaf, value, first in zip(leaves, given, at_first, strict=True):
             if leaf is not None:
@@ -137,15 +140,22 @@ class Sparsity:
         ]
 
     def settled(
-        self, params: Params, leaves: tuple[Leaf | None, ...]
+        self,
+        params: Params,
+        leaves: tuple[Leaf | None, ...],
+        *,
+        allocated: bool = True,
     ) -> tuple[Any, ...]:
         """As `given` at step 0, as numbers: for settings, which hold no arrays.
 
-        Traced by the user a sparsity stays as it is, for what is jitted whole.
+        Traced by the user a sparsity stays as it is, for what is jitted whole. None
+        where only `allocation` knows, if not `allocated`, see `leaves`.
 
         Raises:
           TypeError: if `allocation` computes with the weights inside jit.
         """
+        if not allocated and self._single and self._allocate is not allocations.uniform:
+            return (None,) * len(leaves)
         with jax.ensure_compile_time_eval():  # an allocation may compute by arrays
             found = tuple(_settle(value) for value in self.given(params, leaves, 0))
         if any(isinstance(value, Tracer) for value in jax.tree.leaves(self._value)):

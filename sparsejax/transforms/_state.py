@@ -183,6 +183,11 @@ def store_masks(found: list[jax.Array | None], like: Params, packed: bool) -> Ma
     )
 
 
+def is_packed(stored: MaskTree) -> bool:
+    """Whether masks are stored in 1 bit a weight."""
+    return any(array(mask).dtype == jnp.uint8 for mask in jax.tree.leaves(stored))
+
+
 def loaded_masks(state: SparseState) -> list[jax.Array | None]:
     """The masks of a state as a flat list of bools, aligned with its leaves."""
     stored = jax.tree.leaves(state.masks, is_leaf=is_none)

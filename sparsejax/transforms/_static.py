@@ -118,7 +118,7 @@ def static_sparse(
             draw = functools.partial(scores.random, key=key)
             return choose_masks(rule, draw, params, leaves, across_leaves)
 
-        choice = MaskChoice("static_sparse", rule.leaves, first, pattern=rule.pattern)
+        choice = MaskChoice("static_sparse", rule.leaves, first)
     return hard_method(inner, choice, pack_masks=pack_masks)
 
 
@@ -129,7 +129,8 @@ def _brought(masks: MaskTree, pattern, stacked) -> MaskChoice:
     def spread(params: Params) -> list:
         return broadcast_prefix(masks, params, name="masks")
 
-    def leaves_of(params: Params) -> tuple[Leaf | None, ...]:
+    def leaves_of(params: Params, *, allocated: bool = True) -> tuple[Leaf | None, ...]:
+        del allocated
         flags = [mask is not None for mask in spread(params)]
         where = by_path(params, flags)
         return governed(params, where=where, pattern=pattern, stacked=stacked)

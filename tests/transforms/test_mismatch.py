@@ -38,18 +38,50 @@ def test_other_names_align_by_order():
     np.testing.assert_array_equal(got, want)
 
 
+FRAMES = sj.NM(3, 4), sj.NM(1, 4)
+
+
 def rigl(pattern=sj.Unstructured(), **options):  # noqa: B008
-    options = {"update_every": 2, "stop_step": 8} | options
+    options = {"update_every": 2, "stop_step": 8, "key": KEY} | options
     sparsity = None if isinstance(pattern, sj.NM) else 0.5
-    return sj.rigl(optax.sgd(0.1), sparsity, pattern=pattern, key=KEY, **options)
+    return sj.rigl(optax.sgd(0.1), sparsity, pattern=pattern, **options)
 
 
 def adams(pattern=sj.NM(2, 4), **options):  # noqa: B008
     return sj.adams(1e-3, 10, 1e-2, pattern=pattern, **options)
 
 
-def sr_ste(pattern=sj.NM(2, 4)):  # noqa: B008
-    return sj.sr_ste(optax.sgd(0.1), pattern=pattern)
+def sr_ste(pattern=sj.NM(2, 4), **options):  # noqa: B008
+    return sj.sr_ste(optax.sgd(0.1), pattern=pattern, **options)
+
+
+def half(sparsity=0.5, **options):
+    return sr_ste(sj.Unstructured(), sparsity=sparsity, **options)
+
+
+def mask_decay(**options):
+    return sj.mask_decay(
+        optax.sgd(0.1), lambda step: 0.0 * step, pattern=sj.NM(2, 4), **options
+    )
+
+
+def frames(patterns=FRAMES, **options):
+    starts = range(len(patterns))
+    return sj.structure_decay(optax.sgd(0.1), patterns, starts, **options)
+
+
+def of_one(path, leaf):
+    del leaf
+    return sj.typing.plain_path(path)[0] == "1"
+
+
+def every(path, leaf):
+    del path, leaf
+    return True
+
+
+def one_in_four(path, leaf):
+    return sj.NM(1 if of_one(path, leaf) else 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +93,15 @@ def sr_ste(pattern=sj.NM(2, 4)):  # noqa: B008
         (sr_ste, {"pattern": sj.NM(1, 4)}, "pattern=NM"),
         (adams, {"pattern": sj.NM(1, 4)}, "pattern=NM"),
         (adams, {"mask_period": 3}, "mask_period=3, .* mask_period=10"),
+        (half, {"stacked": 1, "where": every}, "stacked=1 at .*0.* stacked=0"),
+        (rigl, {"where": of_one}, "where=False at .*0.* where=True"),
+        (sr_ste, {"where": of_one}, "where=False at .*0.* where=True"),
+        (sr_ste, {"pattern": one_in_four}, r"pattern=NM\(n=1.*\) at .*1"),
+        (half, {"sparsity": 0.75}, "sparsity=0.75 at .*0.* sparsity=0.5"),
+        (half, {"sparsity": [{"kernel": 0.5}, {"kernel": 0.75}]}, "0.75 at .*1"),
+        (mask_decay, {"straight_through": True}, "straight_through=True"),
+        (frames, {"patterns": (sj.NM(2, 4), sj.NM(1, 4))}, r"pattern=NM\(n=2"),
+        (frames, {"patterns": (sj.NM(1, 4),)}, r"len\(patterns\)=1"),
     ],
 )
 def test_other_options_than_those_of_the_state(make, other, said):
@@ -69,11 +110,52 @@ def test_other_options_than_those_of_the_state(make, other, said):
     state = before.init(params)
     with pytest.raises(ValueError, match=said):
         after.update(params, state, params)
-    # as the message says
+    # as the message says, where as many leaves are governed
     template = jax.tree.structure(after.init(params))
-    moved = jax.tree.unflatten(template, jax.tree.leaves(state))
-    updates, moved = after.update(params, moved, params)
-    after.update(updates, moved, params)
+    if template.num_leaves == jax.tree.structure(state).num_leaves:
+        moved = jax.tree.unflatten(template, jax.tree.leaves(state))
+        updates, moved = after.update(params, moved, params)
+        after.update(updates, moved, params)
+
+
+def test_options_that_say_the_same():
+    params = AS_LIST[:2]
+    before, after = sr_ste(), sr_ste(lambda path, leaf: sj.NM(2, 4), sparsity=0.5)
+    after.update(params, before.init(params), params)
+
+
+def test_an_allocation_that_reads_weights():
+    def by_norm(params, sparsity, **how):
+        norms = jax.tree.map(jnp.linalg.norm, sj.uniform(params, sparsity, **how))
+        return jax.tree.map(lambda _, s: float(s), params, norms)
+
+    params = AS_LIST[:2]
+    tx = half(allocation=by_norm)
+    jax.jit(tx.update)(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("make", [sr_ste, adams, rigl, mask_decay, frames])
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_stay_stored_as_they_are(make, packed):
+    params = AS_LIST[:2]
+    before, after = make(pack_masks=packed), make(pack_masks=not packed)
+    state = before.init(params)
+
+    def step(state, _):
+        return after.update(params, state, params)[1], None
+
+    got, _ = jax.lax.scan(step, state, length=3)
+    want = state
+    for _ in range(3):
+        _, want = before.update(params, want, params)
+    jax.tree.map(np.testing.assert_array_equal, sj.masks_of(got), sj.masks_of(want))
+
+
+def test_a_key_of_another_implementation():
+    params = AS_LIST[:2]
+    state = rigl().init(params)
+    with pytest.raises(ValueError, match="`key` must be of the implementation"):
+        rigl(key=jax.random.key(0, impl="rbg")).update(params, state, params)
 
 
 def test_one_in_four_of_a_state_of_two_in_four():
