@@ -57,6 +57,7 @@ def distillation_loss(
             "`student_logits` and `teacher_logits` must have one shape; got "
             f"{student_logits.shape} and {teacher_logits.shape}."
         )
+    labels = jnp.asarray(labels)
     if labels.shape != student_logits.shape[:-1]:
         raise ValueError(
             f"`labels` must have shape {student_logits.shape[:-1]}; got {labels.shape}."
@@ -73,6 +74,10 @@ def distillation_loss(
         raise ValueError(f"`temperature` must be positive; got {temperature}.")
     student = student_logits.astype(jnp.float32)
     teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
+    if where is not None:  # first of all: of NaN there no gradient is to see anything
+        student, teacher = (
+            jnp.where(where[..., None], logits, 0) for logits in (student, teacher)
+        )
     log_p = jax.nn.log_softmax(teacher / temperature)
     log_q = jax.nn.log_softmax(student / temperature)
     # a class of probability 0 adds 0, also where its log is -inf

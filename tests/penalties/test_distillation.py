@@ -1,5 +1,6 @@
 """distillation_loss against a NumPy loop, and its limits."""
 
+import functools
 import math
 
 import jax
@@ -136,6 +137,24 @@ class DistillationTest(parameterized.TestCase):
         student = student.at[:, 3].set(jnp.nan)
         got = loss(student, teacher, labels, eta=0.5, where=where)
         np.testing.assert_allclose(got, want, rtol=1e-6)
+
+    @parameterized.parameters("student", "teacher")
+    def test_padding_feeds_no_gradient(self, which):
+        student, teacher, labels = operands()
+        where = np.arange(4) < 3
+        grad = jax.grad(functools.partial(loss, eta=0.5, where=where))
+        want = grad(student, teacher, labels)
+        if which == "student":
+            student = student.at[:, 3].set(jnp.nan)
+        else:
+            teacher = teacher.at[:, 3].set(jnp.nan)
+        np.testing.assert_array_equal(grad(student, teacher, labels), want)
+
+    def test_labels_in_a_list(self):
+        logits = jnp.arange(6.0).reshape(2, 3)
+        got = penalties.distillation_loss(logits, logits, [0, 2], eta=0.0)
+        want = penalties.distillation_loss(logits, logits, jnp.array([0, 2]), eta=0.0)
+        self.assertEqual(float(got), float(want))
 
     @parameterized.parameters(
         (
