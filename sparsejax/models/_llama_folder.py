@@ -47,7 +47,11 @@ def open_folder(folder: Path) -> Checkpoint:
 def read_config(folder: Path) -> DecoderConfig:
     """Reads config.json."""
     file = folder / _CONFIG
-    values = _read_object(file)
+    return _config_of(file, _read_object(file))
+
+
+def _config_of(file: Path, values: dict[str, Any]) -> DecoderConfig:
+    """Of what that file holds."""
     settings = FileSettings(file, values)
     only = "Only Llama-type models are supported."
     settings.get("model_type", str)
@@ -119,7 +123,7 @@ def write_folder(
         from safetensors.numpy import save_file
 
     described = _describe(config)
-    if clash := described.keys() & settings.keys():
+    if clash := [name for name in settings if _describes(name, settings, described)]:
         raise ValueError(
             "`settings` must not repeat what follows from the model; got "
             f"{', '.join(sorted(clash))}. Change `config` instead."
@@ -174,6 +178,20 @@ def _describe(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": jnp.dtype(config.param_dtype).name,
     }
+
+
+def _describes(
+    name: str, settings: Mapping[str, Any], described: dict[str, Any]
+) -> bool:
+    """Whether a setting says what the model's own description says, or another."""
+    if name in described:
+        return True
+    file = Path(_CONFIG)
+    try:
+        found = _config_of(file, described | {name: settings[name]})
+    except (ValueError, NotImplementedError):
+        return True
+    return found != _config_of(file, described)
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

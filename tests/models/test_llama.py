@@ -555,6 +555,16 @@ class TestSaving:
             ({"param_dtype": jnp.float8_e5m2}, {}, "`param_dtype`.*got float8_e5m2"),
             ({"param_dtype": np.float64}, {}, "one of float32.*got float64"),
             ({}, {"settings": {"vocab_size": 9}}, "must not repeat.*got vocab_size"),
+            *(
+                ({}, {"settings": {"eos_token_id": 2} | setting}, "must not repeat")
+                for setting in (
+                    {"rope_parameters": {"rope_theta": 5e5}},
+                    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+                    {"dtype": "bfloat16"},
+                    {"quantization_config": {"bits": 4}},
+                    {"partial_rotary_factor": 0.5},
+                )
+            ),
             ({}, {"max_shard_bytes": 0}, "`max_shard_bytes` must be at least 1; got 0"),
         ],
     )
