@@ -49,6 +49,15 @@ class MaskSource(Protocol):
         ...
 
 
+def is_state(tree: Any) -> bool:
+    """Whether a tree is the state of a method, or holds one."""
+
+    def is_source(node: Any) -> bool:
+        return isinstance(node, MaskSource)
+
+    return any(map(is_source, jax.tree.leaves(tree, is_leaf=is_source)))
+
+
 def no_state(opt_state: Any) -> ValueError:
     """What to raise where an optimizer's state holds that of no method."""
     return ValueError(

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float32
 
-from sparsejax import masks as masks_lib
+from sparsejax.metrics._aligned import map_aligned
 from sparsejax.metrics._shares import kept_share
 from sparsejax.typing import MaskTree
 
@@ -20,7 +20,7 @@ def update_explored(explored: MaskTree, masks: MaskTree) -> MaskTree:
       A tree like `explored`.
 
     Raises:
-      ValueError: if the trees have different numbers of leaves.
+      ValueError: if the trees do not align, naming the leaf.
 
     Example:
       >>> explored = {"a": jnp.array([True, False, False])}
@@ -30,9 +30,8 @@ def update_explored(explored: MaskTree, masks: MaskTree) -> MaskTree:
     References:
       Liu et al., 2021, https://arxiv.org/abs/2102.02887.
     """
-    return masks_lib.map_masked(
-        lambda ever, _, now: ever | now, explored, explored, masks
-    )
+    names = "explored", "masks"
+    return map_aligned(lambda _, ever, now: ever | now, explored, masks, names)
 
 
 def exploration_rate(explored: MaskTree) -> Float32[Array, ""]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from sparsejax._governed import is_state
 from sparsejax.patterns import broadcast_prefix, is_default_governed
 from sparsejax.typing import MaskTree, Params, is_none
 
@@ -124,7 +125,8 @@ def sparsity_report(
       ValueError: if no leaf is governed, or masks and params do not fit, naming the
         leaf.
       TypeError: if `params` is given and the first argument holds no masks, or what is
-        counted has no values: shapes alone, or traced by jit.
+        counted is the state of an optimizer or has no values: shapes alone, or traced
+        by jit.
 
     Example:
       >>> masks = {"bias": None, "kernel": jnp.arange(8).reshape(4, 2) < 2}
@@ -141,6 +143,11 @@ def sparsity_report(
       Liu and Wang, 2023, https://arxiv.org/abs/2302.02596: publish the sparsity over
       the pruned leaves and over all, and which are excluded.
     """
+    if is_state(params_or_masks):
+        raise TypeError(
+            "what is counted must be masks or params; got the state of an optimizer. "
+            "Pass `sj.masks_of(opt_state)`."
+        )
     _check_values(params_or_masks)
     if _are_masks(params_or_masks):
         masks, everything = params_or_masks, params

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from sparsejax import masks as masks_lib
 from sparsejax.typing import MaskTree, Params, is_none, plain_path
 
 
@@ -46,13 +47,20 @@ def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, LeafMetrics]:
     Returns:
       The shares by the dotted name of the leaf; empty where nothing is governed.
 
+    Raises:
+      ValueError: if the trees do not align, as in `apply_masks`.
+      TypeError: if a mask is not bool.
+
     Example:
       >>> masks = {"kernel": jnp.array([True, True, True, False])}
       >>> leaf_metrics(masks, {"kernel": jnp.array([2.0, 1.0, 4.0, 1.0])})
       {'kernel': LeafMetrics(sparsity=0.25, pruned_magnitude=0.125)}
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_none)
-    leaves = jax.tree.leaves(weights, is_leaf=is_none) if flat else []
+    if not flat:
+        return {}
+    jax.eval_shape(masks_lib.apply_masks, weights, masks)  # for its checks alone
+    leaves = jax.tree.leaves(weights, is_leaf=is_none)
     found = {}
     for (path, mask), weight in zip(flat, leaves, strict=True):
         if mask is not None:

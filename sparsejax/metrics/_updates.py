@@ -42,8 +42,8 @@ def changed_weights(
       A tree like `before`.
 
     Raises:
-      ValueError: if the trees do not align, naming the leaf; on a mode, `atol` or
-        `ulps` that is not among the above.
+      ValueError: if the trees do not align, naming the leaf; on a mode, `atol`, `ulps`
+        or `dtype` that is not among the above.
 
     Example:
       >>> before = {"kernel": jnp.array([1.0, 1.0, 0.0])}
@@ -63,6 +63,8 @@ def changed_weights(
         raise ValueError(
             f"`atol` must be at least 0 and `ulps` at least 1; got {atol} and {ulps}."
         )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"`dtype` must be a floating one; got {jnp.dtype(dtype)}.")
 
     def changed(path: str, a: jax.Array, b: jax.Array) -> jax.Array | None:
         del path

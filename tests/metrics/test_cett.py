@@ -309,6 +309,10 @@ class ThresholdTest(parameterized.TestCase):
         self.assertEqual(float(cett_threshold(np.zeros_like(a), w_out, 0.2)), 0)
         self.assertEqual(float(cett_threshold(a[:0], w_out, 0.2)), 0)
 
+    def test_an_output_that_cancels_counts_as_none(self):
+        w_out = np.array([[1.0], [-1.0]], np.float32)
+        self.assertEqual(float(cett_threshold(np.ones((1, 2)), w_out, 0.5)), 0)
+
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 1000), target=st.floats(0, 0.99))

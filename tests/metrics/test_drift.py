@@ -134,3 +134,5 @@ class ExplorationTest(parameterized.TestCase):
     def test_errors(self):
         with self.assertRaisesRegex(ValueError, "mirror"):
             metrics.update_explored({"a": jnp.ones(2, bool)}, {})
+        with self.assertRaisesRegex(ValueError, r"one shape; got \(1,\).*\(2,\)"):
+            metrics.update_explored({"a": jnp.ones(1, bool)}, {"a": jnp.ones(2, bool)})

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl.testing import parameterized
 from flax import nnx
 
-from sparsejax import metrics
+from sparsejax import metrics, transforms
 
 PARAMS = {
     "bias": jnp.zeros(5),
@@ -122,6 +123,9 @@ all params                        85    58    0.3176"""
             metrics.sparsity_report({"a": None})
         with self.assertRaisesRegex(ValueError, "be governed by default; none of 1 is"):
             metrics.sparsity_report({"bias": jnp.ones(3)})
+        tx = transforms.static_sparse(optax.adam(0.1), 0.5, key=jax.random.key(0))
+        with self.assertRaisesRegex(TypeError, "Pass `sj.masks_of"):
+            metrics.sparsity_report(optax.chain(tx).init({"kernel": jnp.ones((4, 4))}))
         with self.assertRaisesRegex(TypeError, "Pass the masks first"):
             metrics.sparsity_report(PARAMS, params=PARAMS)
         for tree in (PARAMS, MASKS):

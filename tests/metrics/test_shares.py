@@ -43,6 +43,13 @@ class LeafMetricsTest(parameterized.TestCase):
         self.assertEqual(found["b.kernel"], (1, 0))
         self.assertEqual(metrics.leaf_metrics({}, WEIGHTS), {})
 
+    def test_what_does_not_align(self):
+        mask = jnp.array([True, False])
+        with self.assertRaisesRegex(ValueError, r"\(2,\) for shape \(1,\) at .*'a'"):
+            metrics.leaf_metrics({"a": mask}, {"a": jnp.ones(1)})
+        with self.assertRaisesRegex(ValueError, "masks must mirror the params"):
+            metrics.leaf_metrics({"a": mask}, {"a": jnp.ones(2), "b": jnp.ones(2)})
+
     @parameterized.parameters(jnp.float16, jnp.bfloat16)
     def test_of_narrow_weights(self, dtype):
         """2**16 is beyond float16, and bfloat16 has steps of 512 there."""

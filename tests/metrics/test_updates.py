@@ -121,6 +121,12 @@ class UpdatesTest(parameterized.TestCase):
         self.assertGreater(16, jnp.sum(got["b"] > 0))
         np.testing.assert_array_equal(got["c"], before["c"])
 
+    def test_subnormals_have_one_spacing(self):
+        a, b = ({"k": jnp.full(2, 2.0**-e, jnp.float16)} for e in (24, 23))
+        for ulps in (1, 2):
+            found = metrics.changed_weights(a, b, mode="ulp", ulps=ulps)["k"]
+            np.testing.assert_array_equal(found, ulps == 1)
+
     def test_refusals(self):
         weight = jnp.ones(3)
         unknown: Any = "near"
@@ -130,6 +136,8 @@ class UpdatesTest(parameterized.TestCase):
             metrics.update_sparsity(weight, weight, atol=-1.0)
         with self.assertRaisesRegex(ValueError, "`ulps` at least 1"):
             metrics.update_sparsity(weight, weight, ulps=0)
+        with self.assertRaisesRegex(ValueError, "`dtype` must be .* got int8"):
+            metrics.changed_weights(weight, weight, dtype=jnp.int8)
         with self.assertRaisesRegex(ValueError, r"one shape.*\(3,\).*\(2,\)"):
             metrics.changed_weights(weight, jnp.ones(2))
         with self.assertRaisesRegex(TypeError, "float32 or wider; got bfloat16"):
