@@ -14,6 +14,7 @@ from sparsejax.patterns import PatternTree, StackedTree
 from sparsejax.transforms._arguments import (
     check_count,
     check_given_params,
+    check_number,
     check_params,
     check_update,
 )
@@ -25,6 +26,7 @@ from sparsejax.transforms._state import (
     Settings,
     SparseState,
     is_due,
+    is_packed,
     loaded_masks,
     settled,
     store_masks,
@@ -97,6 +99,7 @@ def adams(
     References:
       Huang et al., 2025 (CAST), https://arxiv.org/abs/2509.25996, algorithm 1.
     """
+    check_number("learning_rate", learning_rate)
     return optax.chain(
         scale_by_adams(
             total_steps,
@@ -199,15 +202,30 @@ def scale_by_adams(
     """
     check_count("total_steps", total_steps)
     check_count("mask_period", mask_period)
+    for name, decay in (("b1", b1), ("b2", b2)):
+        if not isinstance(decay, Tracer) and not 0 <= decay < 1:
+            raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
+    check_number("eps", eps)
     pull_at = Scheduled("l1_decay", l1_decay)
     rule = Sparsity.constant(
         sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
     )
 
+    def built(params: Params, **how: bool) -> Settings:
+        leaves = rule.leaves(params, **how)
+        return Settings(
+            "adams",
+            Plain(),
+            leaves,
+            sparsities=rule.settled(params, leaves, **how),
+            update_every=mask_period,
+        )
+
     def init_fn(params: Params) -> Any:
         check_given_params("adams", params)
         check_ahead([pull_at], (0, total_steps - 1))
-        leaves = rule.leaves(params)
+        settings = built(params)
+        leaves = settings.leaves
         check_params(params, leaves, pack_masks=pack_masks)
         flat = jax.tree.leaves(params, is_leaf=is_none)
         for leaf, weight in zip(leaves, flat, strict=True):
@@ -217,13 +235,6 @@ def scale_by_adams(
                     f"got {weight.dtype} at {leaf.name}. Keep float32 master weights "
                     "and cast them in the forward."
                 )
-        settings = Settings(
-            "adams",
-            Plain(),
-            leaves,
-            sparsities=rule.settled(params, leaves),
-            update_every=mask_period,
-        )
         found = current_masks(params, settings, {})
         return SparseState(
             jnp.zeros([], jnp.int32),
@@ -241,10 +252,7 @@ def scale_by_adams(
         grads = updates  # optax's name for what comes in and what goes out
         del extra
         params = check_update(
-            *("adams", grads, state, params),
-            pattern=rule.pattern,
-            update_every=mask_period,
-            period="mask_period",
+            *("adams", grads, state, params), built=built, period="mask_period"
         )
         _check_total_steps(state, total_steps)
         check_now([pull_at], state.step)
@@ -253,7 +261,7 @@ def scale_by_adams(
             lambda: store_masks(
                 current_masks(params, state.settings, state.arrays),
                 state.masks,
-                pack_masks,
+                is_packed(state.masks),
             ),
             lambda: state.masks,
         )

@@ -269,7 +269,6 @@ def _dynamic(
         steps_first=steps_first,
         skips_step=skips_step,
         grows_by_gradient=grows_by_gradient,
-        pattern=rule.pattern,
         key=key,
         scheduled=(rule, given),
     )
@@ -277,8 +276,11 @@ def _dynamic(
 
 
 def _check_shapes(grads: Params, params: Params) -> None:
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    for (path, weight), grad in zip(flat, jax.tree.leaves(grads), strict=True):
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
+    flat_grads = jax.tree.leaves(grads, is_leaf=is_none)
+    for (path, weight), grad in zip(flat, flat_grads, strict=True):
+        if grad is None or weight is None:
+            continue  # not governed
         if jnp.shape(grad) != jnp.shape(weight):
             raise ValueError(
                 "RigL grows by the gradient of each weight; got a gradient of shape "

@@ -449,12 +449,32 @@ BAD = {
     "decay": (dict(l1_decay=-1.0), "`l1_decay`.*got -1.0"),
     "sparsity": (dict(pattern=sj.Unstructured()), "`sparsity` must be given"),
     "pattern": (dict(pattern=sj.NM(2, 3)), "m=3.*'kernel'"),
+    "b1": (dict(b1=1.0), r"`b1` must be in \[0, 1\); got 1.0"),
+    "b2": (dict(b2=-0.1), r"`b2` must be in \[0, 1\); got -0.1"),
+    "eps": (dict(eps=-1.0), "`eps` must be at least 0; got -1.0"),
+    "rate": (dict(learning_rate=-1.0), "`learning_rate` must be at least 0"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments_raise(case):
     kwargs, message = BAD[case]
-    kwargs = dict(total_steps=5, l1_decay=0.1, pattern=sj.NM(2, 4)) | kwargs
+    given = dict(learning_rate=0.1, total_steps=5, l1_decay=0.1, pattern=sj.NM(2, 4))
     with pytest.raises(ValueError, match=message):
-        sj.adams(0.1, **kwargs).init({"kernel": jnp.ones((4, 2))})
+        sj.adams(**(given | kwargs)).init({"kernel": jnp.ones((4, 2))})
+
+
+def test_it_wraps_no_optimizer():
+    with pytest.raises(TypeError, match="`learning_rate` must be a number or a sched"):
+        sj.adams(optax.adam(0.1), 5, 0.1, pattern=sj.NM(2, 4))  # pyright: ignore
+
+
+def test_an_allocation():
+    params = {"a": jnp.ones((8, 4)), "b": jnp.ones((2, 4))}
+    how = dict(pattern=sj.Unstructured(), sparsity=0.5, allocation=sj.erdos_renyi)
+    got = sj.masks_of(sj.adams(1e-3, 10, 1e-3, **how).init(params))
+    wanted = sj.erdos_renyi(params, 0.5)
+    for name, mask in got.items():
+        kept = (1 - wanted[name]) * mask.size
+        assert abs(int(mask.sum()) - kept) <= 1, name
+    assert {name: int(mask.sum()) for name, mask in got.items()} != {"a": 16, "b": 4}

@@ -1,5 +1,6 @@
 """SET and RigL: drop the weakest, grow random ones or those of the largest gradient."""
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -474,3 +475,20 @@ def test_n_m_needs_no_sparsity(method):
     )
     mask = sj.masks_of(tx.init({"kernel": jnp.ones((8, 2))}))["kernel"]
     np.testing.assert_array_equal(mask.reshape(2, 4, 2).sum(1), 1)
+
+
+@pytest.mark.parametrize("method", [sj.rigl, sj.sparse_evolution])
+def test_a_leaf_without_a_gradient_that_is_not_governed(method):
+    weight = jnp.arange(16.0).reshape(4, 4)
+    params = {"a": jnp.ones((2, 2)), "b": weight, "c": jnp.ones(3)}
+    grads = {"a": None, "b": jnp.ones((4, 4)), "c": None}
+    where = {"a": False, "b": True, "c": False}
+    make = functools.partial(
+        method, optax.sgd(0.1), 0.5, update_every=1, stop_step=3, key=KEY
+    )
+    tx, alone = make(where=where), make()
+    got, _ = tx.update(grads, tx.init(params), params)
+    only = {"b": params["b"]}
+    want, _ = alone.update({"b": grads["b"]}, alone.init(only), only)
+    np.testing.assert_array_equal(got["b"], want["b"])
+    assert got["a"] is None and got["c"] is None

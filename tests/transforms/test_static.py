@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
+from flax import nnx
 
 import sparsejax as sj
 from tests.transforms import _oracles as oracle
@@ -238,3 +239,17 @@ def test_update_needs_params():
     state = tx.init({"kernel": jnp.ones((4, 2))})
     with pytest.raises(ValueError, match=r"static_sparse.*needs `params`"):
         tx.update({"kernel": jnp.ones((4, 2))}, state)
+
+
+def test_brought_masks_outlive_a_donated_state():
+    params = {"kernel": jnp.arange(8.0).reshape(4, 2)}
+    mask = {"kernel": jnp.arange(8).reshape(4, 2) % 2 == 0}
+    tx = sj.static_sparse(optax.sgd(0.1), masks=mask)
+    jax.jit(tx.update, donate_argnums=1)(params, tx.init(params), params)
+    assert int(mask["kernel"].sum()) == 4
+
+
+@pytest.mark.parametrize("key", [nnx.Rngs(0), nnx.Rngs(0).params, 0, jnp.arange(2)])
+def test_what_is_no_key(key):
+    with pytest.raises(TypeError, match=r"`key` must be one random key.*rngs\.params"):
+        sj.static_sparse(optax.sgd(0.1), 0.5, key=key)
