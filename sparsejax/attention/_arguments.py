@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sparsejax import ops
+from sparsejax import formats, ops
+from sparsejax._ints import check_int
 from sparsejax._lengths import of_sequences
 
 ENDS = "the `local` last and `sink` first that are always kept"
@@ -60,18 +61,18 @@ def check_valid(valid: Any, shape: tuple[int, ...]) -> None:
 def check_blocks(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
     """Raises unless queries, keys and the shape of a block fit."""
     check_heads(query, key)
-    if min(block_shape) < 1:
-        raise ValueError(f"`block_shape` must be positive; got {block_shape}.")
+    formats.check_block_shape(block_shape)
 
 
 def check_whole_blocks(query: Any, key: Any, block_shape: tuple[int, int]) -> None:
     """Raises unless queries and keys fit each other, and each has a whole block."""
     check_heads(query, key)
+    formats.check_block_shape(block_shape)
     lengths = query.shape[1], key.shape[1]
     sides = zip(block_shape, lengths, strict=True)
-    if not all(1 <= side <= length for side, length in sides):
+    if any(side > length for side, length in sides):
         raise ValueError(
-            f"`block_shape` must be at least 1 and at most {lengths}, the lengths of "
+            f"`block_shape` must be at most {lengths}, the lengths of "
             f"the sequences; got {block_shape}. Choose smaller blocks."
         )
 
@@ -79,6 +80,7 @@ def check_whole_blocks(query: Any, key: Any, block_shape: tuple[int, int]) -> No
 def check_sequences(query: Any, key: Any, block: int) -> None:
     """Raises unless queries and keys are of the same tokens, and a block of them."""
     check_same_tokens(query, key)
+    check_int("block", block)
     if not 1 <= block <= query.shape[1]:
         raise ValueError(
             f"`block` must be in [1, {query.shape[1]}], the length of the sequence; "

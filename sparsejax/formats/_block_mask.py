@@ -322,6 +322,10 @@ def _rooms(capacity: Capacity, blocks: tuple[int, ...]) -> tuple[int, int]:
     """The lengths of the lists of a row and of a column."""
     rows, columns = blocks
     asked = capacity if isinstance(capacity, tuple) else (capacity, None)
+    if len(asked) != 2:
+        raise TypeError(
+            f"`capacity` must be one number, or `(of a row, of a column)`; got {asked}."
+        )
     for room in asked:
         if room is None:
             continue

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from sparsejax._ints import check_int
 from sparsejax.formats._block_mask import BlockMask
 
 
@@ -84,6 +85,7 @@ class BlockSparse:
         if capacity is None:
             rows, columns = mask.blocks_shape
             capacity = rows * columns if traced else max(int(total), 1)
+        check_int("capacity", capacity)
         if capacity < 1 or (not traced and int(total) > capacity):
             raise ValueError(
                 f"`capacity` must hold all kept blocks; got capacity={capacity} and "

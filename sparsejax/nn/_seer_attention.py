@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax import attention, ops
+from sparsejax._ints import check_int
 from sparsejax.formats import BlockMask
 from sparsejax.nn._attention import Attention, filled
 from sparsejax.nn._block_attention import attend_to_blocks
@@ -97,8 +98,7 @@ class SeerAttention(Attention):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if block < 1:
-            raise ValueError(f"`block` must be at least 1; got {block}.")
+        check_int("block", block, least=1)
         super().__init__(
             d_model,
             num_heads,

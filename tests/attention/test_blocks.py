@@ -305,3 +305,9 @@ def test_bad_settings_raise(changed, message):
     fn = fn or attention.statistical_topk_blocks
     with pytest.raises(ValueError, match=message):
         fn(query, key, **options)
+
+
+def test_a_side_of_a_block_is_a_whole_number():
+    query, key = operands()
+    with pytest.raises(TypeError, match=r"`block_shape` must be .* got 4\.0"):
+        attention.topk_blocks(query, key, num_kept=1, block_shape=(4.0, 4))

@@ -319,6 +319,7 @@ class ErrorsTest(parameterized.TestCase):
             "must be a Python int; got 1.5",
         ),
         ((4, 6), "bool", {"capacity": 2.5}, TypeError, "`capacity` must .* got 2.5"),
+        ((4, 6), "bool", {"capacity": (1, 2, 3)}, TypeError, r"got \(1, 2, 3\)"),
     )
     def test_from_blocks_and_from_dense(self, shape, dtype, settings, error, message):
         settings = {"block_shape": BLOCK} | settings

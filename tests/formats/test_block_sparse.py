@@ -129,6 +129,8 @@ class BlockSparseTest(parameterized.TestCase):
             build(matrix[None], stacked)
         with self.assertRaisesRegex(TypeError, "`mask` must be a BlockMask; got Array"):
             build(matrix, self.mask.to_dense())
+        with self.assertRaisesRegex(TypeError, "`capacity` must be .* got 40.0"):
+            build(matrix, self.mask, capacity=40.0)  # pyright: ignore
         total = self.kept.sum()
         for capacity in (0, total - 1):
             with self.assertRaisesRegex(

@@ -89,13 +89,15 @@ def _gathered(q, k, v, key_lists, length, *, scale):
         # a last page may reach beyond the cache; what is read there does not count
         return row.at[positions, key_head].get(mode="clip")
 
-    keys, values = (map_rows(listed, a, positions) for a in (k, v))
+    # an empty list gathers key 0, which nobody listed: 0 * NaN
+    keys, values = (
+        jnp.where(valid[..., None], map_rows(listed, a, positions), 0) for a in (k, v)
+    )
     q = q.reshape(batch, num_queries, groups, heads // groups, dim)
     scores = jnp.einsum(
         "bqhgd,bhpd->bhgqp", q, keys, preferred_element_type=jnp.float32
     )
     weights, _ = softmax_of_kept(scores * scale, valid[:, :, None, None, :])
-    values = jnp.where(valid[..., None], values, 0)  # 0 * NaN
     out = jnp.einsum("bhgqp,bhpd->bqhgd", weights.astype(v.dtype), values)
     return out.reshape(batch, num_queries, heads, dim)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparsejax._ints import check_int
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
 from sparsejax.ops._varying import zeros_beside
 from sparsejax.ops.block_attention._arguments import check_arrays, of_scores
@@ -53,8 +54,7 @@ def attention_peaks(
         raise ValueError(
             f"`q` and `k` must be as long; got {q.shape[1]} and {k.shape[1]}."
         )
-    if block < 1:
-        raise ValueError(f"`block` must be at least 1; got {block}.")
+    check_int("block", block, least=1)
     scale = of_scores(scale, q.shape[-1])
     return dispatch(
         (q, k),

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from sparsejax._ints import check_int
 from sparsejax._pairs import are_few
 from sparsejax.ops._platform import Implementation, Kernel, dispatch
+from sparsejax.ops._shapes import broadcasts
 from sparsejax.ops.keep_highest import _reference
 
 
@@ -53,6 +54,11 @@ def keep_highest(
     elif not jnp.issubdtype(jnp.asarray(num_kept).dtype, jnp.integer):
         raise TypeError(
             f"`num_kept` must be of integers; got {jax.typeof(jnp.asarray(num_kept))}."
+        )
+    elif not broadcasts(jnp.shape(num_kept), x.shape[:-1]):
+        raise ValueError(
+            f"`num_kept` must broadcast to the rows, {x.shape[:-1]}; got shape "
+            f"{jnp.shape(num_kept)}."
         )
 
     # an int stays one, which spares the reference a sort

@@ -189,6 +189,21 @@ class ListedAttentionTest(parameterized.TestCase):
         self.assertEqual(_kernel.Tiles.default(lists, keys).parts, parts)
 
 
+def test_a_key_that_no_list_names_feeds_no_gradient():
+    q, k, v = operands(1, 1, 4, 2, 2, 2)
+    kept = jnp.arange(4) > 0  # by the second head alone
+    lists = KeyLists.from_mask(jnp.stack([kept & False, kept])[None])
+
+    def total(q, k, v):
+        return listed_attention(q, k, v, lists, 4).sum()
+
+    want = jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+    k, v = (x.at[:, 0].set(jnp.nan) for x in (k, v))
+    got = jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(got[0][:, :, 0], 0)
+
+
 @pytest.mark.gpu
 class DeviceTest(parameterized.TestCase):
     @parameterized.parameters(

@@ -102,6 +102,8 @@ class PeaksTest(parameterized.TestCase):
         ):
             with self.assertRaisesRegex(ValueError, message):
                 attention_peaks(*args, **options)
+        with self.assertRaisesRegex(TypeError, "`block` must be a Python int; got 2.0"):
+            attention_peaks(q, k, block=2.0)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.gpu

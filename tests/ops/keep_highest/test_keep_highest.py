@@ -108,5 +108,7 @@ def test_errors():
         fn(x, 0)
     with pytest.raises(TypeError, match="of integers; got ~float32"):
         fn(x, 1.5)
+    with pytest.raises(ValueError, match=r"to the rows, \(2,\); got shape \(3,\)"):
+        fn(x, jnp.array([1, 2, 3]))
     with pytest.raises(NotImplementedError, match=r"at most 256 .* shape \(2, 300\)"):
         fn(x, 1, implementation="mosaic_gpu")
