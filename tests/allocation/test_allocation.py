@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,3 +198,11 @@ class AttentionKernelTest(parameterized.TestCase):
         del params["query"], stacks["query"]
         alone = allocation.erdos_renyi(params, 0.5, stacked=stacks)
         np.testing.assert_allclose(alone["conv1d"]["kernel"], 0.5)
+
+
+@pytest.mark.parametrize(
+    "allocate", [allocation.erdos_renyi, allocation.erdos_renyi_kernel]
+)
+def test_sparsity_zero_is_exactly_dense(allocate):
+    params = {"a": jnp.ones((3, 3)), "b": jnp.ones((7, 300))}
+    assert allocate(params, 0.0) == {"a": 0.0, "b": 0.0}

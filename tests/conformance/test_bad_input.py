@@ -189,19 +189,39 @@ def test_other_schedules_outside_their_range(method, name, schedule, got):
             init(PARAMS)
 
 
-@pytest.mark.parametrize("method", ["magnitude_prune", "rigl", "mask_decay", "sr_ste"])
-def test_schedules_are_checked_in_each_eager_update(method):
-    name = "decay" if method in ("mask_decay", "sr_ste") else "sparsity"
-    every = {} if name == "decay" else {"update_every": 1}
-    pattern = NM if name == "decay" else sj.Unstructured()
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("magnitude_prune", "sparsity"),
+        ("rigl", "sparsity"),
+        ("mask_decay", "decay"),
+        ("sr_ste", "decay"),
+        ("adams", "l1_decay"),
+    ],
+)
+def test_schedules_are_checked_in_each_eager_update(method, name):
+    more = {} if method == "adams" else {"inner": optax.sgd(0.0)}
+    if name == "sparsity":
+        more |= {"pattern": sj.Unstructured(), "update_every": 1}
     # ends nowhere, so that only a step of the run can tell
     line = {name: lambda step: jnp.where(step == 2, -75.0, step / 2**25)}
-    tx = build(method, pattern=pattern, inner=optax.sgd(0.0), **line, **every)
+    tx = build(method, **({"pattern": NM} | more), **line)
     state = tx.init(PARAMS)
     for _ in range(2):
         _, state = tx.update(PARAMS, state, PARAMS)
     with raises(ValueError, f"`{name}` must be .* got -75.0 at step 2"):
         tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize(
+    "decay",
+    [
+        lambda step: 1 - step / 100,  # out of range far beyond the run alone
+        lambda step: jnp.float32(1) + jnp.float32(1.2e-7),  # by a rounding
+    ],
+)
+def test_schedules_in_their_range_are_taken(decay):
+    build("mask_decay", decay=decay).init(PARAMS)
 
 
 @pytest.mark.parametrize(("decay", "factor"), [(-1.0, 0.0), (3.0, 1.0)])

@@ -326,7 +326,7 @@ class DropAndGrowTest(parameterized.TestCase):
             mask = got
 
     @parameterized.parameters(
-        (10, 0.3, 3), (100, 0.29, 29), (1000, 0.001, 1), (7, 1, 7)
+        (10, 0.3, 3), (100, 0.29, 29), (100, 0.53, 53), (75, 0.84, 63), (7, 1, 7)
     )
     def test_the_dropped_share_is_not_short_by_rounding(self, kept, fraction, want):
         leaf = leaf_of(Unstructured(), (2, kept), 0)
@@ -360,3 +360,22 @@ class DropAndGrowTest(parameterized.TestCase):
             )
         )(index)
         np.testing.assert_array_equal(got, index >= size - kept)
+
+
+def test_a_mask_of_more_than_n_in_m():
+    leaf = leaf_of(NM(2, 4, axis=0), (8,), 0)
+    got = masks.drop_and_grow(
+        jnp.arange(8) < 6,
+        leaf,
+        drop_scores=jnp.arange(8.0),
+        grow_scores=jnp.zeros(8),
+        sparsity=None,
+        drop_fraction=0.0,
+    )
+    np.testing.assert_array_equal(got.reshape(2, 4).sum(1), 2)
+
+
+def test_ties_in_one_layer_leave_the_others_whole():
+    scores = jnp.array([[1.0] * 8, [0, 0, 0, 0, 1, 1, 1, 1]])
+    got = masks.select(scores, leaf_of(Unstructured(), (2, 8), 1), 0.5)
+    np.testing.assert_array_equal(got.sum(1), 4)

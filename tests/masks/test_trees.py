@@ -75,3 +75,10 @@ class TreesTest(parameterized.TestCase):
             ValueError, "masks with 3 leaves for a tree with 1"
         ):
             masks.map_masked(lambda m, a, b: a, MASKS, PARAMS, {"a": jnp.ones(2)})
+
+
+def test_a_leaf_that_is_not_there_stays_so():
+    params = {"a": None, "b": jnp.ones(2)}
+    got = masks.apply_masks(params, dict.fromkeys("ab", jnp.array([True, False])))
+    assert got["a"] is None
+    np.testing.assert_array_equal(got["b"], [1, 0])

@@ -225,6 +225,10 @@ class PatternAndStackedTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, match):
             governed(params, pattern=NM(2, 4))
 
+    def test_no_pattern_at_all(self):
+        with self.assertRaises(TypeError):
+            sj.patterns.check_patterns(None)
+
     def test_not_a_pattern(self):
         with self.assertRaisesRegex(TypeError, r"`pattern` must be.*'2:4' at \['a'\]"):
             governed({"a": jnp.ones((4, 4))}, pattern="2:4")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 import sparsejax as sj
@@ -209,3 +210,12 @@ class DecayBudgetTest(parameterized.TestCase):
     def test_no_steps_raise(self):
         with self.assertRaisesRegex(ValueError, "at least 1; got 0"):
             schedules.decay_budget(1.0, 0)
+
+
+def test_the_budget_of_an_alpha_out_of_range():
+    assert schedules.decay_budget(1e-3, 10, lambda step: 2.0) == pytest.approx(1e-2)
+    assert schedules.decay_budget(1e-3, 10, lambda step: step - 100.0) == 0
+
+
+def test_a_constant_has_the_shape_of_the_steps():
+    assert schedules.constant(0.5)(jnp.arange(3)).shape == (3,)

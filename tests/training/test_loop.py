@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import time
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 from sparsejax import training
+from sparsejax.training import _loop
 
 TX = optax.adam(1e-2)
 NUM_STEPS = 12
@@ -217,3 +219,31 @@ def test_phases_follow_each_other(tmp_path):
     assert phases == [("a", 0), ("a", 5), ("b", 5), ("b", 10), ("b", 12)]
     nothing = fit(run, first, phase="c", num_steps=5)
     chex.assert_trees_all_equal(nothing, first)
+
+
+def test_the_speed_is_that_of_the_lap(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def batch_of(step):
+        now[0] += 1
+        return batch_fn(step)
+
+    run = open_run(tmp_path / "run")
+    fit(run, batch_fn=batch_of, num_steps=10)
+    rows = [row for row in run.rows() if "tokens_per_second" in row]
+    assert [row["tokens_per_second"] for row in rows] == [10, 10]
+
+
+def test_the_bar_goes_on_where_the_run_does(tmp_path, monkeypatch):
+    begun = []
+    make = _loop._progress_bar
+
+    def bar(phase, seen, total):
+        begun.append((seen, total))
+        return make(phase, seen, total)
+
+    fit(open_run(tmp_path / "run"), num_steps=5)
+    monkeypatch.setattr(_loop, "_progress_bar", bar)
+    fit(open_run(tmp_path / "run"), num_steps=10)
+    assert begun == [(50, 100)]

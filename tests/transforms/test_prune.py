@@ -1,6 +1,7 @@
 """One-shot pruning: the selection oracle under every pattern, allocation and scope."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -177,3 +178,10 @@ def test_dense_general_under_the_default_axis_raises():
 def test_governing_an_integer_leaf_raises():
     with pytest.raises(TypeError, match="floating; got int32"):
         sj.prune({"k": jnp.ones((4, 2), jnp.int32)}, 0.5, where={"k": True})
+
+
+def test_no_warning_where_hardly_anything_was_asked_for():
+    large, small = jnp.arange(1.0, 2001).reshape(2, 1000), jnp.full((2, 1000), 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sj.prune({"a": large, "b": small}, 0.995, across_leaves=True)

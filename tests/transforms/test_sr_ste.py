@@ -270,3 +270,14 @@ def test_bad_arguments_raise(case):
     kwargs, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         sj.sr_ste(optax.sgd(0.1), **kwargs).init({"kernel": jnp.ones((4, 2))})
+
+
+def test_the_pull_of_narrow_weights_is_rounded_once():
+    weights = {"kernel": jnp.linspace(0.1, 1, 64).reshape(32, 2).astype(jnp.bfloat16)}
+    tx = sj.sr_ste(optax.identity(), pattern=sj.NM(1, 2), decay=2e-4)
+    grads = jax.tree.map(jnp.zeros_like, weights)
+    updates, state = tx.update(grads, tx.init(weights), weights)
+    lost = ~sj.masks_of(state)["kernel"]
+    pull = jnp.float32(2e-4) * weights["kernel"].astype(jnp.float32)
+    want = pull.astype(jnp.bfloat16)[lost]
+    np.testing.assert_array_equal(updates["kernel"][lost], want)
