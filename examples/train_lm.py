@@ -416,7 +416,7 @@ def dynamic(args, method) -> Method:
             clipped_adam(cosine(args, args.lr)),
             args.sparsity,
             update_every=max(1, args.steps // 27),
-            stop_step=args.steps * 3 // 4,
+            stop_step=max(1, args.steps * 3 // 4),
             pattern=args.pattern,
             key=jax.random.key(args.seed),
         ),
