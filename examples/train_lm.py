@@ -1,6 +1,6 @@
 r"""Trains a sparse transformer on real text: dense first, then sparse from its weights.
 
-    python examples/train_lm.py              # CAST to exact 2:4, 3 to 8 minutes
+    python examples/train_lm.py              # CAST to exact 2:4, 2 to 8 minutes
     python examples/train_lm.py --resume     # after Ctrl-C, a crash or kill -9
     python examples/train_lm.py --name rigl --method rigl \
         --pattern unstructured --sparsity 0.8
