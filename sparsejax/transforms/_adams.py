@@ -22,6 +22,7 @@ from sparsejax.transforms._schedules import Scheduled, check_ahead, check_now
 from sparsejax.transforms._soft import current_masks
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
+    Options,
     Plain,
     Settings,
     SparseState,
@@ -211,21 +212,12 @@ def scale_by_adams(
         sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
     )
 
-    def built(params: Params, **how: bool) -> Settings:
-        leaves = rule.leaves(params, **how)
-        return Settings(
-            "adams",
-            Plain(),
-            leaves,
-            sparsities=rule.settled(params, leaves, **how),
-            update_every=mask_period,
-        )
+    options = Options((rule.common,), update_every=mask_period)
 
     def init_fn(params: Params) -> Any:
         check_given_params("adams", params)
         check_ahead([pull_at], (0, total_steps - 1))
-        settings = built(params)
-        leaves = settings.leaves
+        leaves = rule.leaves(params)
         check_params(params, leaves, pack_masks=pack_masks)
         flat = jax.tree.leaves(params, is_leaf=is_none)
         for leaf, weight in zip(leaves, flat, strict=True):
@@ -235,6 +227,13 @@ def scale_by_adams(
                     f"got {weight.dtype} at {leaf.name}. Keep float32 master weights "
                     "and cast them in the forward."
                 )
+        settings = Settings(
+            "adams",
+            Plain(),
+            leaves,
+            sparsities=rule.settled(params, leaves),
+            update_every=mask_period,
+        )
         found = current_masks(params, settings, {})
         return SparseState(
             jnp.zeros([], jnp.int32),
@@ -252,7 +251,7 @@ def scale_by_adams(
         grads = updates  # optax's name for what comes in and what goes out
         del extra
         params = check_update(
-            *("adams", grads, state, params), built=built, period="mask_period"
+            *("adams", grads, state, params), options=options, period="mask_period"
         )
         _check_total_steps(state, total_steps)
         check_now([pull_at], state.step)

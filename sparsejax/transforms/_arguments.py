@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,14 @@ from sparsejax._devices import shape_on_a_device
 from sparsejax._ints import check_int
 from sparsejax._names import check_order, names_of
 from sparsejax.patterns import Leaf
-from sparsejax.transforms._state import Framed, Projected, Settings, SparseState
+from sparsejax.transforms._state import (
+    Framed,
+    LeafOptions,
+    Options,
+    Projected,
+    Settings,
+    SparseState,
+)
 from sparsejax.typing import Params, is_none
 
 
@@ -147,7 +154,7 @@ def check_update(
     state: Any,
     params: Params | None,
     *,
-    built: Callable[..., Settings],
+    options: Options,
     period: str = "update_every",
 ) -> Params:
     """The params given to `update`, if they, the gradients and the state fit.
@@ -157,7 +164,7 @@ def check_update(
       grads: of the params.
       state: of the method.
       params: may be missing.
-      built: params -> the settings that `init` would give them, as `Sparsity.leaves`.
+      options: of the method.
       period: what the method calls its `update_every`.
 
     Raises:
@@ -177,6 +184,7 @@ def check_update(
             f"`{method}` needs the state that its `init` returned; got that of "
             f"`{settings.method}`. Make a new state by `init`."
         )
+    _check_options(settings, options, period)
     if params is None:
         raise ValueError(
             f"`{method}` needs `params` in `update`; got None. Call "
@@ -216,52 +224,52 @@ def check_update(
                 f"`{method}` needs a gradient for each leaf that it governs; got None "
                 f"at {leaf.name}. Exclude the leaf by `where`."
             )
-    _check_options(settings, built(params, allocated=False), period)
     return params
 
 
-def _check_options(before: Settings, now: Settings, period: str) -> None:
+def _check_options(settings: Settings, options: Options, period: str) -> None:
     """Raises if a method was built otherwise than the one that made the state.
 
     What decides on masks stands in the state, so that other options would be half used.
+    Functions and trees are not asked again: the params may have other names by now.
 
     Args:
-      before: that of the state.
-      now: that of the method.
+      settings: of the state.
+      options: of the method.
       period: what the method calls its `update_every`.
     """
-    for (name, old, at), (_, new, at_new) in zip(
-        _options(before, period), _options(now, period), strict=False
-    ):
-        unknown = isinstance(old, Tracer) or isinstance(new, Tracer)
-        unknown |= name == "sparsity" and None in (old, new)  # by an allocation
-        if not unknown and old != new:
+    for name, before, now, at in _pairs(settings, options, period):
+        if before != now:
             raise ValueError(
-                f"`{now.method}` has {name}={new}{at_new or at}, and its state was "
-                f"made with {name}={old}. To go on with other options take the arrays "
-                "of the state into a new one: `jax.tree.unflatten(jax.tree.structure("
+                f"`{settings.method}` has {name}={now}{at}, and its state was made "
+                f"with {name}={before}. To go on with other options take the arrays of "
+                "the state into a new one: `jax.tree.unflatten(jax.tree.structure("
                 "tx.init(params)), jax.tree.leaves(state))`."
             )
 
 
-def _options(settings: Settings, period: str) -> Iterator[tuple[str, Any, str]]:
-    """What decides on masks: names, values, and at which leaves."""
+def _pairs(
+    settings: Settings, options: Options, period: str
+) -> Iterator[tuple[str, Any, Any, str]]:
+    """Names of options, that of the state and that of the method, and at which leaf."""
     forward, frames = settings.forward, (settings.leaves,)
-    yield period, settings.update_every, ""
-    yield "stop_step", settings.stop_step, ""
+    yield period, settings.update_every, options.update_every, ""
+    yield "stop_step", settings.stop_step, options.stop_step, ""
     if isinstance(forward, Projected | Framed):
-        yield "straight_through", forward.straight_through, ""
+        one, other = forward.straight_through, options.straight_through
+        yield "straight_through", one, other, ""
     if isinstance(forward, Framed):
         frames = forward.frames
-        yield "len(patterns)", len(frames), ""
-    for frame in frames:
+        yield "len(patterns)", len(frames), len(options.leaves), ""
+    for frame, now in zip(frames, options.leaves, strict=True):
         for leaf, sparsity in zip(frame, settings.sparsities, strict=True):
-            at = f" at {leaf.name}" if leaf else ""
-            yield "where", leaf is not None, at
-            yield "stacked", leaf and leaf.stacked, at
-            yield "pattern", leaf and leaf.pattern, at
-            fixed = leaf and leaf.pattern.sparsity
-            yield "sparsity", sparsity if fixed is None else fixed, at
+            if leaf is None:
+                continue
+            of_leaf = LeafOptions(leaf.pattern, leaf.stacked, sparsity)
+            for name, before, asked in zip(now._fields, of_leaf, now, strict=True):
+                is_known = before is not None and not isinstance(before, Tracer)
+                if is_known and asked is not None:
+                    yield name, before, asked, f" at {leaf.name}"
 
 
 def _words(value: Any) -> str:

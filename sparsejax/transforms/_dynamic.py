@@ -263,6 +263,7 @@ def _dynamic(
         method,
         rule.leaves,
         first,
+        rule.common,
         refresh,
         update_every=update_every,
         stop_step=stop_step,

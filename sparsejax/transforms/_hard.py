@@ -27,7 +27,9 @@ from sparsejax.transforms._arguments import (
 from sparsejax.transforms._moments import fresh_where_pruned
 from sparsejax.transforms._schedules import Checked, check_ahead, check_now
 from sparsejax.transforms._state import (
+    LeafOptions,
     Masked,
+    Options,
     Settings,
     SparseState,
     is_due,
@@ -68,8 +70,9 @@ class MaskChoice:
 
     Attributes:
       method: its name.
-      leaves: params -> the governed leaves, as `Sparsity.leaves`.
+      leaves: params -> the governed leaves.
       first: (params, leaves) -> the masks of `init`.
+      common: what was asked for at all leaves alike.
       refresh: (what it may read, leaves) -> new masks; None for static masks.
       update_every: steps between refreshes.
       stop_step: last step of a refresh; None for no end.
@@ -81,8 +84,9 @@ class MaskChoice:
     """
 
     method: str
-    leaves: Callable[..., tuple[Leaf | None, ...]]
+    leaves: Callable[[Params], tuple[Leaf | None, ...]]
     first: Callable[[Params, tuple[Leaf | None, ...]], FlatMasks]
+    common: LeafOptions
     refresh: Callable[[Refresh, tuple[Leaf | None, ...]], FlatMasks] | None = None
     update_every: int | None = None
     stop_step: int | None = None
@@ -99,9 +103,15 @@ def hard_method(
     """Builds the transformation of a hard method."""
     inner = optimizer(inner)
 
-    def built(params: Params, **how: bool) -> Settings:
-        leaves = choice.leaves(params, **how)
-        return Settings(
+    options = Options((choice.common,), choice.update_every, choice.stop_step)
+
+    def init_fn(params: Params) -> Any:
+        check_given_params(choice.method, params)
+        check_ahead(choice.scheduled, (0, choice.update_every, choice.stop_step))
+        leaves = choice.leaves(params)
+        check_params(params, leaves, pack_masks=pack_masks)
+        found = choice.first(params, leaves)
+        settings = Settings(
             choice.method,
             Masked(),
             leaves,
@@ -110,13 +120,6 @@ def hard_method(
             stop_step=choice.stop_step,
             grows_by_gradient=choice.grows_by_gradient,
         )
-
-    def init_fn(params: Params) -> Any:
-        check_given_params(choice.method, params)
-        check_ahead(choice.scheduled, (0, choice.update_every, choice.stop_step))
-        settings = built(params)
-        check_params(params, settings.leaves, pack_masks=pack_masks)
-        found = choice.first(params, settings.leaves)
         arrays = {}
         if choice.key is not None:
             # raw key data passes through every checkpoint and wrapper; a copy, since
@@ -134,7 +137,7 @@ def hard_method(
         updates: Any, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
-        params = check_update(choice.method, grads, state, params, built=built)
+        params = check_update(choice.method, grads, state, params, options=options)
         due = is_due(state)
         if not isinstance(due, Tracer) and due:
             check_now(choice.scheduled, state.step)

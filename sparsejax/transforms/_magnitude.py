@@ -93,6 +93,7 @@ def magnitude_prune(
         "magnitude_prune",
         rule.leaves,
         first,
+        rule.common,
         refresh,
         update_every=update_every,
         scheduled=(rule,),

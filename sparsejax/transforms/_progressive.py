@@ -94,7 +94,8 @@ def mask_decay(
         Sparsity.constant(
             sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
         ),
-        lambda params, **how: Projected(straight_through),
+        lambda params: Projected(straight_through),
+        straight_through=straight_through,
         arrays_at=arrays_at,
         scheduled=(factor_at,),
         pack_masks=pack_masks,
@@ -196,10 +197,11 @@ def structure_decay(
         inner,
         "structure_decay",
         rules[-1],
-        lambda params, **how: Framed(
-            tuple(rule.leaves(params, **how) for rule in rules),
-            straight_through,
+        lambda params: Framed(
+            tuple(rule.leaves(params) for rule in rules), straight_through
         ),
+        straight_through=straight_through,
+        frames=tuple(rules),
         arrays_at=arrays_at,
         pack_masks=pack_masks,
     )

@@ -27,6 +27,7 @@ from sparsejax.transforms._schedules import Checked, check_ahead, check_now
 from sparsejax.transforms._sparsity import Sparsity
 from sparsejax.transforms._state import (
     Framed,
+    Options,
     Projected,
     Settings,
     SparseState,
@@ -44,8 +45,10 @@ def soft_method(
     inner: optax.GradientTransformation,
     method: str,
     rule: Sparsity,
-    forward: Callable[..., Projected | Framed],
+    forward: Callable[[Params], Projected | Framed],
     *,
+    straight_through: bool,
+    frames: tuple[Sparsity, ...] = (),
     arrays_at: Callable[[jax.Array], dict[str, jax.Array]] = lambda step: {},
     pull: Pull | None = None,
     pull_after: Pull | None = None,
@@ -58,7 +61,9 @@ def soft_method(
       inner: any optax optimizer.
       method: its name.
       rule: which leaves, at which constant sparsity.
-      forward: params, and as `Sparsity.leaves` -> the kind of forward.
+      forward: params -> the kind of forward.
+      straight_through: as that has it.
+      frames: the rules of a forward that is `Framed`.
       arrays_at: step -> what the forward before update `step` needs.
       pull: adds to the gradient of a governed leaf.
       pull_after: adds to its update, after the inner optimizer.
@@ -66,19 +71,17 @@ def soft_method(
       pack_masks: store 1 bit a weight.
     """
     inner = optimizer(inner)
-
-    def built(params: Params, **how: bool) -> Settings:
-        leaves = rule.leaves(params, **how)
-        # under N:M too: the pattern of another frame may read it
-        sparsities = rule.settled(params, leaves, **how)
-        kind = forward(params, **how)
-        return Settings(method, kind, leaves, sparsities, update_every=1)
+    asked = tuple(rule.common for rule in frames or (rule,))
+    options = Options(asked, update_every=1, straight_through=straight_through)
 
     def init_fn(params: Params) -> Any:
         check_given_params(method, params)
         check_ahead(scheduled, (0, None))
-        settings = built(params)
-        check_params(params, settings.leaves, pack_masks=pack_masks)
+        leaves = rule.leaves(params)
+        check_params(params, leaves, pack_masks=pack_masks)
+        # under N:M too: the pattern of another frame may read it
+        sparsities = rule.settled(params, leaves)
+        settings = Settings(method, forward(params), leaves, sparsities, update_every=1)
         step = jnp.zeros([], jnp.int32)
         arrays = arrays_at(step)
         # of frames one is chosen by a switch, out of which the sharding is XLA's guess
@@ -102,7 +105,7 @@ def soft_method(
         updates: Any, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         grads = updates  # optax's name for what comes in and what goes out
-        params = check_update(method, grads, state, params, built=built)
+        params = check_update(method, grads, state, params, options=options)
         check_now(scheduled, state.step)
         found = [
             # no step is negative: this tells XLA to shard the mask as the weight, where

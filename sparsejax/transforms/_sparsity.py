@@ -14,6 +14,7 @@ from sparsejax import allocation as allocations
 from sparsejax import masks
 from sparsejax.patterns import (
     Leaf,
+    Pattern,
     Unstructured,
     broadcast_prefix,
     check_patterns,
@@ -21,6 +22,7 @@ from sparsejax.patterns import (
     governed,
 )
 from sparsejax.transforms._schedules import value_at
+from sparsejax.transforms._state import LeafOptions
 from sparsejax.typing import KeyPath, Params, ScoreTree, Where, is_none
 
 _LOST = 0.01  # the density below which a layer counts as lost
@@ -83,15 +85,18 @@ class Sparsity:
             )
         return cls(value, **kwargs)
 
-    def leaves(
-        self, params: Params, *, allocated: bool = True
-    ) -> tuple[Leaf | None, ...]:
-        """The governed leaves; a None in a tree of sparsities leaves its leaf dense.
+    @property
+    def common(self) -> LeafOptions:
+        """What is the same for all leaves."""
+        single = self._single and self._allocate is allocations.uniform
+        return LeafOptions(
+            self._pattern if isinstance(self._pattern, Pattern) else None,
+            self._stacked if isinstance(self._stacked, int) else None,
+            self._value if single and isinstance(self._value, int | float) else None,
+        )
 
-        Args:
-          params: of the method.
-          allocated: check the sparsity of each at step 0. Without, `allocation` is not
-            called, which may read weights that are traced after `init`.
+    def leaves(self, params: Params) -> tuple[Leaf | None, ...]:
+        """The governed leaves; a None in a tree of sparsities leaves its leaf dense.
 
         Raises:
           ValueError: if a sparsity contradicts an N:M pattern, or is missing.
@@ -111,8 +116,6 @@ class Sparsity:
                     "at least one leaf must be governed; `sparsity` is None at every "
                     "leaf that `where` chose. Give one a number."
                 )
-        if not allocated:
-            return leaves
         at_first = self._raw(params, leaves, 0)
         for leaf, value, first in zip(leaves, given, at_first, strict=True):
             if leaf is not None:
@@ -140,22 +143,15 @@ class Sparsity:
         ]
 
     def settled(
-        self,
-        params: Params,
-        leaves: tuple[Leaf | None, ...],
-        *,
-        allocated: bool = True,
+        self, params: Params, leaves: tuple[Leaf | None, ...]
     ) -> tuple[Any, ...]:
         """As `given` at step 0, as numbers: for settings, which hold no arrays.
 
-        Traced by the user a sparsity stays as it is, for what is jitted whole. None
-        where only `allocation` knows, if not `allocated`, see `leaves`.
+        Traced by the user a sparsity stays as it is, for what is jitted whole.
 
         Raises:
           TypeError: if `allocation` computes with the weights inside jit.
         """
-        if not allocated and self._single and self._allocate is not allocations.uniform:
-            return (None,) * len(leaves)
         with jax.ensure_compile_time_eval():  # an allocation may compute by arrays
             found = tuple(_settle(value) for value in self.given(params, leaves, 0))
         if any(isinstance(value, Tracer) for value in jax.tree.leaves(self._value)):

@@ -96,7 +96,8 @@ def sr_ste(
         Sparsity.constant(
             sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
         ),
-        lambda params, **how: Projected(straight_through=True),
+        lambda params: Projected(straight_through=True),
+        straight_through=True,
         pull=None if decoupled else pull,
         pull_after=pull if decoupled else None,
         scheduled=(strength_at,),

@@ -17,7 +17,7 @@ import optax
 from sparsejax import masks
 from sparsejax._governed import GovernedLeaf, governed_twice, no_state
 from sparsejax._names import check_order, names_of
-from sparsejax.patterns import Leaf
+from sparsejax.patterns import Leaf, Pattern
 from sparsejax.typing import MaskTree, Params, is_none, plain_path
 
 
@@ -55,6 +55,23 @@ class Plain:
 
 
 Forward: TypeAlias = Masked | Projected | Framed | Plain
+
+
+class LeafOptions(NamedTuple):
+    """What a method was asked for at all leaves alike; None where they may differ."""
+
+    pattern: Pattern | None
+    stacked: int | None
+    sparsity: float | None
+
+
+class Options(NamedTuple):
+    """What a method was built with, to be held against the settings of a state."""
+
+    leaves: tuple[LeafOptions, ...]  # of each frame; one where there are no frames
+    update_every: int | None
+    stop_step: int | None = None
+    straight_through: bool | None = None
 
 
 @jax.tree_util.register_static

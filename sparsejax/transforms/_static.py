@@ -23,6 +23,7 @@ from sparsejax.patterns import (
 from sparsejax.transforms._arguments import check_key
 from sparsejax.transforms._hard import FlatMasks, MaskChoice, hard_method
 from sparsejax.transforms._sparsity import Sparsity, by_path, choose_masks
+from sparsejax.transforms._state import LeafOptions
 from sparsejax.typing import MaskTree, Params, SparsityTree, Where, is_none
 
 
@@ -118,7 +119,7 @@ def static_sparse(
             draw = functools.partial(scores.random, key=key)
             return choose_masks(rule, draw, params, leaves, across_leaves)
 
-        choice = MaskChoice("static_sparse", rule.leaves, first)
+        choice = MaskChoice("static_sparse", rule.leaves, first, rule.common)
     return hard_method(inner, choice, pack_masks=pack_masks)
 
 
@@ -129,8 +130,7 @@ def _brought(masks: MaskTree, pattern, stacked) -> MaskChoice:
     def spread(params: Params) -> list:
         return broadcast_prefix(masks, params, name="masks")
 
-    def leaves_of(params: Params, *, allocated: bool = True) -> tuple[Leaf | None, ...]:
-        del allocated
+    def leaves_of(params: Params) -> tuple[Leaf | None, ...]:
         flags = [mask is not None for mask in spread(params)]
         where = by_path(params, flags)
         return governed(params, where=where, pattern=pattern, stacked=stacked)
@@ -159,7 +159,8 @@ def _brought(masks: MaskTree, pattern, stacked) -> MaskChoice:
             for mask, weight, leaf in zip(found, weights, leaves, strict=True)
         ]
 
-    return MaskChoice("static_sparse", leaves_of, first)
+    # the masks themselves say what they are made of
+    return MaskChoice("static_sparse", leaves_of, first, LeafOptions(None, None, None))
 
 
 def _is_made_of(mask: jax.Array, leaf: Leaf) -> bool:

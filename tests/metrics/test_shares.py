@@ -43,6 +43,11 @@ class LeafMetricsTest(parameterized.TestCase):
         self.assertEqual(found["b.kernel"], (1, 0))
         self.assertEqual(metrics.leaf_metrics({}, WEIGHTS), {})
 
+    def test_what_is_not_governed_may_be_no_array(self):
+        masks = {"a": jnp.array([True, False]), "f": None}
+        found = metrics.leaf_metrics(masks, {"a": jnp.ones(2), "f": "relu"})
+        self.assertEqual(found, {"a": (0.5, 0.5)})
+
     def test_what_does_not_align(self):
         mask = jnp.array([True, False])
         with self.assertRaisesRegex(ValueError, r"\(2,\) for shape \(1,\) at .*'a'"):
