@@ -351,3 +351,24 @@ def test_lengths_that_do_not_fit_raise():
 def test_scores_of_another_shape_raise():
     with pytest.raises(ValueError, match=r"\[\*lead, kv_.*; got shape \(4, 8\)"):
         attention.select_channels(jnp.ones((4, 8)), num_channels=2)
+
+
+def test_no_gradient():
+    def total(query, key):
+        scores = attention.channel_scores(query, key)
+        channels = attention.select_channels(scores, num_channels=2)
+        labels = attention.key_labels(key, channels, lengths=8)
+        labels = attention.append_label(labels, key[:, :1])
+        found = attention.label_scores(query[:, -1:], labels)[..., :8]
+        return scores.sum() + labels.values.sum() + found.sum()
+
+    x = jax.random.normal(jax.random.key(0), (1, 9, 2, 8))
+    for grad in jax.grad(total, argnums=(0, 1))(x, x):
+        np.testing.assert_array_equal(grad, 0)
+
+
+def test_labels_of_narrow_keys_have_float32_scales():
+    key = jax.random.normal(jax.random.key(0), (1, 8, 1, 16), jnp.bfloat16)
+    channels = attention.select_channels(jnp.ones((1, 1, 16)), num_channels=16)
+    labels = attention.key_labels(key, channels, bits=8)
+    assert labels.low.dtype == labels.step.dtype == jnp.float32

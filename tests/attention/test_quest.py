@@ -224,3 +224,15 @@ def test_scores_of_another_query_raise():
 def test_lengths_that_do_not_fit_raise(lengths, message):
     with pytest.raises(ValueError, match=message):
         attention.page_bounds(prompts.prompt(ROOM)[1], lengths=lengths, page_size=PAGE)
+
+
+def test_no_gradient():
+    def total(query, key):
+        bounds = attention.page_bounds(key, page_size=4, lengths=8)
+        bounds = attention.append_key(bounds, key[:, :1])
+        scores = attention.page_scores(query[:, -1:], bounds)
+        return bounds.low.sum() + bounds.high.sum() + scores.sum()
+
+    x = jax.random.normal(jax.random.key(0), (1, 12, 2, 8))
+    for grad in jax.grad(total, argnums=(0, 1))(x, x):
+        np.testing.assert_array_equal(grad, 0)

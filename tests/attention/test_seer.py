@@ -681,3 +681,17 @@ def test_bad_input_is_named():
 
 def test_front_door():
     assert sj.attention.seer_scores is attention.seer_scores
+
+
+def test_a_token_of_the_first_block_keeps_its_own_alone():
+    scores = jnp.full((1, 1, 1, 4), -jnp.inf)
+    lists = attention.seer_decode_threshold(
+        scores, threshold=0.1, block=8, positions=jnp.array([[3]])
+    )
+    assert (lists.num[0, 0], lists.indices[0, 0, 0]) == (1, 0)
+
+
+def test_no_gradient_reaches_the_target():
+    scores, target = jnp.zeros((1, 1, 2, 2)), jnp.full((1, 1, 2, 2), 0.5)
+    grad = jax.grad(attention.seer_loss, argnums=1)(scores, target, skip=0.0)
+    np.testing.assert_array_equal(grad, 0)

@@ -190,3 +190,18 @@ def test_bad_settings_raise(select, changed, message):
 def test_a_bad_share_raises():
     with pytest.raises(ValueError, match=r"`min_share` must be in \[0, 1\], .*got 1.2"):
         attention.ada_snapkv(*prompts.prompt(LENGTH), **SMALL, min_share=1.2)
+
+
+def test_what_is_each_heads_own_is_rounded_down():
+    """Head 0 attends to 16 keys alone, head 1 to all: what is shared is head 0's."""
+    query, key = jnp.ones((1, 40, 2, 4)), jnp.zeros((1, 40, 2, 4))
+    key = key.at[:, 5:21, 0].set(8)
+    options = SMALL | dict(pool_size=1, min_share=0.75)
+    lists = attention.ada_snapkv(query, key, **options)
+    np.testing.assert_array_equal(lists.num, [[12, 6]])  # 6 of 6.75
+
+
+@pytest.mark.parametrize("select", [attention.snapkv, attention.ada_snapkv])
+def test_ends_that_meet_are_all_keys(select):
+    options = SMALL | dict(num_kept=LENGTH, local=30, sink=20)
+    assert (select(*prompts.prompt(LENGTH), **options).num == LENGTH).all()

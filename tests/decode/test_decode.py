@@ -433,6 +433,9 @@ def test_attention_that_cannot_decode_is_named():
         def mix(self, x, positions, **options):
             return super().mix(2 * x, positions, **options)
 
+    class Grand(Scaled):
+        pass
+
     class Doubled:
         def __call__(self, x, *args, **options):
             return super().__call__(2 * x, *args, **options)
@@ -449,6 +452,7 @@ def test_attention_that_cannot_decode_is_named():
             functools.partial(Mixed, **SPARK["attention"].keywords),
             r"a Mixed in blocks\.0, which overrides",
         ),
+        (Grand, r"a Grand in blocks\.0, which overrides"),
         (Short, r"`attend` must take `lengths`.* Short in blocks\.0 does not"),
         (
             (nn.Attention, Other),
@@ -514,3 +518,27 @@ def test_weights_that_a_layer_does_not_cast_stay():
     assert block.ffn.kernel.dtype == jnp.int32
     assert block.ffn.down.kernel.dtype == jnp.float32
     assert block.attention.out.kernel.dtype == jnp.bfloat16
+
+
+def test_each_step_draws_anew():
+    options = {"temperature": 1e6, "key": jax.random.key(0)}  # nearly uniform
+    ready = decode.prepare(make("dense"))
+    tokens = decode.generate(ready, prompts(), num_tokens=8, **options).tokens
+    assert min(len(np.unique(row)) for row in tokens) > 2
+
+
+def test_a_layer_that_projects_in_its_own_way_is_decoded():
+    class Own(nn.Attention):
+        def unrotated(self, x):
+            heads = (*x.shape[:2], -1, self.head_dim)
+            parts = self.query(x), self.key(x), self.value(x)
+            query, key, value = (part.reshape(heads) for part in parts)
+            return 2 * query, key, value
+
+    config = dataclasses.replace(CONFIG, attention=Own)
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    tokens, lengths = prompts()[:, :8], jnp.full(3, 7)
+    ready = decode.prepare(model)
+    _, cache = decode.prefill(ready, tokens[:, :7], lengths, num_slots=8)
+    logits, _, _ = decode.decode_step(ready, tokens[:, 7], cache)
+    np.testing.assert_allclose(logits, model(tokens)[:, -1], rtol=1e-4, atol=1e-4)

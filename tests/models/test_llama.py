@@ -599,3 +599,24 @@ class TestSaving:
             )
         with pytest.raises(FileNotFoundError, match=r"config\.json"):
             models.load_llama(tmp_path / "new")
+
+
+def test_what_a_folder_leaves_out_has_the_readers_defaults(tmp_path):
+    left_out = ("num_key_value_heads", "hidden_act", "rms_norm_eps")
+    values = {name: x for name, x in SHARED.items() if name not in left_out}
+    write_folder(tmp_path, values, draw_weights(NEW))
+    config = models.llama_config(tmp_path)
+    assert config.num_kv_heads == values["num_attention_heads"]
+    assert config.rope_base == 10_000 and config.norm_eps == 1e-6
+    assert not config.tie_embeddings
+
+
+def test_a_shard_may_be_filled_to_the_limit(tmp_path):
+    weights = draw_weights(OLD)
+    write_folder(tmp_path / "old", OLD, weights)
+    model = models.load_llama(tmp_path / "old")
+    total = sum(x.nbytes for x in weights.values())
+    for name, limit, count in (("one", total, 1), ("two", total - 1, 2)):
+        params = nnx.state(model, nnx.Param)
+        models.save_llama(tmp_path / name, params, model.config, max_shard_bytes=limit)
+        assert len(list((tmp_path / name).glob("*.safetensors"))) == count

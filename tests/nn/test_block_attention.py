@@ -110,6 +110,7 @@ class BlockAttentionTest(parameterized.TestCase):
         ({"num_kv_heads": 0}, "both at least 1; got num_kv_heads=0"),
         ({"num_heads": 0}, "both at least 1; got .*num_heads=0"),
         ({"head_dim": 7}, "`head_dim` must be even.*got 7"),
+        ({"head_dim": 0}, "at least 2; got 0"),
         ({"num_heads": 3}, "`num_heads` must divide `d_model`.*got num_heads=3"),
         ({"num_heads": 16}, "at least 2; got 1, with d_model=16 and num_heads=16"),
     )

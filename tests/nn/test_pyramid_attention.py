@@ -260,3 +260,12 @@ class PyramidAttentionTest(parameterized.TestCase):
 
         with self.assertRaisesRegex(ValueError, message):
             jax.eval_shape(call)
+
+
+def test_the_cap_of_a_key_head_is_that_of_its_query_heads():
+    layer = make(bounds=((4, 1.0),), thresholds=((4, 0.99),))
+    shape = (1, SEQ, layer.num_heads, layer.head_dim)
+    x = jax.random.normal(jax.random.key(0), shape)
+    key = x[:, :, : layer.num_kv_heads].at[:, :, 0].set(1)  # alike in head 0
+    level_map = layer.level_map(x, key)
+    np.testing.assert_array_equal(level_map.max(axis=(0, 2, 3)), [4, 4, 1, 1])

@@ -311,3 +311,10 @@ def test_weight_methods_leave_the_gate_dense():
     }
     assert names == {"gate_key"}
     assert len(jax.tree.leaves(rest)) == 2 * (4 + 3 + 2) + 2
+
+
+def test_all_weights_have_the_dtype_that_is_asked_for():
+    how = dict(num_kv_heads=2, block=4, param_dtype=jnp.bfloat16)
+    layer = nn.SeerAttention(16, 4, **how, rngs=nnx.Rngs(0))
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(layer))}
+    assert dtypes == {jnp.dtype(jnp.bfloat16)}

@@ -154,3 +154,11 @@ def test_inputs_of_another_shape_raise(shape):
         words = r"\[batch, seq, d_model\]; got .* for " + type(layer).__name__
         with pytest.raises(ValueError, match=words):
             layer(jnp.ones(shape), jnp.zeros(shape[:2], jnp.int32))
+
+
+def test_a_query_without_keys_counts_as_dense():
+    layer = nn.SparkAttention(16, 2, k=2, split=4, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    valid = jnp.tri(4, dtype=bool).at[0].set(False)[None, None]
+    _, density = layer.attend(x, x, x, valid)
+    assert density[0, 0] == 1

@@ -164,3 +164,11 @@ def test_inputs_of_another_width_raise(shape):
         name = type(layer).__name__
         with pytest.raises(ValueError, match=rf"\(.*\) for {name} of d_model=16"):
             layer(jnp.ones(shape))
+
+
+def test_another_activation():
+    how = dict(k=4, split=8, activation=jax.nn.relu)
+    layer = nn.SparkFFN(16, 32, **how, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (5, 16))
+    want = layer.gate_values(x) * layer.up(layer.parts(x)[1])
+    np.testing.assert_allclose(layer.hidden(x), want, rtol=1e-5, atol=1e-6)

@@ -306,3 +306,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     chex.assert_trees_all_equal(training.restore_checkpoint(tmp_path, tree), tree)
     training.save_checkpoint(tmp_path, 2, tree)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint .* cannot be read")
+def test_a_step_may_be_damaged_again(tmp_path):
+    tree = {"a": jnp.arange(3)}
+    training.save_checkpoint(tmp_path, 1, tree)
+    for _ in range(2):  # the second time `damaged-2` is there
+        training.save_checkpoint(tmp_path, 2, tree)
+        shutil.rmtree(tmp_path / "2" / "default")
+        chex.assert_trees_all_equal(training.restore_checkpoint(tmp_path, tree), tree)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "damaged-2"]
