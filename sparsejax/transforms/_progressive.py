@@ -14,7 +14,6 @@ from sparsejax.transforms._arguments import check_count
 from sparsejax.transforms._schedules import Scheduled
 from sparsejax.transforms._soft import soft_method
 from sparsejax.transforms._sparsity import Sparsity
-from sparsejax.transforms._state import Framed, Projected
 from sparsejax.typing import ScalarOrSchedule, SparsityTree, Where
 
 
@@ -94,7 +93,6 @@ def mask_decay(
         Sparsity.constant(
             sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
         ),
-        lambda params: Projected(straight_through),
         straight_through=straight_through,
         arrays_at=arrays_at,
         scheduled=(factor_at,),
@@ -197,9 +195,6 @@ def structure_decay(
         inner,
         "structure_decay",
         rules[-1],
-        lambda params: Framed(
-            tuple(rule.leaves(params) for rule in rules), straight_through
-        ),
         straight_through=straight_through,
         frames=tuple(rules),
         arrays_at=arrays_at,

@@ -45,7 +45,6 @@ def soft_method(
     inner: optax.GradientTransformation,
     method: str,
     rule: Sparsity,
-    forward: Callable[[Params], Projected | Framed],
     *,
     straight_through: bool,
     frames: tuple[Sparsity, ...] = (),
@@ -61,9 +60,8 @@ def soft_method(
       inner: any optax optimizer.
       method: its name.
       rule: which leaves, at which constant sparsity.
-      forward: params -> the kind of forward.
-      straight_through: as that has it.
-      frames: the rules of a forward that is `Framed`.
+      straight_through: whether pruned weights get the gradient of kept ones.
+      frames: the rule of each frame, if there are such; the last is `rule`.
       arrays_at: step -> what the forward before update `step` needs.
       pull: adds to the gradient of a governed leaf.
       pull_after: adds to its update, after the inner optimizer.
@@ -81,7 +79,11 @@ def soft_method(
         check_params(params, leaves, pack_masks=pack_masks)
         # under N:M too: the pattern of another frame may read it
         sparsities = rule.settled(params, leaves)
-        settings = Settings(method, forward(params), leaves, sparsities, update_every=1)
+        forward: Projected | Framed = Projected(straight_through)
+        if frames:
+            of_frames = tuple(frame.leaves(params) for frame in frames)
+            forward = Framed(of_frames, straight_through)
+        settings = Settings(method, forward, leaves, sparsities, update_every=1)
         step = jnp.zeros([], jnp.int32)
         arrays = arrays_at(step)
         # of frames one is chosen by a switch, out of which the sharding is XLA's guess

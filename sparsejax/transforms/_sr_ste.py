@@ -11,7 +11,6 @@ from sparsejax.patterns import PatternTree, StackedTree
 from sparsejax.transforms._schedules import Scheduled
 from sparsejax.transforms._soft import soft_method
 from sparsejax.transforms._sparsity import Sparsity
-from sparsejax.transforms._state import Projected
 from sparsejax.typing import ScalarOrSchedule, SparsityTree, Where
 
 
@@ -96,7 +95,6 @@ def sr_ste(
         Sparsity.constant(
             sparsity, allocate=allocation, where=where, pattern=pattern, stacked=stacked
         ),
-        lambda params: Projected(straight_through=True),
         straight_through=True,
         pull=None if decoupled else pull,
         pull_after=pull if decoupled else None,
