@@ -49,13 +49,15 @@ class MaskSource(Protocol):
         ...
 
 
-def is_state(tree: Any) -> bool:
-    """Whether a tree is the state of a method, or holds one."""
+def mask_sources(tree: Any) -> list[MaskSource]:
+    """The outermost of them in a tree, such as an optimizer's state."""
 
     def is_source(node: Any) -> bool:
         return isinstance(node, MaskSource)
 
-    return any(map(is_source, jax.tree.leaves(tree, is_leaf=is_source)))
+    return [
+        node for node in jax.tree.leaves(tree, is_leaf=is_source) if is_source(node)
+    ]
 
 
 def no_state(opt_state: Any) -> ValueError:

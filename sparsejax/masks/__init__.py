@@ -15,4 +15,5 @@ from sparsejax.masks._select import select_across as select_across
 from sparsejax.masks._topk import global_topk as global_topk
 from sparsejax.masks._topk import topk_mask as topk_mask
 from sparsejax.masks._trees import apply_masks as apply_masks
+from sparsejax.masks._trees import check_masks as check_masks
 from sparsejax.masks._trees import map_masked as map_masked

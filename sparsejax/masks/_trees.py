@@ -70,7 +70,7 @@ def apply_masks(params: Params, masks: MaskTree) -> Params:
       >>> apply_masks({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([True, False])})
       {'a': Array([1., 0.], dtype=float32)}
     """
-    _check_masks(masks, params)
+    check_masks(masks, params)
 
     def apply(mask, param):
         # a scalar zero: `zeros_like` loses the sharding of an array that a trace closes
@@ -80,12 +80,24 @@ def apply_masks(params: Params, masks: MaskTree) -> Params:
     return map_masked(apply, masks, params)
 
 
-def _check_masks(masks: MaskTree, params: Params) -> None:
-    """Raises if a mask does not fit its leaf; `map_masked` counts the leaves."""
+def check_masks(masks: MaskTree, params: Params) -> None:
+    """Raises unless masks fit the leaves that they are of; the others may be anything.
+
+    Args:
+      masks: a mask tree.
+      params: a tree with as many leaves; arrays where there is a mask.
+
+    Raises:
+      ValueError: as `apply_masks`.
+      TypeError: likewise.
+
+    Example:
+      >>> check_masks({"a": jnp.array([True, False]), "f": None},
+      ...             {"a": jnp.ones(2), "f": "relu"})
+    """
+    map_masked(lambda mask, leaf: leaf, masks, params)  # counts the leaves
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)[0]
     flat_masks = jax.tree.leaves(masks, is_leaf=is_none)
-    if len(flat) != len(flat_masks):
-        return
     # places in a flat list, in which methods keep their masks, name no leaves
     if not jax.tree_util.all_leaves(masks if isinstance(masks, list) else [masks]):
         named = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_none)[0]

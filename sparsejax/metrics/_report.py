@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sparsejax._governed import is_state
+from sparsejax._governed import mask_sources
 from sparsejax.patterns import broadcast_prefix, is_default_governed
 from sparsejax.typing import MaskTree, Params, is_none
 
@@ -143,7 +143,7 @@ def sparsity_report(
       Liu and Wang, 2023, https://arxiv.org/abs/2302.02596: publish the sparsity over
       the pruned leaves and over all, and which are excluded.
     """
-    if is_state(params_or_masks):
+    if mask_sources(params_or_masks):
         raise TypeError(
             "what is counted must be masks or params; got the state of an optimizer. "
             "Pass `sj.masks_of(opt_state)`."

@@ -59,11 +59,8 @@ def leaf_metrics(masks: MaskTree, weights: Params) -> dict[str, LeafMetrics]:
     flat, _ = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_none)
     if not flat:
         return {}
-    leaves, treedef = jax.tree.flatten(weights, is_leaf=is_none)
-    if len(leaves) == len(flat):  # what is not governed may be no array
-        pairs = zip(flat, leaves, strict=True)
-        weights = treedef.unflatten([None if m is None else w for (_, m), w in pairs])
-    jax.eval_shape(masks_lib.apply_masks, weights, masks)  # for its checks alone
+    masks_lib.check_masks(masks, weights)
+    leaves = jax.tree.leaves(weights, is_leaf=is_none)
     found = {}
     for (path, mask), weight in zip(flat, leaves, strict=True):
         if mask is not None:

@@ -133,7 +133,7 @@ def save_llama(
     Raises:
       ValueError: A leaf is missing, unexpected, or of another shape or dtype, or two
         would have one name; the layers or the dtype are not those of Llama; `settings`
-        repeats an entry.
+        repeats what follows from the model, or says otherwise.
       FileExistsError: The folder holds a model.
 
     Example:

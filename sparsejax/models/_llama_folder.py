@@ -183,7 +183,7 @@ def _describe(config: DecoderConfig) -> dict[str, Any]:
 def _describes(
     name: str, settings: Mapping[str, Any], described: dict[str, Any]
 ) -> bool:
-    """Whether a setting says what the model's own description says, or another."""
+    """Whether a setting would be read as part of what follows from the model."""
     if name in described:
         return True
     file = Path(_CONFIG)

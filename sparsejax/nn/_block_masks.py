@@ -10,7 +10,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from sparsejax._blocks import kept_blocks
-from sparsejax._governed import GovernedLeaf, MaskSource, governed_twice, no_state
+from sparsejax._governed import GovernedLeaf, governed_twice, mask_sources, no_state
 from sparsejax.formats import BlockMask
 from sparsejax.nn._block_sparse_linear import BlockSparseLinear
 from sparsejax.typing import plain_path
@@ -115,13 +115,9 @@ def set_block_masks(model: nnx.Module, opt_state: Any) -> None:
 
 def _governed(opt_state: Any) -> dict[Path, GovernedLeaf]:
     """The leaves that any state governs, by path."""
-
-    def is_source(node: Any) -> bool:
-        return isinstance(node, MaskSource)
-
     found: dict[Path, GovernedLeaf] = {}
-    for source in jax.tree.leaves(opt_state, is_leaf=is_source):
-        for leaf in source.governed_leaves() if is_source(source) else ():
+    for source in mask_sources(opt_state):
+        for leaf in source.governed_leaves():
             if leaf.path in found:
                 methods = (found[leaf.path].method, leaf.method)
                 raise governed_twice(_listed([leaf.path]), *methods)

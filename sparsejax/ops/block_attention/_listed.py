@@ -89,7 +89,7 @@ def _gathered(q, k, v, key_lists, length, *, scale):
         # a last page may reach beyond the cache; what is read there does not count
         return row.at[positions, key_head].get(mode="clip")
 
-    # an empty list gathers key 0, which nobody listed: 0 * NaN
+    # an empty list gathers key 0, which nobody listed, and 0 * NaN is NaN
     keys, values = (
         jnp.where(valid[..., None], map_rows(listed, a, positions), 0) for a in (k, v)
     )
